@@ -1,0 +1,93 @@
+"""The trajectory: one completion of one prompt, as it is stored, one JSON line each.
+
+Token ids are what the model saw and wrote; nothing is re-tokenised later. `finish_reason` decides
+whether the length is known ("stop": the completion ended by itself, its last token is the ending
+token) or only a lower bound (anything else: censored).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lenvm.errors import DataError
+from lenvm.files import read_jsonl
+
+SCHEMA = "lenvm.trajectory/1"
+
+
+class Trajectory(BaseModel):
+    """One completion. `id` is unique in a file: `<prompt_hash>-<sample_index>`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_: Literal["lenvm.trajectory/1"] = Field("lenvm.trajectory/1", alias="schema")
+    id: str
+    prompt_hash: str
+    """Hash of the normalised prompt: the unit of de-duplication, of the split, and of clustering."""
+    sample_index: int = Field(ge=0)
+    domain: str = "unknown"
+    """What errors are reported by: math, code, instructions, ..."""
+    split: Literal["train", "validation", "test"] = "train"
+    messages: list[dict[str, Any]] | None = None
+    """Chat messages of the prompt (content may hold image parts); None for plain text."""
+    prompt_text: str | None = None
+    """The prompt where there are no messages."""
+    prompt_token_ids: list[int]
+    completion_token_ids: list[int]
+    completion_text: str
+    finish_reason: str
+    usage: dict[str, int] | None = None
+    """prompt_tokens and completion_tokens as the server counted them."""
+    sampling: dict[str, Any] = Field(default_factory=dict)
+    """temperature, top_p, top_k, min_p, seed, max_tokens, n."""
+    length_control: dict[str, Any] | None = None
+    """The LengthControl that guided this completion, for on-policy refinement; None = unguided."""
+    model: str
+    images: list[str] = Field(default_factory=list)
+    """Image files, relative to the JSONL file or absolute."""
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the source row (answer, tests, ...)."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.prompt_token_ids:
+            raise ValueError("prompt_token_ids is empty; a value needs at least one prompt token")
+        if not self.completion_token_ids:
+            raise ValueError(
+                "completion_token_ids is empty; a completion has at least its ending token"
+            )
+        return self
+
+    @property
+    def length(self) -> int:
+        """Generated tokens, the ending token counted."""
+        return len(self.completion_token_ids)
+
+    @property
+    def is_complete(self) -> bool:
+        """True when the length is the answer's own, False when it was cut off (censored)."""
+        return self.finish_reason == "stop"
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(by_alias=True, exclude_none=True)
+
+
+def read_trajectories(*paths: Path) -> Iterator[Trajectory]:
+    """Stream the trajectories of JSONL files in order. DataError names file, line and field."""
+    for path in paths:
+        empty = True
+        for number, row in read_jsonl(path):
+            empty = False
+            found = row.get("schema")
+            if found != SCHEMA:
+                raise DataError(f"{path}:{number}: schema is {found!r}, expected {SCHEMA!r}")
+            try:
+                yield Trajectory.model_validate(row)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in first["loc"])
+                raise DataError(f"{path}:{number}: {where}: {first['msg']}") from None
+        if empty:
+            raise DataError(f"{path} holds no trajectories")

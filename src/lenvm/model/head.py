@@ -1,0 +1,238 @@
+"""Value heads: hidden states -> raw outputs -> a LengthBelief that guidance and evaluation read.
+
+Two heads share one seam. A head maps hidden states [..., H] to raw fp32 outputs [..., D]; `belief`
+turns raw outputs into a `LengthBelief`. Scorers, engines and rules move raw outputs about and never
+ask which head made them.
+
+* `ValueHead`, the paper's: D = 1, the logit z of u = -V at the checkpoint's gamma.
+* `DistributionHead`: D = number of bins, the logits of P(remaining = n) over bins of lengths.
+
+Parameter names are those of the published system: `fc` is the hidden layer, `summary` the output.
+Both run in fp32 whatever the backbone's type (paper, App. D).
+"""
+
+import math
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lenvm import returns
+from lenvm.errors import InputError
+
+HeadName = Literal["scalar", "distribution"]
+MAX_REMAINING = 131_072
+
+
+class LengthBelief(Protocol):
+    """What a head believes about the tokens still to come, for a batch of states of shape [...]."""
+
+    @property
+    def has_distribution(self) -> bool:
+        """True when `log_interval`, `quantile` and any gamma are available."""
+        ...
+
+    def value(self, gamma: float | None = None) -> Tensor:
+        """E[V] in (-1, 0]: [...] fp32. gamma None = the checkpoint's."""
+        ...
+
+    def length(self) -> Tensor:
+        """Point prediction of the remaining tokens: [...] fp32, >= 0."""
+        ...
+
+    def quantile(self, q: float) -> Tensor:
+        """Least n with P(remaining <= n) >= q: [...] fp32."""
+        ...
+
+    def log_interval(self, low: Tensor, high: Tensor) -> Tensor:
+        """log P(low <= remaining <= high), low and high broadcast to [...]; -inf where impossible."""
+        ...
+
+    def with_terminal(self, is_terminal: Tensor) -> "LengthBelief":
+        """The same belief, but exactly 0 remaining where `is_terminal` [...] (EOS and stop tokens)."""
+        ...
+
+
+class ScalarBelief:
+    """Belief of the scalar head: z [...] at one gamma."""
+
+    has_distribution = False
+
+    def __init__(self, logit: Tensor, gamma: float, is_terminal: Tensor | None = None) -> None:
+        self.logit, self.gamma = logit.float(), gamma
+        self.is_terminal = is_terminal
+
+    def value(self, gamma: float | None = None) -> Tensor:
+        if gamma is not None and gamma != self.gamma:
+            raise InputError(
+                f"this value model was trained at gamma {self.gamma}, asked for {gamma}; "
+                "only the distribution head gives values for other gammas"
+            )
+        return self._mask(returns.logit_to_value(self.logit))
+
+    def length(self) -> Tensor:
+        return self._mask(returns.logit_to_length(self.logit, self.gamma))
+
+    def quantile(self, q: float) -> Tensor:
+        raise InputError("the scalar head knows no quantiles; train with head = 'distribution'")
+
+    def log_interval(self, low: Tensor, high: Tensor) -> Tensor:
+        raise InputError(
+            "the scalar head knows no interval probabilities, so rule 'conditional' needs a value "
+            "model with head = 'distribution'; rules 'soft' and 'hard' work with this one"
+        )
+
+    def with_terminal(self, is_terminal: Tensor) -> "ScalarBelief":
+        return ScalarBelief(self.logit, self.gamma, is_terminal)
+
+    def _mask(self, x: Tensor) -> Tensor:
+        return x if self.is_terminal is None else x.masked_fill(self.is_terminal, 0.0)
+
+
+class LengthBins:
+    """Bins of remaining lengths 1 .. MAX_REMAINING: single tokens first, then geometric.
+
+    `lower` and `upper` [K] are the first and last length of each bin (inclusive, int64). Inside a bin
+    the probability is uniform. Bin k > last belongs to nobody: MAX_REMAINING closes the last bin.
+    """
+
+    def __init__(self, num_single: int = 32, growth: float = 1.07) -> None:
+        if num_single < 1 or growth <= 1.0:
+            raise InputError(
+                f"bins need num_single >= 1 and growth > 1; got {num_single}, {growth}"
+            )
+        self.num_single, self.growth = num_single, growth
+        edges = list(range(1, num_single + 1))
+        while edges[-1] < MAX_REMAINING:
+            edges.append(max(edges[-1] + 1, min(MAX_REMAINING, math.ceil(edges[-1] * growth))))
+        self.lower = torch.tensor([1, *(e + 1 for e in edges[:-1])])
+        self.upper = torch.tensor(edges)
+        self.width = self.upper - self.lower + 1
+
+    def __len__(self) -> int:
+        return len(self.upper)
+
+    def index(self, remaining: Tensor) -> Tensor:
+        """Bin of each length (any shape, clamped to 1 .. MAX_REMAINING), int64."""
+        return torch.searchsorted(
+            self.upper.to(remaining.device), remaining.clamp(1, MAX_REMAINING)
+        )
+
+
+class DistributionBelief:
+    """Belief of the distribution head: bin logits [..., K] over `LengthBins`."""
+
+    has_distribution = True
+
+    def __init__(
+        self, logits: Tensor, gamma: float, bins: LengthBins, is_terminal: Tensor | None = None
+    ) -> None:
+        self.log_probs = logits.float().log_softmax(-1)
+        self.gamma, self.bins, self.is_terminal = gamma, bins, is_terminal
+
+    def value(self, gamma: float | None = None) -> Tensor:
+        table = self._bin_values(gamma or self.gamma).to(self.log_probs.device)
+        return self._mask((self.log_probs.exp() @ table).clamp(max=0.0))
+
+    def length(self) -> Tensor:
+        """The median: robust, and what a user means by "about n more tokens"."""
+        return self.quantile(0.5)
+
+    def mean(self) -> Tensor:
+        """E[remaining], exact given the bins: no Jensen bias."""
+        centre = ((self.bins.lower + self.bins.upper).double() / 2).float()
+        return self._mask(self.log_probs.exp() @ centre.to(self.log_probs.device))
+
+    def quantile(self, q: float) -> Tensor:
+        if not 0.0 < q < 1.0:
+            raise InputError(f"a quantile lies strictly between 0 and 1; got {q!r}")
+        probs = self.log_probs.exp()
+        cdf = probs.cumsum(-1)
+        index = (cdf < q).sum(-1, keepdim=True).clamp(max=len(self.bins) - 1)
+        before = cdf.gather(-1, index) - probs.gather(-1, index)
+        inside = ((q - before) / probs.gather(-1, index).clamp(min=1e-30)).clamp(0.0, 1.0)
+        width = self.bins.width.to(index.device)[index]
+        lower = self.bins.lower.to(index.device)[index]
+        tokens = lower + (inside * width).ceil().clamp(min=1).to(torch.int64) - 1
+        return self._mask(tokens.squeeze(-1).float())
+
+    def log_interval(self, low: Tensor, high: Tensor) -> Tensor:
+        device = self.log_probs.device
+        low, high = low.to(device).unsqueeze(-1), high.to(device).unsqueeze(-1)
+        lower, upper = self.bins.lower.to(device), self.bins.upper.to(device)
+        overlap = torch.minimum(upper, high) - torch.maximum(lower, low) + 1
+        share = (overlap.clamp(min=0) / self.bins.width.to(device)).log()
+        inside = torch.logsumexp(self.log_probs + share, -1)
+        # torch.logsumexp of a row of -inf is -inf, as wanted
+        if self.is_terminal is not None:
+            ends_inside = (low.squeeze(-1) <= 0) & (high.squeeze(-1) >= 0)
+            ended = torch.where(ends_inside, 0.0, -math.inf).to(inside)
+            inside = torch.where(self.is_terminal, ended.expand_as(inside), inside)
+        return inside
+
+    def with_terminal(self, is_terminal: Tensor) -> "DistributionBelief":
+        belief = object.__new__(DistributionBelief)
+        belief.log_probs, belief.gamma, belief.bins = self.log_probs, self.gamma, self.bins
+        belief.is_terminal = is_terminal
+        return belief
+
+    def _bin_values(self, gamma: float) -> Tensor:
+        """E[V | bin] = mean over the bin's lengths of -(1 - gamma^n), exact: [K] fp32."""
+        rate = returns.log_discount(gamma)
+        lower, width = self.bins.lower.double(), self.bins.width.double()
+        # mean of gamma^n over a bin = gamma^lower (1 - gamma^width) / (width (1 - gamma))
+        mean = torch.exp(-rate * lower) * torch.expm1(-rate * width) / (width * math.expm1(-rate))
+        return (mean - 1.0).float()
+
+    def _mask(self, x: Tensor) -> Tensor:
+        return x if self.is_terminal is None else x.masked_fill(self.is_terminal, 0.0)
+
+
+class ValueHead(nn.Module):
+    """The paper's head: z = W2 SiLU(W1 h + b1) + b2. hidden [..., H] -> z [..., 1] fp32."""
+
+    name: HeadName = "scalar"
+    num_outputs = 1
+
+    def __init__(self, hidden_size: int, num_outputs: int = 1) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+        self.fc = nn.Linear(hidden_size, hidden_size, dtype=torch.float32)
+        self.summary = nn.Linear(hidden_size, num_outputs, dtype=torch.float32)
+        nn.init.normal_(self.summary.weight, std=0.02)
+        nn.init.zeros_(self.summary.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.summary(F.silu(self.fc(hidden.float())))  # type: ignore[no-any-return]
+
+    def belief(self, raw: Tensor, gamma: float) -> LengthBelief:
+        """raw [..., 1] -> belief over [...]."""
+        return ScalarBelief(raw.squeeze(-1), gamma)
+
+
+class DistributionHead(ValueHead):
+    """Softmax over `LengthBins`: hidden [..., H] -> bin logits [..., K] fp32."""
+
+    name: HeadName = "distribution"
+
+    def __init__(self, hidden_size: int, bins: LengthBins | None = None) -> None:
+        self_bins = bins or LengthBins()
+        super().__init__(hidden_size, len(self_bins))
+        self.bins = self_bins
+        with torch.no_grad():  # start from mass spread evenly over the logarithm of the length
+            self.summary.bias.copy_((self.bins.upper / (self.bins.lower - 0.5)).log().log())
+
+    def belief(self, raw: Tensor, gamma: float) -> LengthBelief:
+        """raw [..., K] -> belief over [...]."""
+        return DistributionBelief(raw, gamma, self.bins)
+
+
+def build_head(name: HeadName, hidden_size: int) -> ValueHead:
+    """The head of that name; InputError for another."""
+    if name == "scalar":
+        return ValueHead(hidden_size)
+    if name == "distribution":
+        return DistributionHead(hidden_size)
+    raise InputError(f"head is {name!r}; allowed: 'scalar', 'distribution'")
