@@ -19,8 +19,11 @@ class InputError(LenVMError):
 
 
 class ControlError(InputError):
-    """A length control that does not parse. `field` names the offending field, `value` what was got,
-    `allowed` what may stand there; a server turns the three into HTTP 422."""
+    """A length control that does not parse.
+
+    `field` names the offending field, `value` what was got, `allowed` what may stand there; a server
+    turns the three into HTTP 422.
+    """
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         super().__init__(f"length control: {field} is {value!r}; allowed: {allowed}")
@@ -46,7 +49,7 @@ class EndpointError(LenVMError):
 
 
 class CapacityError(LenVMError):
-    """A request that does not fit a budget (KV memory, positions, candidates). Raised before it runs."""
+    """A request over a budget (KV memory, positions, candidates). Raised before it runs."""
 
     exit_code = 6
 

@@ -229,10 +229,10 @@ class DistributionHead(ValueHead):
         return DistributionBelief(raw, gamma, self.bins)
 
 
-def build_head(name: HeadName, hidden_size: int) -> ValueHead:
+def build_head(name: HeadName, hidden_size: int, bins: LengthBins | None = None) -> ValueHead:
     """The head of that name; InputError for another."""
     if name == "scalar":
         return ValueHead(hidden_size)
     if name == "distribution":
-        return DistributionHead(hidden_size)
+        return DistributionHead(hidden_size, bins)
     raise InputError(f"head is {name!r}; allowed: 'scalar', 'distribution'")

@@ -1,0 +1,337 @@
+"""LengthValueModel: a Hugging Face decoder or VLM without its LM head, and a value head on top.
+
+A checkpoint is a Hugging Face folder of the backbone (or a LoRA adapter of a named base), plus
+`value_head.safetensors` (`v_head.fc.*`, `v_head.summary.*`: the published system's names, so either
+system reads the other's) and `lenvm.json` (`LenVMConfig`). safetensors only.
+
+Shape legend: B sequences, T positions, H hidden size, D head outputs.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from lenvm.errors import CheckpointError, InputError
+from lenvm.files import read_json, write_json
+from lenvm.model.bundled import resolve_model
+from lenvm.model.head import HeadName, LengthBelief, LengthBins, build_head
+
+FORMAT_VERSION = 1
+HEAD_FILE, CONFIG_FILE = "value_head.safetensors", "lenvm.json"
+TargetName = Literal["discounted_return", "length", "normalized_length", "log_length"]
+
+
+class LenVMConfig(BaseModel):
+    """What `lenvm.json` holds: all that is needed to read the head's numbers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    gamma: float = Field(gt=0, lt=1)
+    """Discount of the value that the head was trained for."""
+    head: HeadName = "scalar"
+    target: TargetName = "discounted_return"
+    generator: str = ""
+    """The model whose completions the head was trained on."""
+    tokenizer_hash: str = ""
+    """`hash_tokenizer` of the generator's tokenizer."""
+    eos_token_ids: list[int] = Field(default_factory=list)
+    num_single_bins: int = 32
+    bin_growth: float = 1.07
+    """The distribution head's bins (`LengthBins`)."""
+    base_model: str | None = None
+    """Base of a LoRA checkpoint, where the folder holds an adapter."""
+
+
+class LengthValueModel(nn.Module):
+    """Backbone and head. `forward` gives raw head outputs [B, T, D] fp32; `belief` reads them."""
+
+    def __init__(self, backbone: nn.Module, config: LenVMConfig) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        self.config = config
+        bins = LengthBins(config.num_single_bins, config.bin_growth)
+        self.head = build_head(config.head, hidden_size(backbone), bins)
+        self.tokenizer: Any = None
+
+    @classmethod
+    def build(
+        cls,
+        backbone: str | nn.Module,
+        config: LenVMConfig,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: str | torch.device = "cpu",
+    ) -> Self:
+        """A new value model with a fresh head on a backbone given by name, folder, GGUF or module.
+
+        Fills `tokenizer_hash`, `generator` and `eos_token_ids` from a named backbone where the
+        config leaves them empty. Raises InputError where there is no such model.
+        """
+        if isinstance(backbone, nn.Module):
+            return cls(backbone, config).to(device)
+        path = resolve_model(backbone)
+        model = cls(_load_backbone(path, dtype), config)
+        model.tokenizer = load_tokenizer(path)
+        config.generator = config.generator or backbone
+        config.tokenizer_hash = config.tokenizer_hash or hash_tokenizer(model.tokenizer)
+        config.eos_token_ids = config.eos_token_ids or find_eos_token_ids(path, model.tokenizer)
+        return model.to(device)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **backbone_kwargs: Any,
+    ) -> Tensor:
+        """Raw head outputs [B, T, D] fp32 for states s after each position. No logits are computed."""
+        hidden = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            **backbone_kwargs,
+        ).last_hidden_state
+        return self.head(hidden)  # type: ignore[no-any-return]
+
+    def belief(self, raw: Tensor) -> LengthBelief:
+        """raw [..., D] -> belief over [...]."""
+        return self.head.belief(raw, self.config.gamma)
+
+    @torch.inference_mode()
+    def read(self, sequences: Sequence[Sequence[int]], *, batch_tokens: int = 4096) -> list[Tensor]:
+        """Raw outputs [len, D] of each token sequence, in order, on the CPU.
+
+        Sequences are batched by length up to `batch_tokens` padded positions. Raises InputError for
+        an empty sequence or a token id outside the vocabulary.
+        """
+        vocabulary = self.backbone.get_input_embeddings().num_embeddings
+        for index, ids in enumerate(sequences):
+            if not len(ids) or min(ids) < 0 or max(ids) >= vocabulary:
+                raise InputError(
+                    f"sequence {index} must hold token ids from 0 to {vocabulary - 1}; "
+                    + (f"got {min(ids)} .. {max(ids)}" if len(ids) else "it is empty")
+                )
+        device = next(self.head.parameters()).device
+        results: list[Tensor] = [torch.empty(0)] * len(sequences)
+        for batch in _batch_by_length([len(ids) for ids in sequences], batch_tokens):
+            width = max(len(sequences[i]) for i in batch)
+            input_ids = torch.zeros(len(batch), width, dtype=torch.long)
+            mask = torch.zeros(len(batch), width, dtype=torch.long)
+            for row, i in enumerate(batch):
+                input_ids[row, : len(sequences[i])] = torch.as_tensor(sequences[i])
+                mask[row, : len(sequences[i])] = 1
+            same = bool(mask.all())
+            raw = self(input_ids.to(device), None if same else mask.to(device)).cpu()
+            for row, i in enumerate(batch):
+                results[i] = raw[row, : len(sequences[i])].clone()
+        return results
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the checkpoint; an older one at `folder` is replaced in one step."""
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            self.backbone.save_pretrained(partial)
+            head = {f"v_head.{k}": v.contiguous() for k, v in self.head.state_dict().items()}
+            save_file(head, partial / HEAD_FILE, metadata={"format": "pt"})
+            write_json(partial / CONFIG_FILE, self.config.model_dump())
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(partial)
+            partial.chmod(0o755)
+            if folder.exists():
+                old = folder.with_name(f".{folder.name}.old")
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+                partial.rename(folder)
+                shutil.rmtree(old)
+            else:
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        gamma: float | None = None,
+        base_model: str | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: str | torch.device = "cpu",
+        merge_adapter: bool = True,
+    ) -> Self:
+        """Load a checkpoint, ours or the published system's (which needs `gamma`: it stores none).
+
+        A LoRA adapter is merged into its base unless `merge_adapter` is False. `base_model` replaces
+        the base that the checkpoint names. Raises CheckpointError that says which part is missing,
+        damaged, or of a newer format.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"no value model at {folder}: not a folder")
+        if not (folder / HEAD_FILE).exists():
+            raise CheckpointError(
+                f"{folder} has no {HEAD_FILE}, so it is not a value model; train one with "
+                "`lenvm train`, or name the folder that `lenvm train` wrote"
+            )
+        config = _load_config(folder, gamma)
+        if (folder / "adapter_config.json").exists():
+            backbone = _load_adapter(folder, config, base_model, dtype, merge_adapter)
+        else:
+            backbone = _load_backbone(str(folder), dtype)
+        model = cls(backbone, config)
+        model._load_head(folder / HEAD_FILE)
+        if (folder / "tokenizer_config.json").exists():
+            model.tokenizer = load_tokenizer(str(folder))
+        return model.to(device).eval()
+
+    def _load_head(self, path: Path) -> None:
+        try:
+            tensors = load_file(path)
+        except Exception as error:  # safetensors raises its own untyped SafetensorError
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        state = {k.removeprefix("v_head."): v.float() for k, v in tensors.items()}
+        expected = {k: v.shape for k, v in self.head.state_dict().items()}
+        found = {k: v.shape for k, v in state.items()}
+        if expected != found:
+            raise CheckpointError(
+                f"{path} does not fit the backbone: expected "
+                f"{ {k: tuple(s) for k, s in expected.items()} }, found "
+                f"{ {k: tuple(s) for k, s in found.items()} }"
+            )
+        self.head.load_state_dict(state)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """CheckpointError that names the difference where the generator's tokenizer is another."""
+        if not self.config.tokenizer_hash:
+            return
+        if hash_tokenizer(tokenizer) == self.config.tokenizer_hash:
+            return
+        raise CheckpointError(
+            f"this value model was trained for the tokenizer of {self.config.generator or 'another model'}"
+            f", which is not the generator's: {describe_difference(self.tokenizer, tokenizer)}. "
+            "Use the generator it was trained for, or train a value model on this one's completions."
+        )
+
+
+def hidden_size(backbone: nn.Module) -> int:
+    """Width H of the last hidden state, of decoders and VLMs alike."""
+    config: Any = backbone.config
+    return int(config.get_text_config().hidden_size)
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model folder or hub id."""
+    return AutoTokenizer.from_pretrained(path)
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """16 hex digits over the vocabulary (token and id, specials included)."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def describe_difference(expected: Any, found: Any, *, limit: int = 3) -> str:
+    """First tokens with different ids in two tokenizers, in words."""
+    if expected is None:
+        return f"its vocabulary has {len(found.get_vocab())} tokens with other ids"
+    left, right = expected.get_vocab(), found.get_vocab()
+    rows = [
+        f"{token!r} is {left.get(token, 'absent')} there and {right.get(token, 'absent')} here"
+        for token in sorted({*left, *right}, key=lambda t: left.get(t, right.get(t, 0)))
+        if left.get(token) != right.get(token)
+    ]
+    more = f" and {len(rows) - limit} more" if len(rows) > limit else ""
+    return f"{len(left)} against {len(right)} tokens; " + "; ".join(rows[:limit]) + more
+
+
+def find_eos_token_ids(path: str, tokenizer: Any) -> list[int]:
+    """Ids that end a completion: of the generation config, the config and the tokenizer together."""
+    from transformers import GenerationConfig
+
+    found: set[int] = set()
+    sources = [
+        tokenizer.eos_token_id,
+        AutoConfig.from_pretrained(path).get_text_config().eos_token_id,
+    ]
+    try:
+        sources.append(GenerationConfig.from_pretrained(path).eos_token_id)
+    except OSError:
+        pass  # a folder without generation_config.json: the two other sources decide
+    for ids in sources:
+        found.update(ids if isinstance(ids, Iterable) else [ids] if ids is not None else [])
+    return sorted(found)
+
+
+def _load_config(folder: Path, gamma: float | None) -> LenVMConfig:
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        if gamma is None:
+            raise CheckpointError(
+                f"{folder} has no {CONFIG_FILE} (a checkpoint of the published system stores no "
+                "gamma); pass gamma, e.g. 0.997 for its Qwen2.5 models, 0.9998 for Qwen3"
+            )
+        return LenVMConfig(gamma=gamma)
+    data = read_json(path)
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} is of format {version}, this lenvm reads up to {FORMAT_VERSION}; upgrade lenvm"
+        )
+    try:
+        config = LenVMConfig.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{path}: {where}: {first['msg']}") from None
+    if gamma is not None and gamma != config.gamma:
+        raise InputError(
+            f"{folder} was trained at gamma {config.gamma}; it cannot be read at {gamma}"
+        )
+    return config
+
+
+def _load_backbone(path: str, dtype: torch.dtype | str) -> nn.Module:
+    try:
+        model: nn.Module = AutoModel.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load a model from {path}: {error}") from error
+    return model
+
+
+def _load_adapter(
+    folder: Path, config: LenVMConfig, base_model: str | None, dtype: torch.dtype | str, merge: bool
+) -> nn.Module:
+    from peft import PeftModel
+
+    base = base_model or config.base_model
+    if base is None:
+        base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
+    backbone = _load_backbone(resolve_model(base), dtype)
+    adapted: Any = PeftModel.from_pretrained(backbone, str(folder), is_trainable=not merge)
+    merged: nn.Module = adapted.merge_and_unload() if merge else adapted
+    return merged
+
+
+def _batch_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Indices grouped so that (widest x rows) <= batch_tokens, longest first."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
