@@ -21,8 +21,8 @@ class InputError(LenVMError):
 class ControlError(InputError):
     """A length control that does not parse.
 
-    `field` names the offending field, `value` what was got, `allowed` what may stand there; a server
-    turns the three into HTTP 422.
+    `field` names the offending field, `value` what was got, `allowed` what may stand there; a
+    server turns the three into HTTP 422.
     """
 
     def __init__(self, field: str, value: object, allowed: str) -> None:

@@ -3,16 +3,16 @@
 The one convention of the whole package:
 
 * A completion has L tokens x_1 .. x_L; the ending token (EOS), where there is one, is x_L and is
-  counted. State s_t is the prompt and the first t tokens; s_0 ends with the last prompt token, s_L is
-  terminal. `remaining` n = L - t is the number of tokens still to come: n >= 1 in every state that a
-  model is asked about, n = 0 in the terminal one.
+  counted. State s_t is the prompt and the first t tokens; s_0 ends with the last prompt token, s_L
+  is terminal. `remaining` n = L - t is the number of tokens still to come: n >= 1 in every state
+  that a model is asked about, n = 0 in the terminal one.
 * Generating token x_{t+1} from s_t costs r_t = -(1 - gamma), every token the same, and the value is
   V(s_t) = G_t = -(1 - gamma^n), in (-1, 0]; V = 0 exactly at n = 0. The Bellman recursion reads
   G_t = -(1 - gamma) + gamma * G_{t+1} for every t < L, with G_L = 0.
 * u = -V in [0, 1) grows with the length. z is the logit of u: V = -sigmoid(z).
 * A TD residual is delta_{t+1} = -(1 - gamma) + gamma * V(s_{t+1}) - V(s_t) and is credited to token
-  x_{t+1}. A token that makes the model expect a longer answer has delta < 0; `length_gain` = -delta is
-  what is shown to people (positive = longer).
+  x_{t+1}. A token that makes the model expect a longer answer has delta < 0; `length_gain` = -delta
+  is what is shown to people (positive = longer).
 
 Everything here is exact in fp32 from 1 to 1,000,000 tokens: `expm1`, `log1p`, `softplus`, never
 1 - gamma^n in plain arithmetic. Paper: arXiv 2604.27039, Eq. 3-9.
@@ -56,7 +56,7 @@ def logit_to_value(logit: Tensor) -> Tensor:
 
 
 def logit_to_length(logit: Tensor, gamma: float) -> Tensor:
-    """n = softplus(z) / (-ln gamma): `value_to_length(logit_to_value(z))` without its cancellation."""
+    """n = softplus(z) / (-ln gamma): the length of `logit_to_value(z)` without cancellation."""
     return F.softplus(logit.float(), threshold=80.0) / log_discount(gamma)
 
 
@@ -77,9 +77,9 @@ def compute_lambda_returns(values: Tensor, gamma: float, lambda_: float) -> Tens
     """TD(lambda) targets for one completion that ended by itself.
 
     values: [..., L] V(s_0) .. V(s_{L-1}) (the terminal value 0 is implied) -> [..., L] fp32.
-    G_t^lambda = -(1-gamma) + gamma ((1-lambda) V(s_{t+1}) + lambda G_{t+1}^lambda), which telescopes
-    into V + sum_k (gamma lambda)^k delta; lambda = 1 gives `compute_returns` whatever the values.
-    Raises InputError unless 0 <= lambda <= 1. Source: Schulman et al. 2016 (GAE), App. of the paper.
+    G_t^lambda = -(1-gamma) + gamma ((1-lambda) V(s_{t+1}) + lambda G_{t+1}^lambda), which
+    telescopes into V + sum_k (gamma lambda)^k delta; lambda = 1 is `compute_returns`, whatever V.
+    Raises InputError unless 0 <= lambda <= 1. Source: Schulman et al. 2016 (GAE).
     """
     if not 0.0 <= lambda_ <= 1.0:
         raise InputError(f"lambda is {lambda_!r}; it must lie between 0 and 1")
@@ -105,7 +105,7 @@ def compute_td_residuals(
 
 
 def discounted_suffix_sums(x: Tensor, decay: float) -> Tensor:
-    """y_t = sum_{k >= t} decay^(k-t) x_k along the last axis, by doubling: ceil(log2 T) tensor steps."""
+    """y_t = sum_{k >= t} decay^(k-t) x_k along the last axis, by doubling in log2(T) steps."""
     y, step = x.clone(), 1
     while step < x.shape[-1]:
         y[..., :-step] = y[..., :-step] + decay**step * y[..., step:].clone()

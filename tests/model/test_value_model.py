@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import EOS, tiny_backbone, tiny_generator, tiny_tokenizer
 
 from lenvm.errors import CheckpointError, InputError
-from lenvm.model.value_model import HEAD_FILE, LengthValueModel, LenVMConfig, hash_tokenizer
+from lenvm.model.tokenization import hash_tokenizer
+from lenvm.model.value_model import HEAD_FILE, LengthValueModel, LenVMConfig
+from tiny import EOS, tiny_backbone, tiny_generator, tiny_tokenizer
 
 IDS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
 
@@ -97,7 +98,9 @@ def test_another_tokenizer_is_refused_with_the_difference(tmp_path: Path):
     tiny_tokenizer().save_pretrained(tmp_path / "g")
     model = LengthValueModel.build(str(tmp_path / "g"), LenVMConfig(gamma=0.99))
     model.check_tokenizer(tiny_tokenizer())
-    with pytest.raises(CheckpointError, match=r"64 against 60 tokens; 'w60' is 60 there and absent"):
+    with pytest.raises(
+        CheckpointError, match=r"64 against 60 tokens; 'w60' is 60 there and absent"
+    ):
         model.check_tokenizer(tiny_tokenizer(60))
 
 

@@ -46,11 +46,11 @@ class LengthBelief(Protocol):
         ...
 
     def log_interval(self, low: Tensor, high: Tensor) -> Tensor:
-        """log P(low <= remaining <= high), low and high broadcast to [...]; -inf where impossible."""
+        """log P(low <= remaining <= high), both broadcast to [...]; -inf where impossible."""
         ...
 
     def with_terminal(self, is_terminal: Tensor) -> "LengthBelief":
-        """The same belief, but exactly 0 remaining where `is_terminal` [...] (EOS and stop tokens)."""
+        """The same belief, but exactly 0 remaining where `is_terminal` [...] (EOS, stop tokens)."""
         ...
 
 
@@ -93,8 +93,8 @@ class ScalarBelief:
 class LengthBins:
     """Bins of remaining lengths 1 .. MAX_REMAINING: single tokens first, then geometric.
 
-    `lower` and `upper` [K] are the first and last length of each bin (inclusive, int64). Inside a bin
-    the probability is uniform. Bin k > last belongs to nobody: MAX_REMAINING closes the last bin.
+    `lower` and `upper` [K] are the first and last length of each bin (inclusive, int64). Inside a
+    bin the probability is uniform. Longer lengths count as MAX_REMAINING, which closes the last.
     """
 
     def __init__(self, num_single: int = 32, growth: float = 1.07) -> None:

@@ -7,11 +7,9 @@ system reads the other's) and `lenvm.json` (`LenVMConfig`). safetensors only.
 Shape legend: B sequences, T positions, H hidden size, D head outputs.
 """
 
-import hashlib
-import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,12 +17,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from lenvm.errors import CheckpointError, InputError
 from lenvm.files import read_json, write_json
 from lenvm.model.bundled import resolve_model
 from lenvm.model.head import HeadName, LengthBelief, LengthBins, build_head
+from lenvm.model.tokenization import (
+    describe_difference,
+    find_eos_token_ids,
+    hash_tokenizer,
+    load_tokenizer,
+)
 
 FORMAT_VERSION = 1
 HEAD_FILE, CONFIG_FILE = "value_head.safetensors", "lenvm.json"
@@ -95,7 +99,7 @@ class LengthValueModel(nn.Module):
         position_ids: Tensor | None = None,
         **backbone_kwargs: Any,
     ) -> Tensor:
-        """Raw head outputs [B, T, D] fp32 for states s after each position. No logits are computed."""
+        """Raw head outputs [B, T, D] fp32 of the state after each position. Computes no logits."""
         hidden = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -175,9 +179,9 @@ class LengthValueModel(nn.Module):
     ) -> Self:
         """Load a checkpoint, ours or the published system's (which needs `gamma`: it stores none).
 
-        A LoRA adapter is merged into its base unless `merge_adapter` is False. `base_model` replaces
-        the base that the checkpoint names. Raises CheckpointError that says which part is missing,
-        damaged, or of a newer format.
+        A LoRA adapter is merged into its base unless `merge_adapter` is False. `base_model`
+        replaces the base that the checkpoint names. Raises CheckpointError that says which part
+        is missing, damaged, or of a newer format.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -221,9 +225,10 @@ class LengthValueModel(nn.Module):
         if hash_tokenizer(tokenizer) == self.config.tokenizer_hash:
             return
         raise CheckpointError(
-            f"this value model was trained for the tokenizer of {self.config.generator or 'another model'}"
-            f", which is not the generator's: {describe_difference(self.tokenizer, tokenizer)}. "
-            "Use the generator it was trained for, or train a value model on this one's completions."
+            "this value model was trained for the tokenizer of "
+            f"{self.config.generator or 'another model'}, which is not the generator's: "
+            f"{describe_difference(self.tokenizer, tokenizer)}. Use the generator it was trained "
+            "for, or train a value model on this one's completions."
         )
 
 
@@ -231,49 +236,6 @@ def hidden_size(backbone: nn.Module) -> int:
     """Width H of the last hidden state, of decoders and VLMs alike."""
     config: Any = backbone.config
     return int(config.get_text_config().hidden_size)
-
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model folder or hub id."""
-    return AutoTokenizer.from_pretrained(path)
-
-
-def hash_tokenizer(tokenizer: Any) -> str:
-    """16 hex digits over the vocabulary (token and id, specials included)."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
-
-
-def describe_difference(expected: Any, found: Any, *, limit: int = 3) -> str:
-    """First tokens with different ids in two tokenizers, in words."""
-    if expected is None:
-        return f"its vocabulary has {len(found.get_vocab())} tokens with other ids"
-    left, right = expected.get_vocab(), found.get_vocab()
-    rows = [
-        f"{token!r} is {left.get(token, 'absent')} there and {right.get(token, 'absent')} here"
-        for token in sorted({*left, *right}, key=lambda t: left.get(t, right.get(t, 0)))
-        if left.get(token) != right.get(token)
-    ]
-    more = f" and {len(rows) - limit} more" if len(rows) > limit else ""
-    return f"{len(left)} against {len(right)} tokens; " + "; ".join(rows[:limit]) + more
-
-
-def find_eos_token_ids(path: str, tokenizer: Any) -> list[int]:
-    """Ids that end a completion: of the generation config, the config and the tokenizer together."""
-    from transformers import GenerationConfig
-
-    found: set[int] = set()
-    sources = [
-        tokenizer.eos_token_id,
-        AutoConfig.from_pretrained(path).get_text_config().eos_token_id,
-    ]
-    try:
-        sources.append(GenerationConfig.from_pretrained(path).eos_token_id)
-    except OSError:
-        pass  # a folder without generation_config.json: the two other sources decide
-    for ids in sources:
-        found.update(ids if isinstance(ids, Iterable) else [ids] if ids is not None else [])
-    return sorted(found)
 
 
 def _load_config(folder: Path, gamma: float | None) -> LenVMConfig:
@@ -289,7 +251,8 @@ def _load_config(folder: Path, gamma: float | None) -> LenVMConfig:
     version = data.get("format_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} is of format {version}, this lenvm reads up to {FORMAT_VERSION}; upgrade lenvm"
+            f"{folder} is of format {version}, newer than {FORMAT_VERSION}, the newest that this "
+            "lenvm reads; upgrade lenvm"
         )
     try:
         config = LenVMConfig.model_validate(data)

