@@ -136,3 +136,16 @@ def _lock(target: Path) -> Iterator[None]:
     with target.with_name(f".{target.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def bundled_value_model() -> Path:
+    """The value model for the default generator: the package's own, else the demo's."""
+    shipped = Path(__file__).parent / "checkpoints" / "smollm2"
+    candidates = [shipped, Path("runs/demo/model")]
+    for folder in candidates:
+        if (folder / "lenvm.json").exists():
+            return folder
+    raise InputError(
+        "no value model is named and none is here; run `make demo` (or `lenvm train`) first, or name "
+        "one with --lenvm FOLDER"
+    )

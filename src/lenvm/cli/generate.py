@@ -1,0 +1,105 @@
+"""`lenvm generate`: an answer of the length asked for."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    @app.command()
+    def generate(
+        prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; - reads stdin.")] = None,
+        prompts_file: Annotated[
+            Path | None, typer.Option("--prompts", help="A prompt file: JSON, JSONL, CSV, Parquet.")
+        ] = None,
+        equal_to: Annotated[int | None, typer.Option(help="This many tokens.")] = None,
+        at_most: Annotated[int | None, typer.Option(help="No more than this many tokens.")] = None,
+        at_least: Annotated[int | None, typer.Option(help="No fewer than this many.")] = None,
+        tilt: Annotated[
+            float | None, typer.Option(help="Trade length smoothly: > 0 shorter, < 0 longer.")
+        ] = None,
+        length: Annotated[
+            str | None, typer.Option(help='The whole control as JSON: {"equal_to": 128, ...}')
+        ] = None,
+        rule: Annotated[str | None, typer.Option(help="conditional, soft or hard.")] = None,
+        model: Annotated[str, typer.Option(help="Generator: folder, hub id, GGUF.")] = "smollm2",
+        lenvm: Annotated[str | None, typer.Option(help="Value model folder.")] = None,
+        max_tokens: Annotated[int, typer.Option(help="Hard limit.")] = 1024,
+        temperature: Annotated[float, typer.Option()] = 1.0,
+        top_p: Annotated[float, typer.Option()] = 1.0,
+        seed: Annotated[int | None, typer.Option()] = None,
+        n: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 1,
+        jsonl: Annotated[bool, typer.Option("--jsonl", help="JSON lines, not text.")] = False,
+        device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+        limit: Annotated[int | None, typer.Option(min=1, help="First LIMIT prompts only.")] = None,
+    ) -> None:
+        """Generate answers, with the length you ask for."""
+        from lenvm.cli._inputs import load_value_model, pick_device, read_prompts
+        from lenvm.engines.sampling import SamplingParams
+        from lenvm.engines.transformers import Request, TransformersEngine
+        from lenvm.model.tokenization import encode_prompt
+
+        goals = {"equal_to": equal_to, "at_most": at_most, "at_least": at_least, "tilt": tilt}
+        control = parse_control(goals | {"rule": rule}, length)
+        sampling = SamplingParams.parse(
+            {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
+        )
+        rows = read_prompts(prompts, prompts_file, limit)
+        device = pick_device(device)
+        value_model = load_value_model(lenvm, device=device) if control or lenvm else None
+        engine = TransformersEngine.load(model, value_model, device=device)
+        requests = [
+            Request(
+                id=f"{i}-{j}",
+                prompt_token_ids=tuple(encode_prompt(engine.tokenizer, row.conversation)),
+                sampling=sampling,
+                control=control,
+                index=j,
+            )
+            for i, row in enumerate(rows)
+            for j in range(n)
+        ]
+        done = {c.request.id: c for c in engine.generate(requests)}
+        for request in requests:
+            completion = done[request.id]
+            if jsonl:
+                print(json.dumps(to_json(completion), ensure_ascii=False))
+            else:
+                print(completion.text, end="\n\n" if len(requests) > 1 else "\n")
+                typer.echo(f"[{describe(completion)}]", err=True)
+
+
+def parse_control(fields: dict[str, Any], text: str | None) -> Any:
+    """The control of the flags, or of --length; None where neither asks for one."""
+    from lenvm.errors import InputError
+    from lenvm.guidance.request import LengthControl
+
+    given = {name: value for name, value in fields.items() if value is not None}
+    if text is not None:
+        if given:
+            raise InputError(f"--length holds the whole control; leave out {', '.join(given)}")
+        return LengthControl.parse(text)
+    return LengthControl.parse(given) if given else None
+
+
+def to_json(completion: Any) -> dict[str, Any]:
+    """What `--jsonl` prints of a completion."""
+    return {
+        "id": completion.request.id,
+        "text": completion.text,
+        "num_tokens": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "predicted_length": completion.predicted_length,
+        "mean_log_prob": sum(completion.log_probs) / len(completion.log_probs),
+        "token_ids": completion.token_ids,
+    }
+
+
+def describe(completion: Any) -> str:
+    """One line about a completion's length."""
+    parts = [f"{len(completion.token_ids)} tokens", f"finish: {completion.finish_reason}"]
+    if completion.predicted_length is not None:
+        parts.insert(1, f"predicted {completion.predicted_length:.0f} without control")
+    return ", ".join(parts)

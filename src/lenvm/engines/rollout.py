@@ -1,0 +1,97 @@
+"""Trajectories from the in-process engine: n completions per prompt, appended as they finish.
+
+The counterpart of `lenvm.data.sampler`, which samples from servers; both write the same records and
+both continue where a killed run stopped.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lenvm.data.prompts import Prompt
+from lenvm.data.trajectory import Trajectory, read_trajectories
+from lenvm.engines.sampling import SamplingParams
+from lenvm.engines.transformers import Completion, Request, TransformersEngine
+from lenvm.files import JsonlWriter, claim
+from lenvm.guidance.request import LengthControl
+from lenvm.model.tokenization import encode_prompt
+
+
+def rollout(
+    engine: TransformersEngine,
+    prompts: Sequence[Prompt],
+    path: Path,
+    *,
+    n: int,
+    sampling: SamplingParams,
+    model: str,
+    controls: Sequence[LengthControl | None] = (None,),
+    on_completion: Callable[[Completion], None] = lambda _: None,
+) -> int:
+    """Append the missing ones of n completions per prompt and control; returns how many were there.
+
+    `controls` are cycled over the n completions of a prompt (on-policy refinement samples under
+    mixed targets). Raises InputError where `path` holds a run with other settings.
+    """
+    config = {
+        "model": model,
+        "n": n,
+        "sampling": sampling.model_dump(),
+        "prompts": [p.prompt_hash for p in prompts],
+        "controls": [c and c.model_dump(exclude_defaults=True) for c in controls],
+    }
+    claim(path, "trajectories", config)
+    done = {t.id for t in read_trajectories(path)} if path.exists() and path.stat().st_size else set()
+    wanted: dict[str, tuple[Prompt, Request]] = {}
+    for prompt in prompts:
+        ids = tuple(encode_prompt(engine.tokenizer, prompt.conversation))
+        for index in range(n):
+            name = f"{prompt.prompt_hash}-{index}"
+            control = controls[index % len(controls)]
+            stream = index if sampling.seed is None else _stream_index(prompt, index)
+            request = Request(name, ids, sampling, control, index=stream)
+            if name not in done:
+                wanted[name] = (prompt, request)
+    with JsonlWriter(path) as writer:
+        for completion in engine.generate(request for _, request in wanted.values()):
+            prompt, request = wanted[completion.request.id]
+            writer.write(_to_trajectory(prompt, completion, model).to_json())
+            on_completion(completion)
+    return len(done)
+
+
+def _stream_index(prompt: Prompt, index: int) -> int:
+    """Another random stream for every prompt and completion of one seed."""
+    return int(prompt.prompt_hash[:12], 16) * 1000 + index
+
+
+def _to_trajectory(prompt: Prompt, completion: Completion, model: str) -> Trajectory:
+    request = completion.request
+    fields: dict[str, Any] = {
+        "id": request.id,
+        "prompt_hash": prompt.prompt_hash,
+        "sample_index": int(request.id.rsplit("-", 1)[1]),
+        "domain": prompt.domain,
+        "split": prompt.split,
+        "messages": prompt.messages,
+        "prompt_text": prompt.prompt_text,
+        "prompt_token_ids": list(request.prompt_token_ids),
+        "completion_token_ids": completion.token_ids,
+        "completion_text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "usage": {
+            "prompt_tokens": len(request.prompt_token_ids),
+            "completion_tokens": len(completion.token_ids),
+        },
+        "sampling": request.sampling.model_dump(exclude_defaults=True),
+        "length_control": request.control and request.control.model_dump(exclude_defaults=True),
+        "model": model,
+        "metadata": prompt.metadata,
+    }
+    return Trajectory.model_validate(fields)
+
+
+def in_order(completions: Iterator[Completion], requests: Sequence[Request]) -> list[Completion]:
+    """Completions in the order of their requests."""
+    done = {c.request.id: c for c in completions}
+    return [done[r.id] for r in requests]

@@ -1,0 +1,100 @@
+"""How one completion is sampled, and the draw itself: logits and one uniform number a row -> token.
+
+A row's token depends only on its own logits, parameters and random stream, never on its
+batch-mates: the stream is seeded per request, one number a step, and the draw inverts the CDF.
+
+Shape legend: R rows, V vocabulary, K candidates.
+"""
+
+import random
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from lenvm.errors import InputError
+
+
+class SamplingParams(BaseModel):
+    """The usual parameters of a completion request, checked when made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """0 takes the most likely token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0 = no limit."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_tokens: Annotated[int, Field(ge=1, le=131_072)] = 512
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    """Texts that end the completion; they are not part of its text."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    @classmethod
+    def parse(cls, values: dict[str, object]) -> "SamplingParams":
+        """From a dict; InputError names field, value and allowed range."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"{where} is {first['input']!r}: {first['msg']}") from None
+
+    def random_stream(self, index: int = 0) -> random.Random:
+        """The request's own random numbers; `index` tells n completions of one seed apart."""
+        return random.Random() if self.seed is None else random.Random(f"{self.seed}/{index}")
+
+
+def draw(log_probs_RK: Tensor, uniform_R: Tensor, *, greedy_R: Tensor | None = None) -> Tensor:
+    """Index of the drawn column by inverting each row's CDF: [R] int64.
+
+    log_probs_RK: any shape of support, -inf where impossible, need not be normalised. uniform_R in
+    [0, 1). Rows in `greedy_R` take the most likely column.
+    """
+    probs = log_probs_RK.float().softmax(-1)
+    cdf = probs.cumsum(-1)
+    target = uniform_R.unsqueeze(-1) * cdf[:, -1:]
+    index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
+    last_possible = log_probs_RK.shape[-1] - 1 - probs.flip(-1).gt(0).int().argmax(-1)
+    index = torch.minimum(index, last_possible)
+    if greedy_R is not None:
+        index = torch.where(greedy_R, log_probs_RK.argmax(-1), index)
+    return index
+
+
+def truncate(logits_RV: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Logits over temperature with top-k, top-p and min-p applied (-inf outside), row by row.
+
+    Greedy rows are left alone. The sort is paid only by rows that ask for top-k or top-p.
+    """
+    device = logits_RV.device
+    temperature = torch.tensor([p.temperature or 1.0 for p in params], device=device)
+    logits = logits_RV.float() / temperature.unsqueeze(-1)
+    floor = [i for i, p in enumerate(params) if p.min_p > 0 and p.temperature > 0]
+    if floor:
+        min_p = torch.tensor([params[i].min_p for i in floor], device=device).log()
+        part = logits[floor]
+        least = part.max(-1, keepdim=True).values + min_p.unsqueeze(-1)
+        logits[floor] = part.masked_fill(part < least, -torch.inf)
+    sort = [i for i, p in enumerate(params) if (p.top_k or p.top_p < 1) and p.temperature > 0]
+    if sort:
+        logits[sort] = _truncate_sorted(logits[sort], [params[i] for i in sort])
+    return logits
+
+
+def _truncate_sorted(logits: Tensor, params: list[SamplingParams]) -> Tensor:
+    """top-k first, then top-p over what is left: the order of vLLM and SGLang."""
+    device, width = logits.device, logits.shape[-1]
+    top_k = torch.tensor([p.top_k or width for p in params], device=device).unsqueeze(-1)
+    top_p = torch.tensor([p.top_p for p in params], device=device).unsqueeze(-1)
+    values, order = logits.sort(-1, descending=True)
+    rank = torch.arange(width, device=device)
+    values = values.masked_fill(rank >= top_k, -torch.inf)
+    probs = values.softmax(-1)
+    before = probs.cumsum(-1) - probs
+    values = values.masked_fill((before >= top_p) & (rank > 0), -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, order, values)

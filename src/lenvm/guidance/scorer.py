@@ -1,0 +1,52 @@
+"""CandidateScorer: the value of every candidate next token of every request, one forward a step.
+
+A RaggedDecoder of the value model's backbone, and its head. It knows nothing of ending tokens:
+rules put those to exactly 0 with `LengthBelief.with_terminal`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lenvm.model.head import LengthBelief
+from lenvm.model.ragged import RaggedDecoder
+from lenvm.model.value_model import LengthValueModel
+
+
+class CandidateScorer:
+    """Beliefs about candidates. Options are those of `RaggedDecoder`; so are the errors."""
+
+    def __init__(self, model: LengthValueModel, **options: Any) -> None:
+        self.model = model.eval()
+        self.gamma = model.config.gamma
+        self.decoder = RaggedDecoder(model.backbone, **options)
+
+    @torch.inference_mode()
+    def add(self, requests: Mapping[str, Sequence[int]]) -> LengthBelief:
+        """Prefill prompts: belief at each prompt boundary, over [R]."""
+        return self.model.belief(self.model.head(self.decoder.add(requests)))
+
+    @torch.inference_mode()
+    def extend(self, requests: Mapping[str, Sequence[int]]) -> LengthBelief:
+        """Append tokens: belief after each last one, over [R]."""
+        return self.model.belief(self.model.head(self.decoder.extend(requests)))
+
+    @torch.inference_mode()
+    def score(self, request_ids: Sequence[str], candidate_ids_RK: Tensor) -> LengthBelief:
+        """Belief in the state after each candidate, over [R, K]; -1 pads."""
+        hidden = self.decoder.peek(request_ids, candidate_ids_RK)
+        return self.model.belief(self.model.head(hidden))
+
+    def commit(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> None:
+        """Keep the chosen candidates."""
+        self.decoder.commit(request_ids, token_ids_R)
+
+    def fork(self, parent_id: str, child_id: str) -> None:
+        """A new request with the parent's prefix."""
+        self.decoder.fork(parent_id, child_id)
+
+    def remove(self, request_ids: Sequence[str]) -> None:
+        """Forget requests."""
+        self.decoder.remove(request_ids)

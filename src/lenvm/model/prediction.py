@@ -1,0 +1,73 @@
+"""Predictions as numbers: what `lenvm predict`, `lenvm values` and the server's endpoints return."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lenvm.model.head import DistributionBelief
+from lenvm.model.value_model import LengthValueModel
+
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+def predict_lengths(
+    model: LengthValueModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    budget: int | None = None,
+    batch_tokens: int = 4096,
+) -> list[dict[str, float]]:
+    """Length of each prompt's answer before a token of it is written.
+
+    prompts: token ids, chat template applied. Returns for each: `value` (V at the prompt boundary)
+    and `length` (tokens); a distribution head adds `mean`, `p10`, `p50`, `p90` and, for a `budget`,
+    `p_within_budget` = P(length <= budget).
+    """
+    import torch
+
+    last = [raw[-1] for raw in model.read(prompts, batch_tokens=batch_tokens)]
+    return belief_numbers(model, torch.stack(last), budget=budget) if last else []
+
+
+def belief_numbers(
+    model: LengthValueModel, raw: Tensor, *, budget: int | None = None
+) -> list[dict[str, float]]:
+    """The numbers of a belief, one dict per state. raw: [N, D]."""
+    import torch
+
+    belief = model.belief(raw)
+    columns = {"value": belief.value(), "length": belief.length()}
+    if isinstance(belief, DistributionBelief):
+        columns["mean"] = belief.mean()
+        for q in QUANTILES:
+            columns[f"p{round(q * 100)}"] = belief.quantile(q)
+        if budget is not None:
+            low, high = torch.tensor([1]), torch.tensor([budget])
+            columns["p_within_budget"] = belief.log_interval(low, high).exp()
+    names = list(columns)
+    table = torch.stack([columns[name].float() for name in names], -1).tolist()
+    return [dict(zip(names, row, strict=True)) for row in table]
+
+
+def trace_values(
+    model: LengthValueModel,
+    prompt_token_ids: Sequence[int],
+    completion_token_ids: Sequence[int],
+    *,
+    complete: bool = True,
+) -> list[dict[str, Any]]:
+    """Beliefs at every state of a completion: one dict per state s_0 .. s_L.
+
+    Each holds `step` t, the `belief_numbers`, and `remaining_true` = L - t (None when the
+    completion was cut off). The terminal state of a complete one has value 0 exactly.
+    """
+    (raw,) = model.read([[*prompt_token_ids, *completion_token_ids]])
+    rows: list[dict[str, Any]] = list(belief_numbers(model, raw[len(prompt_token_ids) - 1 :]))
+    length = len(completion_token_ids)
+    if complete:
+        rows[-1] = dict.fromkeys(rows[-1], 0.0)
+    return [
+        {"step": t, **row, "remaining_true": length - t if complete else None}
+        for t, row in enumerate(rows)
+    ]

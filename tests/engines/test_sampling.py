@@ -1,0 +1,55 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lenvm.engines.sampling import SamplingParams, draw, truncate
+from lenvm.errors import InputError
+
+
+@given(st.integers(0, 1000), st.floats(0, 1, exclude_max=True))
+def test_a_draw_is_possible_and_independent_of_batch_mates(seed: int, uniform: float):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(4, 9, generator=generator) * 5
+    logits[torch.rand(4, 9, generator=generator) < 0.5] = -torch.inf
+    logits[:, 3] = 0.0
+    u = torch.full((4,), uniform)
+    drawn = draw(logits, u)
+    assert (logits.gather(-1, drawn[:, None]) > -torch.inf).all()
+    for row in range(4):
+        assert draw(logits[row : row + 1], u[:1]) == drawn[row]
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([[0.1, 0.2, 0.7]]).log().expand(3000, -1)
+    u = (torch.arange(3000) + 0.5) / 3000
+    counts = torch.bincount(draw(logits, u), minlength=3)
+    assert counts.tolist() == pytest.approx([300, 600, 2100], abs=1)
+
+
+def test_truncation_is_per_row():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(5, -1).clone()
+    params = [
+        SamplingParams(),
+        SamplingParams(top_k=2),
+        SamplingParams(top_p=0.75),
+        SamplingParams(min_p=0.5),
+        SamplingParams(temperature=0, top_k=1),
+    ]
+    kept = (truncate(logits, params) > -torch.inf).int().tolist()
+    assert kept == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+def test_the_same_seed_gives_the_same_stream_and_other_indices_another():
+    params = SamplingParams(seed=3)
+    assert params.random_stream().random() == params.random_stream().random()
+    assert params.random_stream(0).random() != params.random_stream(1).random()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": -1}, {"top_p": 0}, {"max_tokens": 0}, {"min_p": 2}, {"temprature": 1.0}],
+)
+def test_bad_parameters_are_named(values: dict[str, object]):
+    with pytest.raises(InputError, match=next(iter(values))):
+        SamplingParams.parse(values)
