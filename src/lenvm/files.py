@@ -19,7 +19,7 @@ from lenvm.errors import DataError, InputError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: a reader sees the old file or the new one, never a part."""
+    """Replace `path` by `text` in one step: a reader sees the old file or the new one."""
     write_bytes(path, text.encode("utf-8"))
 
 
@@ -58,8 +58,8 @@ def read_json(path: Path) -> Any:
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of a JSON-lines file, one line in memory at a time.
 
-    An unfinished last line (no newline: the writer was killed) is passed over; anything else that is
-    not a JSON object raises DataError with file and line.
+    An unfinished last line (no newline: the writer was killed) is passed over; anything else that
+    is not a JSON object raises DataError with file and line.
     """
     try:
         file = path.open("rb")
@@ -110,7 +110,7 @@ class JsonlWriter:
         self.write_lines([data.encode("utf-8", "surrogatepass")])
 
     def write_lines(self, lines: list[bytes]) -> None:
-        """Append already encoded lines in one write; on a full disk nothing of them stays behind."""
+        """Append encoded lines in one write; on a full disk nothing of them stays behind."""
         if not lines:
             return
         data = b"\n".join(lines) + b"\n"
@@ -189,7 +189,7 @@ def claim(product: Path, kind: str, config: Mapping[str, Any]) -> bool:
             ]
             raise InputError(
                 f"{product} was made with other settings:\n" + "\n".join(rows) + "\n"
-                "Use another output path, or the earlier settings, or delete the file and its manifest."
+                "Use another output path, the earlier settings, or delete the file and its manifest."
             )
         return True
     write_json(

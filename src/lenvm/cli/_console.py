@@ -18,7 +18,13 @@ def console() -> "Console":
 
 def progress() -> "Progress":
     """A progress bar with count, rate and time left; silent bars where stderr is not a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     return Progress(
         TextColumn("{task.description:<34}"),

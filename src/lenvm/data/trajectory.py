@@ -25,7 +25,7 @@ class Trajectory(BaseModel):
     schema_: Literal["lenvm.trajectory/1"] = Field("lenvm.trajectory/1", alias="schema")
     id: str
     prompt_hash: str
-    """Hash of the normalised prompt: the unit of de-duplication, of the split, and of clustering."""
+    """Hash of the normalised prompt: what duplicates, splits and clusters go by."""
     sample_index: int = Field(ge=0)
     domain: str = "unknown"
     """What errors are reported by: math, code, instructions, ..."""
@@ -55,9 +55,7 @@ class Trajectory(BaseModel):
         if not self.prompt_token_ids:
             raise ValueError("prompt_token_ids is empty; a value needs at least one prompt token")
         if not self.completion_token_ids:
-            raise ValueError(
-                "completion_token_ids is empty; a completion has at least its ending token"
-            )
+            raise ValueError("completion_token_ids is empty; there is at least an ending token")
         return self
 
     @property

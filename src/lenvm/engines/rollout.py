@@ -41,7 +41,9 @@ def rollout(
         "controls": [c and c.model_dump(exclude_defaults=True) for c in controls],
     }
     claim(path, "trajectories", config)
-    done = {t.id for t in read_trajectories(path)} if path.exists() and path.stat().st_size else set()
+    done = (
+        {t.id for t in read_trajectories(path)} if path.exists() and path.stat().st_size else set()
+    )
     wanted: dict[str, tuple[Prompt, Request]] = {}
     for prompt in prompts:
         ids = tuple(encode_prompt(engine.tokenizer, prompt.conversation))

@@ -21,7 +21,7 @@ from lenvm.engines.sampling import SamplingParams, draw, truncate
 from lenvm.errors import CapacityError, InputError
 from lenvm.guidance.request import LengthControl
 from lenvm.guidance.scorer import CandidateScorer
-from lenvm.guidance.session import Guided, GuidanceSession
+from lenvm.guidance.session import GuidanceSession, Guided
 from lenvm.model.bundled import resolve_model
 from lenvm.model.ragged import RaggedDecoder
 from lenvm.model.tokenization import find_eos_token_ids, load_tokenizer
@@ -124,7 +124,9 @@ class TransformersEngine:
     def submit(self, request: Request) -> Completion:
         """Queue a request. Raises InputError or CapacityError where it can never run."""
         need = len(request.prompt_token_ids) + request.sampling.max_tokens
-        limit = min(self.max_tokens, self.generator.config.get_text_config().max_position_embeddings)
+        limit = min(
+            self.max_tokens, self.generator.config.get_text_config().max_position_embeddings
+        )
         if not request.prompt_token_ids:
             raise InputError(f"request {request.id}: the prompt is empty")
         if need > limit:
@@ -218,15 +220,8 @@ class TransformersEngine:
             request = completion.request
             self._running[request.id] = completion
             self._streams[request.id] = request.sampling.random_stream(request.index)
-        if self.session is not None and (guided := [c for c in admitted if _is_guided(c)]):
-            self.session.add(
-                {
-                    c.request.id: Guided(
-                        prompt_token_ids=c.request.prompt_token_ids, control=c.request.control
-                    )
-                    for c in guided
-                }
-            )
+        if self.session is not None and (guided := [c for c in admitted if _is_tracked(c)]):
+            self.session.add({c.request.id: _to_guided(c.request) for c in guided})
         return admitted
 
     def _sample(self, rows: list[Completion], logits_RV: Tensor) -> Tensor:
@@ -235,8 +230,8 @@ class TransformersEngine:
         uniform = torch.tensor([self._streams[c.request.id].random() for c in rows])
         greedy = torch.tensor([p.temperature == 0 for p in params])
         uniform, greedy = uniform.to(self.device), greedy.to(self.device)
-        guided = [i for i, c in enumerate(rows) if _is_guided(c)]
-        free = [i for i, c in enumerate(rows) if not _is_guided(c)]
+        guided = [i for i, c in enumerate(rows) if c.request.control is not None]
+        free = [i for i, c in enumerate(rows) if c.request.control is None]
         tokens = torch.zeros(len(rows), dtype=torch.long, device=self.device)
         if free:
             truncated = truncate(logits_RV[free], [params[i] for i in free])
@@ -254,7 +249,7 @@ class TransformersEngine:
         for completion, token, log_prob in zip(rows, token_ids, log_prob_list, strict=True):
             completion.token_ids.append(token)
             completion.log_probs.append(log_prob)
-        self._record_beliefs([c for c in rows if _is_guided(c)])
+        self._record_beliefs([c for c in rows if _is_tracked(c)])
         for completion in rows:
             if reason := self._finish_reason(completion):
                 self._finish([completion], reason)
@@ -290,7 +285,7 @@ class TransformersEngine:
             completion.text = completion.text or self.decode(completion.token_ids)
             del self._running[request_id], self._streams[request_id]
             self.decoder.remove([request_id])
-            if _is_guided(completion) and self.session is not None:
+            if _is_tracked(completion) and self.session is not None:
                 self.session.remove([request_id])
 
     def decode(self, token_ids: list[int]) -> str:
@@ -298,7 +293,20 @@ class TransformersEngine:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
-def _is_guided(completion: Completion) -> bool:
+def _to_guided(request: Request) -> Guided:
+    sampling = request.sampling
+    return Guided(
+        prompt_token_ids=request.prompt_token_ids,
+        control=request.control,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        stop_token_ids=sampling.stop_token_ids,
+    )
+
+
+def _is_tracked(completion: Completion) -> bool:
     return completion.request.control is not None or completion.request.track
 
 

@@ -1,8 +1,8 @@
 """LengthControl: the one schema of per-request length control, whatever the engine or the wire.
 
 The `length` object of our server, `custom_params.lenvm` (SGLang), `vllm_xargs.lenvm` (vLLM, a JSON
-string) and the flags of `lenvm generate` are all this. Lengths are generated tokens, the ending token
-counted, as `usage.completion_tokens` reports them.
+string) and the flags of `lenvm generate` are all this. Lengths are generated tokens, the ending
+token counted, as `usage.completion_tokens` reports them.
 """
 
 import json
@@ -35,16 +35,16 @@ class LengthControl(BaseModel):
     at_least: Tokens | None = None
     """Generate no fewer than this many tokens."""
     tilt: Annotated[float, Field(ge=-10_000, le=10_000)] | None = None
-    """Scale s of p'(x) ~ p(x) exp(-s u(x)), u = -V: s > 0 shortens, s < 0 lengthens, 0 is the generator."""
+    """Scale s of p(x) exp(-s u(x)), u = -V: s > 0 shortens, s < 0 lengthens."""
 
     rule: RuleName | None = None
-    """How a length goal acts; None takes the best the value model allows (conditional, else soft)."""
+    """How a goal acts; None takes the best that the value model allows (conditional, else soft)."""
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """`equal_to` T counts as met within T (1 +- tolerance): the interval of the conditional rule."""
+    """`equal_to` T counts as met within T (1 +- tolerance)."""
     strength: Annotated[float, Field(ge=0, le=10_000)] = 100.0
     """Soft rule: p(x) exp(-strength |u(x) - u*|)."""
     evidence: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """Conditional rule: p(x) P(length in interval | x)^evidence. 1 is Bayes' rule, 0 the generator."""
+    """Conditional: p(x) P(length in interval | x)^evidence. 1 is Bayes' rule, 0 the generator."""
 
     top_k: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = 15
     """At most this many candidates are scored at a step."""
@@ -53,7 +53,7 @@ class LengthControl(BaseModel):
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Candidates have at least this fraction of the most likely token's probability."""
     min_entropy: Annotated[float, Field(ge=0)] = 0.0
-    """Act only where the candidates' entropy (nats) is at least this: elsewhere the text is left alone."""
+    """Act only where the candidates' entropy (nats) is at least this; leave other tokens alone."""
 
     @model_validator(mode="after")
     def _one_goal(self) -> Self:
@@ -67,7 +67,7 @@ class LengthControl(BaseModel):
 
     @classmethod
     def parse(cls, value: "str | dict[str, Any] | LengthControl") -> "LengthControl":
-        """Read a control from JSON text, a dict, or a control. Raises ControlError, never another."""
+        """Read a control from JSON text, a dict, or a control. Raises ControlError only."""
         if isinstance(value, LengthControl):
             return value
         if isinstance(value, str):

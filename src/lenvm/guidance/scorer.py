@@ -36,8 +36,13 @@ class CandidateScorer:
     @torch.inference_mode()
     def score(self, request_ids: Sequence[str], candidate_ids_RK: Tensor) -> LengthBelief:
         """Belief in the state after each candidate, over [R, K]; -1 pads."""
-        hidden = self.decoder.peek(request_ids, candidate_ids_RK)
-        return self.model.belief(self.model.head(hidden))
+        return self.model.belief(self.score_raw(request_ids, candidate_ids_RK))
+
+    @torch.inference_mode()
+    def score_raw(self, request_ids: Sequence[str], candidate_ids_RK: Tensor) -> Tensor:
+        """Raw head outputs after each candidate: [R, K, D] fp32."""
+        raw: Tensor = self.model.head(self.decoder.peek(request_ids, candidate_ids_RK))
+        return raw
 
     def commit(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> None:
         """Keep the chosen candidates."""

@@ -358,7 +358,10 @@ def _refuse_unsupported(config: Any) -> None:
     name = config.model_type
     if getattr(config, "attn_logit_softcapping", None):
         raise InputError(f"{name}: attention with soft-capped logits is not supported")
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(config, "layer_types", None) or []) - {
+        "full_attention",
+        "sliding_attention",
+    }
     if kinds:
         raise InputError(f"{name}: layers of type {', '.join(sorted(kinds))} are not supported")
     if name in {"gpt_oss", "mamba", "mamba2", "rwkv", "jamba", "t5", "bart"}:

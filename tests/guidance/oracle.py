@@ -1,0 +1,109 @@
+"""A Markov generator whose remaining length is known exactly, and a scorer that knows it."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from lenvm.guidance.session import GuidanceSession, Guided
+from lenvm.model.head import DistributionBelief, LengthBins, ScalarBelief
+from lenvm.returns import length_to_logit
+
+EOS = 0
+GAMMA = 0.95
+BINS = LengthBins(num_single=200, growth=1.5)
+
+
+class Markov:
+    """Token x follows y with probability transition[y, x]; token 0 ends."""
+
+    def __init__(self, size: int = 4, seed: int = 0, end: float = 0.15) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        moves = torch.rand(size, size, generator=generator, dtype=torch.float64) + 0.05
+        moves[:, EOS] = 0
+        ends = end * (0.3 + 1.4 * torch.rand(size, generator=generator, dtype=torch.float64))
+        self.transition = moves / moves.sum(1, keepdim=True) * (1 - ends[:, None])
+        self.transition[:, EOS] = ends
+        # after[n, y] = P(n more tokens | last token y), n = 1 .. 200
+        after = [self.transition[:, EOS]]
+        stay = self.transition.clone()
+        stay[:, EOS] = 0
+        for _ in range(199):
+            after.append(stay @ after[-1])
+        self.after = torch.stack(after)
+
+    def logits(self, token: int) -> Tensor:
+        return self.transition[token].log().float()
+
+
+class OracleScorer:
+    """CandidateScorer's interface with exact beliefs, scalar or distribution."""
+
+    gamma = GAMMA
+
+    def __init__(self, markov: Markov, head: str = "distribution") -> None:
+        self.markov, self.head_name = markov, head
+        width = len(BINS) if head == "distribution" else 1
+        self.model = SimpleNamespace(
+            config=SimpleNamespace(head=head),
+            head=SimpleNamespace(num_outputs=width),
+            belief=self.belief,
+        )
+        self.requests: dict[str, list[int]] = {}
+
+    def belief(self, raw: Tensor):
+        if self.head_name == "scalar":
+            return ScalarBelief(raw.squeeze(-1), GAMMA)
+        return DistributionBelief(raw, GAMMA, BINS)
+
+    def raw(self, tokens: Tensor) -> Tensor:
+        probs = self.markov.after[:, tokens.clamp(min=0)].movedim(0, -1)
+        if self.head_name == "scalar":
+            n = torch.arange(1, 201, dtype=torch.float64)
+            u = (probs * -torch.expm1(n * torch.tensor(GAMMA).double().log())).sum(-1)
+            return torch.logit(u).float().unsqueeze(-1)
+        logits = torch.full((*tokens.shape, len(BINS)), -60.0)
+        logits[..., :200] = probs.clamp(min=1e-30).log().float()
+        return logits
+
+    def add(self, requests):
+        self.requests.update({r: list(ids) for r, ids in requests.items()})
+        return self.belief(self.raw(torch.tensor([ids[-1] for ids in requests.values()])))
+
+    def extend(self, requests):
+        for request_id, ids in requests.items():
+            self.requests[request_id].extend(ids)
+        return self.belief(self.raw(torch.tensor([ids[-1] for ids in requests.values()])))
+
+    def score_raw(self, request_ids, candidate_ids_RK):
+        assert all(r in self.requests for r in request_ids)
+        return self.raw(candidate_ids_RK)
+
+    def commit(self, request_ids, token_ids):
+        for request_id, token in zip(request_ids, token_ids, strict=True):
+            self.requests[request_id].append(int(token))
+
+    def remove(self, request_ids):
+        for request_id in request_ids:
+            del self.requests[request_id]
+
+
+class PointScorer(OracleScorer):
+    """Token k >= 1 means: exactly k more tokens follow. The generator counts down to EOS."""
+
+    def raw(self, tokens: Tensor) -> Tensor:
+        return length_to_logit(tokens.clamp(min=1), GAMMA).unsqueeze(-1)
+
+
+def session(markov: Markov, head: str = "distribution") -> GuidanceSession:
+    return GuidanceSession(OracleScorer(markov, head), eos_token_ids=[EOS])  # type: ignore[arg-type]
+
+
+def step_probs(guidance: GuidanceSession, markov: Markov, name: str, last: int) -> dict[int, float]:
+    """Probability of each next token under guidance."""
+    found = guidance.step([name], markov.logits(last).unsqueeze(0))
+    probs = found.log_probs[0].exp().tolist()
+    return {t: p for t, p in zip(found.ids[0].tolist(), probs, strict=True) if t >= 0}
+
+
+__all__ = ["BINS", "EOS", "GAMMA", "Guided", "Markov", "OracleScorer", "session", "step_probs"]
