@@ -7,8 +7,9 @@ that every epoch costs the upper layers alone.
 import copy
 import json
 import math
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,9 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         self.evaluate()
         return time.perf_counter() - start
 
+    def _get_train_sampler(self, *_: Any) -> "_RunSampler":
+        return _RunSampler(len(self.train_dataset), self.lenvm.epochs, self.lenvm.seed)
+
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
         """AdamW with the head's own learning rate."""
         if getattr(self, "optimizer", None) is None:
@@ -270,6 +274,25 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         self.val_losses = [row["eval_loss"] for row in rows if "eval_loss" in row] or [math.nan]
 
 
+class _RunSampler(torch.utils.data.Sampler[int]):
+    """Order of the batches over the whole run, epoch after epoch: a pure function of the seed.
+
+    The Trainer sees one epoch, so that a resumed run skips exactly what was done.
+    """
+
+    def __init__(self, size: int, epochs: float, seed: int) -> None:
+        self.size, self.total, self.seed = size, math.ceil(size * epochs), seed
+
+    def __iter__(self) -> Iterator[int]:
+        for start in range(0, self.total, self.size):
+            order = list(range(self.size))
+            random.Random(f"{self.seed}/{start}").shuffle(order)
+            yield from order[: self.total - start]
+
+    def __len__(self) -> int:
+        return self.total
+
+
 class _Progress(TrainerCallback):  # type: ignore[misc]
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -304,7 +327,7 @@ def _arguments(config: TrainingConfig, steps: int) -> TrainingArguments:
         output_dir=str(output.with_name(output.name + ".state")),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=config.accumulation,
-        num_train_epochs=config.epochs,
+        num_train_epochs=1,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=round(config.warmup_ratio * steps),
