@@ -24,6 +24,7 @@ from lenvm.data.dataset import IGNORED, PackedDataset, TokenStore, pack, plan_ba
 from lenvm.data.trajectory import read_trajectories
 from lenvm.errors import DataError, TrainingError
 from lenvm.files import JsonlWriter, claim, read_json, write_json
+from lenvm.model.device import has_fast_bf16, pick_device
 from lenvm.model.head import DistributionHead
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
 from lenvm.training.attention import use_packed_attention
@@ -69,7 +70,7 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
     gamma = config.gamma
     if gamma == "auto":
         gamma = returns.compute_gamma(stores["train"].completion_lengths.tolist())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     torch.manual_seed(config.seed)  # the fresh head
     model = LengthValueModel.build(
         config.backbone, LenVMConfig(gamma=gamma, head=config.head), dtype=torch.float32
@@ -332,7 +333,7 @@ def _arguments(config: TrainingConfig, steps: int) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=round(config.warmup_ratio * steps),
         max_grad_norm=1.0,
-        bf16=torch.cuda.is_available(),
+        bf16=has_fast_bf16(pick_device()),
         gradient_checkpointing=config.gradient_checkpointing,
         logging_steps=max(1, steps // 50),
         eval_strategy="steps",
