@@ -13,8 +13,8 @@ Shape legend: R rows, K candidates, G grid points.
 import torch
 from torch import Tensor
 
-NUM_POINTS = 31
-NUM_ROUNDS = 9
+NUM_POINTS = 15
+NUM_ROUNDS = 10
 MAX_ASINH = 32.0
 """|theta| up to 4e13: values that differ by one fp32 rounding are still told apart."""
 
