@@ -4,7 +4,7 @@ Speaks `/v1/models`, `/v1/chat/completions` and `/v1/completions` (no streaming)
 words `w<id>` separated by blanks, one word a token, then the ending token `EOS`; its length and its
 words follow from the request's prompt and seed, or from chance. In tests:
 
-    with running(StubServer(owned_by="vllm")) as stub:
+    with stub_server(owned_by="vllm") as stub:
         ... stub.url, stub.requests, stub.num_completions
 
 In another process (benchmarks): `python tests/stub_server.py --port 0`, which prints its URL.
@@ -26,12 +26,14 @@ REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 429: "Too Many", 500
 
 
 @dataclass
-class StubServer:
+class Stub:
     """What the stub answers. Fields may be changed while it runs."""
 
     model: str = "stub"
     owned_by: str = "vllm"
     """vllm: token ids by `return_token_ids`; sglang: by `return_meta_info`; else none at all."""
+    token_ids: bool = True
+    """False: keep the token ids back, whatever is asked for."""
     min_length: int = 1
     max_length: int = 40
     """Lengths are drawn from [min_length, max_length], the ending token counted."""
@@ -41,8 +43,8 @@ class StubServer:
     fail_share: float = 0.0
     """Answer this share of completion requests with `fail_status`."""
     fail_status: int = 500
-    reject: str | None = None
-    """Answer 400 to requests whose body holds this text."""
+    fail_when: str | None = None
+    """Answer requests whose body holds this text with `fail_status`."""
     reject_fields: tuple[str, ...] = ()
     """Answer 400 to requests with one of these fields, as strict servers do."""
     usage_error: int = 0
@@ -55,6 +57,7 @@ class StubServer:
     num_completions: int = 0
     port: int = 0
     host: str = "127.0.0.1"
+    connections: set[asyncio.Transport] = field(default_factory=set)
     _random: random.Random = field(default_factory=lambda: random.Random(0))
 
     @property
@@ -72,10 +75,10 @@ class StubServer:
         self.num_requests += 1
         if self.keep_requests:
             self.requests.append(request)
-        if self.num_requests <= self.fail_first or self._random.random() < self.fail_share:
-            return self.fail_status, b'{"error": {"message": "the stub was told to fail"}}'
-        extra = [name for name in self.reject_fields if name in request]
-        if extra or (self.reject and self.reject in body.decode()):
+        fails = self.num_requests <= self.fail_first or self._random.random() < self.fail_share
+        if fails or (self.fail_when and self.fail_when in body.decode()):
+            return self.fail_status, b'{"error": {"message": "made to fail"}}'
+        if extra := [name for name in self.reject_fields if name in request]:
             message = f"Unrecognized request argument supplied: {', '.join(extra)}"
             return 400, json.dumps({"error": {"message": message}}).encode()
         return 200, self._complete(request, chat=path.endswith("chat/completions"))
@@ -108,7 +111,8 @@ class StubServer:
                 "total_tokens": len(prompt_ids) + total + self.usage_error,
             },
         }
-        if self.owned_by == "vllm" and chat and request.get("return_token_ids"):
+        asked = self.token_ids and request.get("return_token_ids")
+        if self.owned_by == "vllm" and chat and asked:
             answer["prompt_token_ids"] = prompt_ids
         return json.dumps(answer).encode()
 
@@ -128,6 +132,8 @@ class StubServer:
             choice["message"] = {"role": "assistant", "content": text}
         else:
             choice["text"] = text
+        if not self.token_ids:
+            return choice
         if self.owned_by == "vllm" and request.get("return_token_ids"):
             choice["token_ids"] = ids
             if not chat:
@@ -148,12 +154,16 @@ class StubServer:
 class _Connection(asyncio.Protocol):
     """HTTP/1.1 with keep-alive: as little of it as a client of completions uses."""
 
-    def __init__(self, stub: StubServer) -> None:
+    def __init__(self, stub: Stub) -> None:
         self.stub, self.buffer = stub, b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        self.stub.connections.add(transport)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.stub.connections.discard(self.transport)
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -188,20 +198,22 @@ class _Connection(asyncio.Protocol):
 
 
 @contextmanager
-def running(stub: StubServer) -> Iterator[StubServer]:
-    """Serve from a thread of this process."""
+def stub_server(**options: Any) -> Iterator[Stub]:
+    """A Stub that serves from a thread of this process."""
+    stub = Stub(**options)
     ready, loop = threading.Event(), asyncio.new_event_loop()
+    stop = asyncio.Event()
 
-    async def serve(stop: asyncio.Event) -> None:
+    async def serve() -> None:
         server = await stub.start()
         ready.set()
         await stop.wait()
         server.close()
-        server.close_clients()
-        await server.wait_closed() if hasattr(server, "close_clients") else None
+        for connection in list(stub.connections):
+            connection.abort()
+        await asyncio.sleep(0.01)  # transports close in the next turns of the loop
 
-    stop = asyncio.Event()
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve(stop)), daemon=True)
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
     thread.start()
     assert ready.wait(10)
     try:
@@ -220,7 +232,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=40)
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
     args = parser.parse_args()
-    stub = StubServer(
+    stub = Stub(
         port=args.port,
         owned_by=args.owned_by,
         min_length=args.min_length,
