@@ -1,4 +1,4 @@
-"""A stub of an OpenAI-compatible server: real HTTP on 127.0.0.1, invented completions, chosen faults.
+"""A stub of an OpenAI-compatible server: real HTTP, invented completions, chosen faults.
 
 Speaks `/v1/models`, `/v1/chat/completions` and `/v1/completions` (no streaming). A completion is
 words `w<id>` separated by blanks, one word a token, then the ending token `EOS`; its length and its

@@ -222,7 +222,7 @@ def claim(product: Path, kind: str, config: Mapping[str, Any]) -> bool:
             ]
             raise InputError(
                 f"{product} was made with other settings:\n" + "\n".join(rows) + "\n"
-                "Use another output path, the earlier settings, or delete the file and its manifest."
+                "Use another output path or the earlier settings, or delete file and manifest."
             )
         return True
     if product.is_file() and product.stat().st_size > 0:

@@ -43,7 +43,12 @@ def register(app: typer.Typer) -> None:
             list[str] | None,
             typer.Option(help="Keep prompts with FIELD=VALUE, such as split=train; repeatable."),
         ] = None,
-        field: Annotated[str | None, typer.Option(help="Field that holds the prompt.")] = None,
+        field: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="Field of the prompt, or NAME=FIELD (prompt, domain, split, images)."
+            ),
+        ] = None,
         domain: Annotated[str | None, typer.Option(help="Domain of every prompt.")] = None,
         shard: Annotated[
             str | None, typer.Option(help="I/K: the I-th (from 0) of K parts of the prompts.")
@@ -87,6 +92,7 @@ def register(app: typer.Typer) -> None:
             seed=shuffle,
             where=where or [],
             shard=shard,
+            image_dir=output.with_name(output.stem + ".images"),
         )
         values: dict[str, Any] = {
             "temperature": temperature,
@@ -140,7 +146,9 @@ def _parse_extra(text: str | None) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise InputError(f"--extra is {text!r}; it must be a JSON object such as '{{\"stop\": []}}'")
+        raise InputError(
+            f"--extra is {text!r}; it must be a JSON object such as '{{\"stop\": []}}'"
+        )
     return value
 
 

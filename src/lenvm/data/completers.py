@@ -128,11 +128,12 @@ class HttpCompleter:
         return self.model
 
     async def complete(self, request: SampleRequest) -> list[Sampled]:
+        asks = self._asks_for_ids
         path, body = self._build_body(request)
         try:
             answer = await self._call("POST", path, body)
         except CompletionError as error:
-            if not (error.kind == "refused" and self._asks_for_ids and _names_extension(error)):
+            if not (error.kind == "refused" and asks and _names_extension(error)):
                 raise
             self._asks_for_ids = False  # a server that takes no extensions: re-tokenise instead
             path, body = self._build_body(request)
@@ -155,7 +156,8 @@ class HttpCompleter:
         except openai.APIConnectionError as error:
             raise CompletionError("unreachable", str(error.__cause__ or error)) from None
         except openai.APIStatusError as error:
-            raise _status_error(error.status_code, error.message) from None
+            said = error.body.get("message") if isinstance(error.body, dict) else None
+            raise _status_error(error.status_code, str(said or error.message)) from None
         except (ValueError, openai.APIError) as error:
             raise CompletionError("transient", f"the answer is not JSON: {error}") from None
         if not isinstance(answer, dict):
