@@ -159,6 +159,21 @@ class JsonlWriter:
         self.close()
 
 
+@contextmanager
+def replace_jsonl(path: Path) -> Iterator[JsonlWriter]:
+    """A writer whose lines become `path` when the block ends, and vanish when it fails."""
+    part = path.with_name(f".{path.name}.part")
+    with _explaining(part):
+        part.unlink(missing_ok=True)
+    try:
+        with JsonlWriter(part) as writer:
+            yield writer
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def _mend_last_line(path: Path) -> None:
     """End a last line without newline, as `read_jsonl` sees it: keep a whole object, cut a part."""
     with path.open("rb+") as file:
