@@ -136,7 +136,7 @@ def _read_parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_text_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if line.strip():
             yield f"{path}:{number}", {"prompt": line}
 

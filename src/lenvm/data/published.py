@@ -2,9 +2,10 @@
 
 A published row is text: `conversations` [{from, value}] of which the last is the answer,
 `meta_info` {answer_token_length, lenvm_idx, split, dataset_name, model_name, temperature, top_p,
-top_k, max_tokens}, `source_fields`, `images`. It has neither token ids nor a finish reason: the ids are
-made anew with the generator's tokenizer and compared with `answer_token_length`, and an answer that
-fills `max_tokens` counts as truncated. Grouped files hold the answers of a prompt side by side.
+top_k, max_tokens}, `source_fields`, `images`. It has neither token ids nor a finish reason: the
+ids are made anew with the generator's tokenizer and compared with `answer_token_length`, and an
+answer that fills `max_tokens` counts as truncated. Grouped files hold the answers of a prompt side
+by side.
 """
 
 import json
