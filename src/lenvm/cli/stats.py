@@ -52,22 +52,30 @@ def _print(found: Any) -> None:
     from lenvm.cli._console import print_table
     from lenvm.data.stats import PERCENTILES
 
-    columns = ["domain", "split", "prompts", "completions", "truncated", "tokens", "mean"]
-    rows = [
-        (
-            g.domain,
-            g.split,
-            g.num_prompts,
-            g.num_completions,
-            f"{100 * g.truncated_share:.1f}%",
-            g.num_tokens,
-            f"{g.mean:.1f}",
-            *(g.percentiles[p] for p in PERCENTILES),
-            g.max,
-        )
-        for g in found.groups
-    ]
-    print_table("Lengths", [*columns, *(f"p{p}" for p in PERCENTILES), "max"], rows)
+    names = [g.domain if g.domain == g.split else f"{g.domain}/{g.split}" for g in found.groups]
+    groups = list(zip(names, found.groups, strict=True))
+    print_table(
+        "Completions",
+        ["domain/split", "prompts", "completions", "truncated", "tokens"],
+        [
+            (
+                name,
+                g.num_prompts,
+                g.num_completions,
+                f"{100 * g.truncated_share:.1f}%",
+                g.num_tokens,
+            )
+            for name, g in groups
+        ],
+    )
+    print_table(
+        "Tokens of a completion, by percentile",
+        ["domain/split", "mean", *(f"{p}%" for p in PERCENTILES), "max"],
+        [
+            (name, f"{g.mean:.0f}", *(g.percentiles[p] for p in PERCENTILES), g.max)
+            for name, g in groups
+        ],
+    )
     least, mean, most = found.completions_per_prompt
     typer.echo(f"completions per prompt: {least} to {most}, {mean:.2f} on average")
     typer.echo(f"models: {', '.join(f'{m} ({n})' for m, n in found.models.items())}")

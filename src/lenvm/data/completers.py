@@ -6,10 +6,10 @@ kind of server calls its extensions. It neither retries nor schedules: `sampler`
 wrong is a `CompletionError` that says whether trying again, or elsewhere, can help.
 """
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -148,13 +148,15 @@ class HttpCompleter:
 
         try:
             if method == "GET":
-                answer = await self._client.get(path, cast_to=object)
+                answer = await self._client.get(path, cast_to=object, options={"timeout": 30.0})
             else:
                 answer = await self._client.post(path, cast_to=object, body=body)
-        except openai.APITimeoutError:
-            raise CompletionError("transient", "no answer within the time limit") from None
         except openai.APIConnectionError as error:
-            raise CompletionError("unreachable", str(error.__cause__ or error)) from None
+            causes = _find_causes(error)
+            if any(isinstance(cause, TimeoutError) for cause in causes):
+                raise CompletionError("transient", "no answer within the time limit") from None
+            cause = next((c for c in causes if isinstance(c, OSError)), causes[-1])
+            raise CompletionError("unreachable", str(cause) or type(cause).__name__) from None
         except openai.APIStatusError as error:
             said = error.body.get("message") if isinstance(error.body, dict) else None
             raise _status_error(error.status_code, str(said or error.message)) from None
@@ -265,6 +267,14 @@ def _split_usage(
     return [{"prompt_tokens": int(prompt), "completion_tokens": count} for count in counts]
 
 
+def _find_causes(error: BaseException) -> list[BaseException]:
+    """What the network said: transports wrap it, and not each names it rightly."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    return causes
+
+
 def _status_error(status: int, message: str) -> CompletionError:
     if status in (401, 403, 404, 405):
         return CompletionError("closed", f"HTTP {status}: {message}")
@@ -287,7 +297,7 @@ def _open_client(url: str, api_key: str, max_connections: int, timeout_s: float)
     )
     timeout = openai.Timeout(timeout_s, connect=10.0)
     make = openai.DefaultAsyncHttpxClient
-    if importlib.util.find_spec("aiohttp"):
+    if find_spec("aiohttp"):
         make = openai.DefaultAioHttpClient  # type: ignore[assignment]
     return openai.AsyncOpenAI(
         base_url=url,

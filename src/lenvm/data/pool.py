@@ -200,7 +200,8 @@ class Pool:
         rows = "\n".join(f"  {name}: {why}" for name, why in self.report.set_aside.items())
         raise EndpointError(
             f"no endpoint is left:\n{rows}\n{self.report.num_written} completions were written to "
-            f"{self.report.path}. Start the server again and run the same command: it continues."
+            f"{self.report.path}. Mend what it says, start the server again where it stopped, and "
+            "run the same command: it continues."
         )
 
 
