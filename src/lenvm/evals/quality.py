@@ -1,0 +1,56 @@
+"""Quality of a text beside its length: repetition, diversity, how it ends. Text in, numbers out.
+
+Units of n-grams are lower-cased words; a Chinese or Japanese character is a word of its own. The
+measures need no model, so that every server's answers are measured alike.
+"""
+
+import re
+from typing import Any
+
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]*[^\W_][^\s{CJK}]*")
+SENTENCE_ENDS = ".!?…。！？"  # noqa: RUF001
+CLOSERS = "\"'”’»)]}）】」』*_"  # noqa: RUF001
+
+
+def split_words(text: str) -> list[str]:
+    """Words: runs without white space that hold a letter or digit; CJK characters one by one."""
+    return WORD.findall(text)
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """rep-n: share of n-grams that occurred before in the same text. 0 for fewer than n words."""
+    grams = _ngrams(text, n)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(text: str, n: int) -> float:
+    """distinct-n: different n-grams over all n-grams of the text. 0 for fewer than n words."""
+    grams = _ngrams(text, n)
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def ends_at_sentence(text: str) -> bool:
+    """True where the text ends with a sentence (mark, closing marks) or a code block."""
+    text = text.rstrip()
+    if text.endswith("```"):
+        return text.count("```") % 2 == 0
+    return text.rstrip(CLOSERS).endswith(tuple(SENTENCE_ENDS))
+
+
+def measure_text(text: str, finish_reason: str) -> dict[str, Any]:
+    """All of the above for one answer."""
+    ended, sentence = finish_reason == "stop", ends_at_sentence(text)
+    return {
+        "rep_4": repetition(text, 4),
+        "distinct_1": distinct(text, 1),
+        "distinct_2": distinct(text, 2),
+        "ended_by_eos": ended,
+        "sentence_end": sentence,
+        "natural_end": ended and sentence,
+    }
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = split_words(text.lower())
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
