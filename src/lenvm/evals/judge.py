@@ -30,7 +30,7 @@ Do not reward or punish length.
 Give one sentence of reasons, then a last line of the form
 Rating: N
 where N is a whole number from 1 (useless) to 10 (excellent)."""
-RATING = re.compile(r"rating\W{0,6}(10|[1-9])(?![\d.])", re.IGNORECASE)
+RATING = re.compile(r"rating\W{0,6}(10|[1-9])(?!\.?\d)", re.IGNORECASE)
 
 
 def parse_rating(text: str) -> int | None:

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]*[^\W_][^\s{CJK}]*")
+WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]*[^\W_{CJK}][^\s{CJK}]*")
 SENTENCE_ENDS = ".!?…。！？"  # noqa: RUF001
 CLOSERS = "\"'”’»)]}）】」』*_"  # noqa: RUF001
 

@@ -120,7 +120,7 @@ def write_results(
         **summary,
     }
     write_json(folder / "summary.json", whole)
-    return whole
+    return dict(read_json(folder / "summary.json"))
 
 
 def encode_line(value: Mapping[str, Any]) -> bytes:
