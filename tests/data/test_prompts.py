@@ -64,7 +64,12 @@ def test_limit_seed_filter_and_domain(tmp_path: Path):
 
 def test_messages_and_instruction_with_input(tmp_path: Path):
     rows: list[dict[str, object]] = [
-        {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]},
+        {
+            "messages": [
+                {"role": "system", "content": "Be kind."},
+                {"role": "user", "content": "Hi"},
+            ]
+        },
         {"instruction": "Translate", "input": "Bonjour"},
     ]
     first, second = load_prompts(write(tmp_path / "p.jsonl", rows))

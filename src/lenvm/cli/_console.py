@@ -1,12 +1,13 @@
 """What the commands share: the console, progress bars, tables."""
 
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
 
 def console() -> "Console":
@@ -16,25 +17,50 @@ def console() -> "Console":
     return Console(stderr=True, highlight=False)
 
 
-def progress() -> "Progress":
-    """A progress bar with count, rate and time left; silent bars where stderr is not a terminal."""
+@contextmanager
+def stages() -> "Iterator[Callable[[str, int, int], None]]":
+    """Progress by stage: a bar with count, rate and time left; plain lines without a terminal.
+
+    Yields `advance(stage, done, total)`.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
         TextColumn,
+        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
-    return Progress(
-        TextColumn("{task.description:<34}"),
+    started: dict[str, float] = {}
+    printed: dict[str, float] = {}
+    tasks: dict[str, Any] = {}
+    bars = Progress(
+        TextColumn("{task.description:<24}"),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]:>9}"),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console(),
         disable=not sys.stderr.isatty(),
     )
+
+    def advance(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        begun = started.setdefault(stage, now)
+        rate = f"{done / (now - begun):.2f}/s" if now > begun else ""
+        if not bars.disable:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, rate="")
+            bars.update(tasks[stage], completed=done, total=total, rate=rate)
+        elif done == total or now - printed.get(stage, -60.0) >= 15:
+            printed[stage] = now
+            left = f", {(now - begun) / done * (total - done):.0f} s left" if done else ""
+            print(f"{stage}: {done}/{total} {rate}{left}", file=sys.stderr, flush=True)
+
+    with bars:
+        yield advance
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

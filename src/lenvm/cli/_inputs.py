@@ -8,7 +8,7 @@ from lenvm.errors import InputError
 
 
 def read_prompts(texts: list[str] | None, file: Path | None, limit: int | None) -> list[Any]:
-    """Prompts of the command line: texts, a file (`lenvm.data.prompts`), or `-` for standard input."""
+    """Prompts of the command line: texts, a file, or `-` for standard input."""
     from lenvm.data.prompts import Prompt, load_prompts
 
     if texts and file:
@@ -25,17 +25,9 @@ def read_prompts(texts: list[str] | None, file: Path | None, limit: int | None) 
 def load_value_model(name: str | None, *, device: str) -> Any:
     """A value model by folder; None takes the one in the package, else the demo's."""
     from lenvm.model.bundled import bundled_value_model
+    from lenvm.model.device import pick_dtype
     from lenvm.model.value_model import LengthValueModel
 
-    return LengthValueModel.from_pretrained(name or bundled_value_model(), device=device)
-
-
-def pick_device(device: str | None) -> str:
-    """The device asked for, else `cuda` where there is one, else `cpu`."""
-    import torch
-
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device is {device!r}, but torch sees no GPU here; use cpu")
-    return device
+    return LengthValueModel.from_pretrained(
+        name or bundled_value_model(), device=device, dtype=pick_dtype(device)
+    )

@@ -36,9 +36,10 @@ def register(app: typer.Typer) -> None:
         limit: Annotated[int | None, typer.Option(min=1, help="First LIMIT prompts only.")] = None,
     ) -> None:
         """Generate answers, with the length you ask for."""
-        from lenvm.cli._inputs import load_value_model, pick_device, read_prompts
+        from lenvm.cli._inputs import load_value_model, read_prompts
         from lenvm.engines.sampling import SamplingParams
         from lenvm.engines.transformers import Request, TransformersEngine
+        from lenvm.model.device import pick_device, pick_dtype
         from lenvm.model.tokenization import encode_prompt
 
         goals = {"equal_to": equal_to, "at_most": at_most, "at_least": at_least, "tilt": tilt}
@@ -49,7 +50,9 @@ def register(app: typer.Typer) -> None:
         rows = read_prompts(prompts, prompts_file, limit)
         device = pick_device(device)
         value_model = load_value_model(lenvm, device=device) if control or lenvm else None
-        engine = TransformersEngine.load(model, value_model, device=device)
+        engine = TransformersEngine.load(
+            model, value_model, device=device, dtype=pick_dtype(device)
+        )
         requests = [
             Request(
                 id=f"{i}-{j}",

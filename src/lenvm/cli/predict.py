@@ -24,7 +24,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Predict the length of each prompt's answer, in tokens, before it is written."""
         from lenvm.cli._console import print_table
-        from lenvm.cli._inputs import load_value_model, pick_device, read_prompts
+        from lenvm.cli._inputs import load_value_model, read_prompts
+        from lenvm.model.device import pick_device
         from lenvm.model.prediction import predict_lengths
         from lenvm.model.tokenization import encode_prompt
 

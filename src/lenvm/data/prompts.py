@@ -82,7 +82,7 @@ def load_prompts(
     `question`, `problem`, `instruction`, `text`, `input`). seed shuffles before `limit`. A row's
     own `split` is kept; others are split by hash. Raises DataError with file and line.
     """
-    if not (0 <= validation and 0 <= test and validation + test < 1):
+    if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise InputError(
             f"validation {validation} and test {test} are shares of the prompts: each from 0, "
             "together below 1"
@@ -223,4 +223,6 @@ def _read_hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
             f"{name} is a hub name, and reading it needs the package `datasets`: pip install datasets"
         ) from None
     rows = datasets.load_dataset(name, split=split, streaming=True)
-    yield from ((f"{name}[{i}]", json.loads(json.dumps(row, default=str))) for i, row in enumerate(rows))
+    yield from (
+        (f"{name}[{i}]", json.loads(json.dumps(row, default=str))) for i, row in enumerate(rows)
+    )

@@ -4,6 +4,9 @@ The counterpart of `lenvm.data.sampler`, which samples from servers; both write 
 both continue where a killed run stopped.
 """
 
+import itertools
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +29,13 @@ def rollout(
     sampling: SamplingParams,
     model: str,
     controls: Sequence[LengthControl | None] = (None,),
+    submit_for_s: float = math.inf,
     on_completion: Callable[[Completion], None] = lambda _: None,
 ) -> int:
     """Append the missing ones of n completions per prompt and control; returns how many were there.
 
-    `controls` are cycled over the n completions of a prompt (on-policy refinement samples under
+    After `submit_for_s` seconds no new completion is begun, and those begun are finished, so that
+    long answers are not left out; a later call goes on. `controls` are cycled over the n completions of a prompt (on-policy refinement samples under
     mixed targets). Raises InputError where `path` holds a run with other settings.
     """
     config = {
@@ -41,9 +46,8 @@ def rollout(
         "controls": [c and c.model_dump(exclude_defaults=True) for c in controls],
     }
     claim(path, "trajectories", config)
-    done = (
-        {t.id for t in read_trajectories(path)} if path.exists() and path.stat().st_size else set()
-    )
+    started = path.exists() and path.stat().st_size > 0
+    done = {t.id for t in read_trajectories(path)} if started else set()
     wanted: dict[str, tuple[Prompt, Request]] = {}
     for prompt in prompts:
         ids = tuple(encode_prompt(engine.tokenizer, prompt.conversation))
@@ -55,7 +59,11 @@ def rollout(
             if name not in done:
                 wanted[name] = (prompt, request)
     with JsonlWriter(path) as writer:
-        for completion in engine.generate(request for _, request in wanted.values()):
+        deadline = time.monotonic() + submit_for_s
+        requests = (r for _, r in wanted.values())
+        for completion in engine.generate(
+            itertools.takewhile(lambda _: time.monotonic() < deadline, requests)
+        ):
             prompt, request = wanted[completion.request.id]
             writer.write(_to_trajectory(prompt, completion, model).to_json())
             on_completion(completion)

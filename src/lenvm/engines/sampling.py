@@ -57,10 +57,10 @@ def draw(log_probs_RK: Tensor, uniform_R: Tensor, *, greedy_R: Tensor | None = N
     """
     probs = log_probs_RK.float().softmax(-1)
     cdf = probs.cumsum(-1)
-    target = uniform_R.unsqueeze(-1) * cdf[:, -1:]
+    total = cdf[:, -1:]
+    # below the total, so that rounding never picks a column past the last possible one
+    target = torch.minimum(uniform_R.unsqueeze(-1) * total, torch.nextafter(total, total - 1))
     index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
-    last_possible = log_probs_RK.shape[-1] - 1 - probs.flip(-1).gt(0).int().argmax(-1)
-    index = torch.minimum(index, last_possible)
     if greedy_R is not None:
         index = torch.where(greedy_R, log_probs_RK.argmax(-1), index)
     return index

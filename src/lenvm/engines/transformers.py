@@ -34,7 +34,7 @@ class Request:
 
     id: str
     prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     control: LengthControl | None = None
     track: bool = False
     """Report the predicted remaining length at every token (costs the value model's forward)."""
@@ -124,9 +124,7 @@ class TransformersEngine:
     def submit(self, request: Request) -> Completion:
         """Queue a request. Raises InputError or CapacityError where it can never run."""
         need = len(request.prompt_token_ids) + request.sampling.max_tokens
-        limit = min(
-            self.max_tokens, self.generator.config.get_text_config().max_position_embeddings
-        )
+        limit = min(self.max_tokens, self.decoder.max_positions)
         if not request.prompt_token_ids:
             raise InputError(f"request {request.id}: the prompt is empty")
         if need > limit:

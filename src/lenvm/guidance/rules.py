@@ -111,7 +111,8 @@ def apply_rules(
 
 def entropy(log_probs_RK: Tensor) -> Tensor:
     """Entropy of each row in nats: [R]."""
-    return torch.special.entr(log_probs_RK.exp()).sum(-1)
+    total: Tensor = torch.special.entr(log_probs_RK.exp()).sum(-1)
+    return total
 
 
 def _distance(u: Tensor, low: Tensor, high: Tensor, gamma: float) -> Tensor:

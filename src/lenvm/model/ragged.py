@@ -210,7 +210,9 @@ class RaggedDecoder:
                 self._peeked[0].pop(request_id, None)
         last: dict[str, Tensor] = {}
         for chunk in _chunks(requests, CHUNK):
-            segments, tokens, positions = [], [], []
+            segments: list[Segment] = []
+            tokens: list[int] = []
+            positions: list[int] = []
             for request_id, token_ids in chunk:
                 start = self._lengths[request_id]
                 segments.append(
