@@ -44,7 +44,7 @@ def find_control(body: Body) -> dict[str, Any] | None:
 
 @dataclass
 class Stub:
-    """What the server does. `plugin`: the wire form that it understands, None = no length control."""
+    """What the server does. `plugin`: the wire form it understands, None = no length control."""
 
     plugin: str | None = "lenvm"
     distribution: bool = True

@@ -3,8 +3,8 @@
 import socket
 
 import pytest
-from evals.stub import Stub, find_control, running, say
 
+from evals.stub import Stub, find_control, running, say
 from lenvm.errors import EndpointError, InputError
 from lenvm.evals.client import connect
 from lenvm.evals.generator import GenerationRequest, Sampling

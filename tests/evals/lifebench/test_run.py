@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
+
 from evals.stub import Stub, echo_length, find_control, running, say
 from evals.test_runner import Scripted
-
 from lenvm.errors import InputError
 from lenvm.evals.arms import parse_arms
 from lenvm.evals.client import connect
