@@ -5,12 +5,13 @@ is told to leave the length out: length has its own score.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lenvm.evals.generator import GenerationRequest, GenerationResponse, Generator, Sampling
+from lenvm.evals.runner import Progress, ignore_progress
 from lenvm.files import JsonlWriter, claim, read_jsonl
 
 INSTRUCTION = """You rate the quality of a text that a language model wrote for a task.
@@ -51,7 +52,7 @@ class Judge:
         folder: Path,
         records: Sequence[dict[str, Any]],
         *,
-        on_rating: Callable[[float | None], None] = lambda _: None,
+        progress: Progress = ignore_progress,
     ) -> None:
         """Rate the records that have no rating yet. Answers that hold none are kept as `null`."""
         path = folder / "judgements.jsonl"
@@ -62,6 +63,7 @@ class Judge:
             for _, row in (read_jsonl(path) if path.exists() else ())
             if row["rating"] is not None and row["text"] == texts.get(row["id"])
         }
+        rated = len(done)
         requests = [self._request(r) for r in records if r["id"] not in done]
         with JsonlWriter(path) as writer:
 
@@ -76,7 +78,9 @@ class Judge:
                         "error": response.error,
                     }
                 )
-                on_rating(rating)
+                nonlocal rated
+                rated += 1
+                progress("judge", rated, len(records))
 
             self.generator.generate(requests, keep)
 

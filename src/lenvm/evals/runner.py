@@ -17,6 +17,12 @@ from lenvm.files import JsonlWriter, claim, read_json, read_jsonl, write_bytes, 
 RECORD_SCHEMA = "lenvm.eval.record/1"
 SUMMARY_SCHEMA = "lenvm.eval.summary/1"
 Record = dict[str, Any]
+Progress = Callable[[str, int, int], None]
+"""(stage, done, total)."""
+
+
+def ignore_progress(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ def run_cases(
     cases: Iterable[Case],
     generator: Generator,
     *,
-    on_record: Callable[[Record], None] = lambda _: None,
+    progress: Progress = ignore_progress,
 ) -> list[Record]:
     """Answer the cases that `folder/records.jsonl` has no good answer for; all records, in order.
 
@@ -58,13 +64,17 @@ def run_cases(
     records = load_records(folder) if path.exists() else {}
     wanted = {case.id: case for case in cases}
     todo = [c for c in wanted.values() if records.get(c.id, {"error": ""})["error"] is not None]
+    done = len(wanted) - len(todo)
+    progress(evaluation, done, len(wanted))
     with JsonlWriter(path) as writer:
 
         def keep(response: GenerationResponse) -> None:
             record = _to_record(wanted[response.id], response, generator)
             writer.write(record)
             records[response.id] = record
-            on_record(record)
+            nonlocal done
+            done += 1
+            progress(evaluation, done, len(wanted))
 
         if todo:
             generator.generate((_seeded(case.request) for case in todo), keep)

@@ -1,7 +1,7 @@
 """`lenvm eval lifebench`: arms x constraints x targets x items x samples, scores and quality."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
@@ -22,7 +22,16 @@ from lenvm.evals.lifebench.items import (
     Unit,
     load_lifebench,
 )
-from lenvm.evals.runner import Case, Record, load_config, load_records, run_cases, write_results
+from lenvm.evals.runner import (
+    Case,
+    Progress,
+    Record,
+    ignore_progress,
+    load_config,
+    load_records,
+    run_cases,
+    write_results,
+)
 
 EVALUATION = "lifebench"
 
@@ -89,24 +98,22 @@ def run_lifebench(
     folder: Path,
     *,
     judge: Judge | None = None,
-    on_start: Callable[[int], None] = lambda _: None,
-    on_record: Callable[[Record], None] = lambda _: None,
+    progress: Progress = ignore_progress,
 ) -> dict[str, Any]:
     """Answer what is missing, grade everything, write the folder; returns the summary.
 
-    `on_start` gets the number of cases before the first request. Raises DataError for a bad file,
-    InputError for a target over the server's limit or a folder of another configuration.
+    Raises DataError for a bad file, InputError for a target over the server's limit or a folder of
+    another configuration.
     """
     items = load_lifebench(config.file, limit=config.limit)
     check_limit(config, generator)
     skipped = {arm.name: _why_skipped(arm, config, generator) for arm in config.arms}
     active = [arm for arm in config.arms if skipped[arm.name] is None]
-    cases = list(_build_cases(config, items, active))
-    on_start(len(cases))
+    cases = _build_cases(config, items, active)
     manifest = config.to_json(generator.model)
-    records = run_cases(folder, EVALUATION, manifest, cases, generator, on_record=on_record)
+    records = run_cases(folder, EVALUATION, manifest, cases, generator, progress=progress)
     if judge is not None:
-        judge.score(folder, [r for r in records if r["error"] is None])
+        judge.score(folder, [r for r in records if r["error"] is None], progress=progress)
     return summarise(folder, records, manifest, skipped)
 
 

@@ -1,7 +1,7 @@
 """`lenvm eval length-prediction`: predictions for the prompts of trajectory files, their errors."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,14 @@ from lenvm.evals.prediction.baselines import predict_baselines
 from lenvm.evals.prediction.grading import grade_prompt, summarise_domain
 from lenvm.evals.prediction.groups import Groups, PromptGroup, load_groups
 from lenvm.evals.prediction.predictors import Predictor
-from lenvm.evals.runner import Record, load_config, load_records, write_results
+from lenvm.evals.runner import (
+    Progress,
+    Record,
+    ignore_progress,
+    load_config,
+    load_records,
+    write_results,
+)
 from lenvm.files import JsonlWriter, claim
 
 EVALUATION = "length-prediction"
@@ -51,8 +58,7 @@ def run_prediction(
     predictor: Predictor,
     folder: Path,
     *,
-    on_start: Callable[[int], None] = lambda _: None,
-    on_record: Callable[[Record], None] = lambda _: None,
+    progress: Progress = ignore_progress,
 ) -> dict[str, Any]:
     """Predict what is missing, grade everything, write the folder; returns the summary."""
     groups = load_groups(
@@ -61,11 +67,11 @@ def run_prediction(
         min_completions=config.min_completions,
         limit=config.limit,
     )
-    on_start(len(groups.evaluated))
     manifest = config.to_json(predictor)
     path = folder / "records.jsonl"
     claim(path, f"eval.{EVALUATION}", manifest)
     records = load_records(folder) if path.exists() else {}
+    total = len(groups.evaluated)
     todo = [g for g in groups.evaluated if g.id not in records]
     with JsonlWriter(path) as writer:
         for start in range(0, len(todo), config.chunk):
@@ -73,7 +79,7 @@ def run_prediction(
             for record in predict_groups(part, predictor, config.num_traced):
                 writer.write(record)
                 records[record["id"]] = record
-                on_record(record)
+            progress(EVALUATION, total - len(todo) + start + len(part), total)
     return summarise(folder, records, groups, manifest)
 
 
