@@ -168,26 +168,24 @@ class RaggedDecoder:
         A token that the last `peek` evaluated keeps its key and value; others are forwarded.
         """
         self._check_known(request_ids)
-        tokens = torch.as_tensor(token_ids_R).tolist()
-        kept_rows, kept_flat, others = [], [], {}
-        for request_id, token in zip(request_ids, tokens, strict=True):
-            found = self._find_peeked(request_id, token)
-            if found is None:
-                others[request_id] = (token,)
-            else:
-                kept_rows.append(found[0])
-                kept_flat.append(found[1])
+        tokens = torch.as_tensor(token_ids_R, device=self.device)
+        flat = self._find_peeked(request_ids, tokens)
+        others = {
+            r: (t,)
+            for r, t, at in zip(request_ids, tokens.tolist(), flat, strict=True)
+            if at is None
+        }
         for request_id, token_ids in others.items():
             self._check_tokens(request_id, token_ids)
         self._check_room(dict.fromkeys(request_ids, (0,)))
-        if kept_rows and self._peeked is not None:
+        kept = [(r, at) for r, at in zip(request_ids, flat, strict=True) if at is not None]
+        if kept and self._peeked is not None:
             index, _, plan = self._peeked
             if not plan.single:
-                self._keep(plan, kept_rows, kept_flat)
-            names = list(index)
-            for row in kept_rows:
-                self._lengths[names[row]] += 1
-                del index[names[row]]
+                self._keep(plan, [index[r] for r, _ in kept], [at for _, at in kept])
+            for request_id, _ in kept:
+                self._lengths[request_id] += 1
+                del index[request_id]
         if others:
             self._append(others)
 
@@ -246,17 +244,19 @@ class RaggedDecoder:
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
-    def _find_peeked(self, request_id: str, token: int) -> tuple[int, int] | None:
-        """(row, index among the packed candidates) of a peeked token."""
-        if self._peeked is None or request_id not in self._peeked[0]:
-            return None
+    def _find_peeked(self, request_ids: Sequence[str], tokens_R: Tensor) -> list[int | None]:
+        """Place of each token among the packed candidates of the last peek; None: not there."""
+        if self._peeked is None:
+            return [None] * len(request_ids)
         index, candidates, plan = self._peeked
-        row = list(index.values())[list(index).index(request_id)]
-        column = (candidates[row] == token).nonzero()
-        if not column.numel():
-            return None
-        at = row * plan.num_candidates + int(column[0])
-        return row, int(torch.searchsorted(plan.flat, at))
+        rows = [index.get(r) for r in request_ids]
+        at = torch.tensor([row or 0 for row in rows], device=self.device)
+        match = candidates[at] == tokens_R.unsqueeze(-1)
+        padded = at * plan.num_candidates + match.int().argmax(-1)
+        place = torch.where(match.any(-1), torch.searchsorted(plan.flat, padded), -1).tolist()
+        return [
+            None if row is None or flat < 0 else flat for row, flat in zip(rows, place, strict=True)
+        ]
 
     def _keep(self, plan: CandidatePlan, rows: list[int], flat: list[int]) -> None:
         """Copy chosen candidates from the stash into the store."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lenvm.errors import TrainingError
+
 NAME = "lenvm_packed"
 
 
@@ -71,17 +73,25 @@ def _flash(
     cu_seqlens: Tensor,
     max_length: int | None,
 ) -> Tensor:
+    import inspect
+
     from torch.nn.attention.varlen import varlen_attn
 
+    known = inspect.signature(varlen_attn).parameters  # torch 2.11 and 2.13 differ
     group = query.shape[1] // key.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     longest = max_length or int(cu_seqlens.diff().max())
     left = -1 if window is None else window - 1
-    out = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(left, 0)
-    )
+    options: dict[str, Any] = {"scale": scaling} if "scale" in known else {}
+    if "window_size" in known:
+        options["window_size"] = (left, 0)
+    elif window is None:
+        options["is_causal"] = True
+    else:
+        raise TrainingError("sliding-window attention needs a newer torch (2.13 has it)")
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     assert isinstance(out, Tensor)
     return out.unsqueeze(0)
 
