@@ -88,7 +88,7 @@ def load_prompts(
             "together below 1"
         )
     found: dict[str, Prompt] = {}
-    for where, row in _read_rows(source, hub_split):
+    for where, row in read_rows(source, hub_split):
         prompt = _to_prompt(row, where, field_name, domain)
         if "split" not in row:
             prompt = replace(prompt, split=split_of(prompt.prompt_hash, validation, test))
@@ -149,8 +149,11 @@ def _content_text(content: Any) -> str:
     return " ".join(str(p.get("text", "")) for p in parts if isinstance(p, dict))
 
 
-def _read_rows(source: str, hub_split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place for error messages, row) of a source."""
+def read_rows(source: str, hub_split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place for error messages, row) of a source, duplicates and all.
+
+    A hub name is `owner/name`, or `owner/name:config` where a data set has configurations.
+    """
     path = Path(source)
     readers: dict[str, Callable[[Path], Iterable[tuple[str, Any]]]] = {
         ".jsonl": lambda p: ((f"{p}:{n}", row) for n, row in read_jsonl(p)),
@@ -222,7 +225,8 @@ def _read_hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
         raise InputError(
             f"{name} is a hub name, and reading it needs the package `datasets`: pip install datasets"
         ) from None
-    rows = datasets.load_dataset(name, split=split, streaming=True)
+    name, _, config = name.partition(":")
+    rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
     yield from (
         (f"{name}[{i}]", json.loads(json.dumps(row, default=str))) for i, row in enumerate(rows)
     )
