@@ -7,10 +7,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from evals.stub import Stub, running
+from evals.stub import Stub, running, say
 from lenvm.cli import _eval_options as options
 from lenvm.cli.eval import register
 from lenvm.errors import InputError
+from lenvm.model.value_model import LengthValueModel, LenVMConfig
+from tiny import EOS, tiny_backbone, tiny_tokenizer
 
 
 def call(*arguments: object) -> str:
@@ -18,7 +20,7 @@ def call(*arguments: object) -> str:
     app = typer.Typer()
     app.callback()(lambda: None)
     register(app)
-    result = CliRunner().invoke(app, ["eval", *map(str, arguments)], catch_exceptions=False)
+    result = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["eval", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -78,3 +80,39 @@ def test_intervals_read_well():
         "31% [20%, 40%]"
     )
     assert options.format_interval(None) == "-"
+
+
+def test_tradeoff_over_http(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    path.write_text(
+        '{"question": "1 + 1?", "answer": "2"}\n{"question": "1 + 2?", "answer": "3"}\n'
+    )
+    out = tmp_path / "out"
+    with running(Stub(answer=lambda body: say("\\boxed{2}", 20))) as stub:
+        output = call(
+            *("tradeoff", path, "-o", out, "--endpoint", stub.url, "--samples", 2),
+            *("--arm", "prompt", "--arm", "tilt:0.5"),
+        )
+    assert "LenVM tilt 0.5" in output
+    summary = json.loads((out / "summary.json").read_text())
+    assert [a["pass_at_1"]["value"] for a in summary["arms"]] == [0.5, 0.5]
+    assert "LenVM tilt 0.5" in call("tradeoff", path, "-o", out, "--regrade")
+
+
+def test_length_prediction_with_a_value_model_folder(tmp_path):
+    from evals.prediction.test_prediction import write
+
+    model = LengthValueModel.build(
+        tiny_backbone(), LenVMConfig(gamma=0.99, head="distribution", eos_token_ids=[EOS])
+    )
+    model.tokenizer = tiny_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    data = write(tmp_path / "t.jsonl", [(i, "m", "test", 30 + i, "stop") for i in range(5)] * 2)
+    out = tmp_path / "out"
+    arguments = ["length-prediction", data, "-o", out]
+    output = call(*arguments, "--lenvm", tmp_path / "model", "--device", "cpu")
+    assert "prompt_length" in output
+    assert json.loads((out / "summary.json").read_text())["model"] == "model"
+    assert "ridge" in call(*arguments, "--regrade")
+    with pytest.raises(InputError, match="not both"):
+        call(*arguments, "--lenvm", "x", "--endpoint", "http://x/v1")

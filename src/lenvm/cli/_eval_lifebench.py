@@ -47,7 +47,7 @@ def register(group: typer.Typer) -> None:
         timeout_s: o.TimeoutS = 600.0,
         temperature: o.Temperature = 1.0,
         top_p: o.TopP = 0.999,
-        top_k: o.TopK = 0,
+        top_k: o.TopK = 15,
         min_p: o.MinP = 0.0,
         seed: o.Seed = None,
         judge_endpoint: Annotated[

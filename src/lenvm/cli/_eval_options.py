@@ -44,7 +44,9 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Only this many items.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="The same for every arm.")]
 Control = Annotated[
     str | None,
-    typer.Option(help='Settings of all LenVM arms as JSON: {"top_k": 15, "tolerance": 0.05}'),
+    typer.Option(
+        help='Settings of all LenVM arms as JSON: {"tolerance": 0.05, "min_entropy": 0.1}'
+    ),
 ]
 Regrade = Annotated[bool, typer.Option("--regrade", help="Grade the records again; ask nobody.")]
 
@@ -106,6 +108,7 @@ class Access:
         from lenvm.cli._engine_generator import EngineGenerator
         from lenvm.cli._inputs import load_value_model
         from lenvm.engines.transformers import TransformersEngine
+        from lenvm.guidance.request import MAX_CANDIDATES
         from lenvm.model.device import pick_device, pick_dtype
 
         device, name = pick_device(self.device), self.model or "smollm2"
@@ -115,6 +118,7 @@ class Access:
             device=device,
             dtype=pick_dtype(device),
             max_requests=self.concurrency,
+            max_candidates=MAX_CANDIDATES,
         )
         return EngineGenerator(engine, Path(name).name)
 

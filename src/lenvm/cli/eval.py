@@ -4,7 +4,7 @@ import importlib
 
 import typer
 
-EVALUATIONS = ("prediction", "lifebench")
+EVALUATIONS = ("prediction", "lifebench", "tradeoff")
 
 
 def register(app: typer.Typer) -> None:

@@ -11,13 +11,16 @@
 | `eos_decay:F` | transformers' ExponentialDecayLengthPenalty, factor F, from half the target |
 | `hard`, `soft:S`, `conditional:E` | LenVM rules; S = strength, E = evidence |
 | `tilt:S` | LenVM tilt with scale S |
+| `at_most:N` | LenVM at most N tokens, by the best rule of the value model |
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from lenvm.errors import InputError
-from lenvm.evals.generator import Feature, Generator
+from lenvm.evals.generator import Feature, Generator, Sampling
+from lenvm.guidance.request import MAX_CANDIDATES
 
 DEFAULTS: dict[str, float | None] = {
     "prompt": None,
@@ -29,11 +32,12 @@ DEFAULTS: dict[str, float | None] = {
     "budget_answer": None,
     "eos_bias": None,
     "tilt": None,
+    "at_most": None,
     "eos_decay": 1.01,
     "soft": 100.0,
     "conditional": 1.0,
 }
-NEEDS_NUMBER = {"budget", "budget_answer", "eos_bias", "tilt"}
+NEEDS_NUMBER = {"budget", "budget_answer", "eos_bias", "tilt", "at_most"}
 TAKES_NUMBER = NEEDS_NUMBER | {"eos_decay", "soft", "conditional"}
 LABELS = {
     "prompt": "prompt only",
@@ -48,6 +52,7 @@ LABELS = {
     "soft": "LenVM soft, strength {}",
     "conditional": "LenVM conditional, evidence {}",
     "tilt": "LenVM tilt {}",
+    "at_most": "LenVM at most {} tokens",
 }
 FEATURES: dict[str, tuple[Feature, ...]] = {
     "countdown": (),
@@ -56,6 +61,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
     "hard": ("control",),
     "soft": ("control",),
     "tilt": ("control",),
+    "at_most": ("control",),
     "conditional": ("control", "conditional"),
     "budget_answer": ("continue",),
 }
@@ -87,8 +93,9 @@ class Arm:
             value = float("nan")
         if not abs(value) < float("inf"):
             raise InputError(f"arm {text!r}: {number!r} is not a number")
-        if kind.startswith("budget") and (value < 1 or value != int(value)):
-            raise InputError(f"arm {text!r}: a budget is a whole number of tokens, at least 1")
+        counts = kind == "at_most" or kind.startswith("budget")
+        if counts and (value < 1 or value != int(value)):
+            raise InputError(f"arm {text!r}: that is a whole number of tokens, at least 1")
         return cls(kind, value)
 
     @property
@@ -105,6 +112,18 @@ class Arm:
             if (reason := generator.lacks(feature)) is not None:
                 return reason
         return None
+
+
+def match_truncation(sampling: Sampling) -> dict[str, Any]:
+    """Fields of LengthControl that make a LenVM arm choose among the tokens of every other arm.
+
+    A control scores at most MAX_CANDIDATES tokens: without a `top_k` that is its limit.
+    """
+    return {
+        "top_k": min(sampling.top_k or MAX_CANDIDATES, MAX_CANDIDATES),
+        "top_p": sampling.top_p,
+        "min_p": min(sampling.min_p, 0.999),
+    }
 
 
 def parse_arms(texts: Iterable[str], allowed: Iterable[str]) -> list[Arm]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lenvm.evals.arms import Arm
+from lenvm.evals.arms import Arm, match_truncation
 from lenvm.evals.generator import GenerationRequest, Sampling
 from lenvm.evals.lifebench.items import Constraint, LifebenchItem, Unit
 from lenvm.guidance.request import LengthControl
@@ -53,8 +53,8 @@ class ArmSettings:
     max_tokens: int
     unit: Unit = "tokens"
     tokens_per_unit: float | None = None
-    control: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of LengthControl for the LenVM arms: top_k, top_p, tolerance, min_entropy ..."""
+    control: dict[str, Any] = field(default_factory=dict)
+    """Fields of LengthControl for the LenVM arms: tolerance, min_entropy ..."""
 
     def to_tokens(self, target: int, language: str) -> int:
         """The target in tokens."""
@@ -82,7 +82,7 @@ def build_request(
         messages=({"role": "user", "content": prompt},),
         max_tokens=min(tokens, s.max_tokens) if arm.kind == "truncate" else s.max_tokens,
         sampling=s.sampling,
-        control=build_control(arm, constraint, tokens, s.control),
+        control=build_control(arm, constraint, tokens, match_truncation(s.sampling) | s.control),
         eos_bias=arm.parameter or 0.0 if arm.kind == "eos_bias" else 0.0,
         eos_decay=(tokens // 2, arm.parameter or 1.0) if arm.kind == "eos_decay" else None,
     )

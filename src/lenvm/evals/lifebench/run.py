@@ -51,9 +51,9 @@ class LifebenchConfig:
     """This many items, spread evenly over the file; None = all."""
     max_tokens: int | None = None
     """The same for every arm (but truncation); None = twice the largest target, at least 2,048."""
-    sampling: Sampling = field(default_factory=lambda: Sampling(top_p=0.999))
+    sampling: Sampling = field(default_factory=lambda: Sampling(top_p=0.999, top_k=15))
     tokens_per_unit: float | None = None
-    control: Mapping[str, Any] = field(default_factory=dict)
+    control: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.targets or min(self.targets) < 1:
