@@ -213,7 +213,7 @@ def _read_parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_text_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             yield f"{path}:{number}", {"prompt": line}
 
