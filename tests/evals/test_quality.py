@@ -23,16 +23,16 @@ def test_words(text, words):
 
 def test_repetition_counts_four_grams_seen_before():
     # a b c d e f g h: 5 different 4-grams; repeated once: 13 4-grams, 8 different
-    assert repetition("a b c d e f g h") == 0
-    assert repetition("a b c d " * 3) == pytest.approx(1 - 4 / 9)
-    assert repetition("a b c") == 0
+    assert repetition(["a", "b", "c", "d", "e", "f", "g", "h"]) == 0
+    assert repetition(("a b c d " * 3).split()) == pytest.approx(1 - 4 / 9)
+    assert repetition(["a", "b", "c"]) == 0
 
 
 def test_distinct():
-    assert distinct("a b a b", 1) == 0.5
-    assert distinct("a b a b", 2) == pytest.approx(2 / 3)
-    assert distinct("A a", 1) == 0.5
-    assert distinct("", 1) == 0
+    assert distinct(["a", "b", "a", "b"], 1) == 0.5
+    assert distinct(["a", "b", "a", "b"], 2) == pytest.approx(2 / 3)
+    assert measure_text("A a", "stop")["distinct_1"] == 0.5
+    assert distinct([], 1) == 0
 
 
 @pytest.mark.parametrize(

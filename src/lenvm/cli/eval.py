@@ -4,7 +4,7 @@ import importlib
 
 import typer
 
-EVALUATIONS = ("prediction", "lifebench", "tradeoff")
+EVALUATIONS = ("prediction", "lifebench", "tradeoff", "length_tokens", "scaling")
 
 
 def register(app: typer.Typer) -> None:

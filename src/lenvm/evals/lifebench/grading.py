@@ -7,13 +7,25 @@ from lenvm.evals.bootstrap import Estimate, Resampler, average
 from lenvm.evals.lifebench.arms import strip_countdown
 from lenvm.evals.lifebench.items import CONSTRAINTS, measure_length
 from lenvm.evals.lifebench.metrics import length_deviation, length_score
-from lenvm.evals.quality import measure_text, split_words
+from lenvm.evals.quality import has_words, measure_text
 
 Grade = dict[str, Any]
 Numbers = dict[str, Any]
 ANSWER_QUALITY = ("log_prob", "rep_4", "distinct_1", "distinct_2", "judge")
 SHARES = ("ended_by_eos", "sentence_end", "natural_end")
 SCORES = ("score", "deviation", "deviation_signed", "over", "under", "share_over", "share_under")
+COLUMNS: dict[str, Callable[[Grade], float]] = {
+    "mean_length": lambda g: g["length"],
+    "score": lambda g: g["score"],
+    "deviation": lambda g: abs(g["deviation"]),
+    "deviation_signed": lambda g: g["deviation"],
+    "over": lambda g: max(0.0, g["deviation"]),
+    "under": lambda g: max(0.0, -g["deviation"]),
+    "share_over": lambda g: g["deviation"] > 0,
+    "share_under": lambda g: g["deviation"] < 0,
+    "controlled_score": lambda g: g["controlled_score"],
+}
+"""What is averaged, by name."""
 
 
 def grade_record(record: Mapping[str, Any], judgement: float | None = None) -> Grade:
@@ -22,7 +34,7 @@ def grade_record(record: Mapping[str, Any], judgement: float | None = None) -> G
     failed = record["error"] is not None
     is_countdown = record["arm"] == "countdown"
     text = strip_countdown(record["text"]) if is_countdown else record["text"]
-    empty = not failed and not split_words(text)
+    empty = not failed and not has_words(text)
     num_tokens = record["visible_tokens"] if is_countdown else record["num_tokens"]
     length = 0 if failed or empty else measure_length(text, num_tokens or 0, case["unit"])
     deviation = length_deviation(length, case["target"])
@@ -92,27 +104,17 @@ def _by(rows: list[Grade], name: str, r: Resampler) -> list[Numbers]:
     """Macro averages over targets within each value of a field."""
     found = []
     for value, group in _group(rows, name).items():
-        parts = [_score_columns(part, r) for part in _group(group, "target").values()]
+        parts = [_score_columns(p, r, SCORES[:3]) for p in _group(group, "target").values()]
         scores = {key: average([p[key] for p in parts]).to_json() for key in SCORES[:3]}
         found.append({name: value, "num": len(group), **scores})
     return found
 
 
-def _score_columns(rows: list[Grade], r: Resampler) -> dict[str, Estimate]:
-    def mean(value: Callable[[Grade], float]) -> Estimate:
-        return r.mean([value(g) for g in rows], [g["item"] for g in rows])
-
-    return {
-        "mean_length": mean(lambda g: g["length"]),
-        "score": mean(lambda g: g["score"]),
-        "deviation": mean(lambda g: abs(g["deviation"])),
-        "deviation_signed": mean(lambda g: g["deviation"]),
-        "over": mean(lambda g: max(0.0, g["deviation"])),
-        "under": mean(lambda g: max(0.0, -g["deviation"])),
-        "share_over": mean(lambda g: g["deviation"] > 0),
-        "share_under": mean(lambda g: g["deviation"] < 0),
-        "controlled_score": mean(lambda g: g["controlled_score"]),
-    }
+def _score_columns(
+    rows: list[Grade], r: Resampler, names: Sequence[str] = tuple(COLUMNS)
+) -> dict[str, Estimate]:
+    items = [g["item"] for g in rows]
+    return {name: r.mean([COLUMNS[name](g) for g in rows], items) for name in names}
 
 
 def _quality(rows: Sequence[Grade], reference: Sequence[Grade], r: Resampler) -> Numbers:
