@@ -37,7 +37,25 @@ from lenvm.evals.wire import build_body  # noqa: E402
 SLOTS = 64
 TOKENS_PER_S = 400.0
 """Of one slot: 64 slots make 25,600 tokens/s, a small model on a large GPU."""
-WORDS = "the value of a state is how many tokens are still to come and so it falls".split()
+WORDS = [
+    "the",
+    "value",
+    "of",
+    "a",
+    "state",
+    "is",
+    "how",
+    "many",
+    "tokens",
+    "are",
+    "still",
+    "to",
+    "come",
+    "and",
+    "so",
+    "it",
+    "falls",
+]
 
 
 def answer(body: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +126,9 @@ async def send_bare(url: str, bodies: list[bytes], concurrency: int) -> None:
     await asyncio.gather(*(work() for _ in range(concurrency)))
 
 
-def measure(url: str, config: LifebenchConfig, concurrency: int, model: str | None) -> dict[str, Any]:
+def measure(
+    url: str, config: LifebenchConfig, concurrency: int, model: str | None
+) -> dict[str, Any]:
     """Seconds of both clients for the same requests; the eval client goes first and last."""
     endpoint = connect(url, model=model).endpoint
     seconds: dict[str, list[float]] = {"bare": [], "eval": []}

@@ -20,7 +20,9 @@ def call(*arguments: object) -> str:
     app = typer.Typer()
     app.callback()(lambda: None)
     register(app)
-    result = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["eval", *map(str, arguments)], catch_exceptions=False)
+    result = CliRunner(env={"COLUMNS": "160"}).invoke(
+        app, ["eval", *map(str, arguments)], catch_exceptions=False
+    )
     assert result.exit_code == 0, result.output
     return result.output
 
