@@ -36,7 +36,8 @@ def rollout(
 
     After `submit_for_s` seconds no new completion is begun, and those begun are finished, so that
     long answers are not left out; a later call goes on. `controls` are cycled over a prompt's
-    completions (on-policy refinement samples under mixed targets). Raises InputError where `path` holds a run with other settings.
+    completions (on-policy refinement samples under mixed targets). Raises InputError where
+    `path` holds a run with other settings.
     """
     config = {
         "model": model,
