@@ -6,8 +6,8 @@ candidate should leave between low - t - 1 and high - t - 1 tokens to come. With
 * tilt:         p(x) exp(-s u(x)); s > 0 shortens.
 * soft:         p(x) exp(-strength d(x)), d = distance of u(x) from [u(low), u(high)].
 * conditional:  p(x) P(low - t - 1 <= remaining <= high - t - 1 | s + x)^evidence: Bayes' rule.
-* hard:         the paper's. equal_to: argmin |u - u*|; at_least: argmax u while the target is unmet;
-                at_most: argmin u. The likelier candidate wins a tie.
+* hard:         the paper's. equal_to: argmin |u - u*|; at_least: argmax u while the target is
+                unmet; at_most: argmin u. The likelier candidate wins a tie.
 
 Soft and conditional keep what they promise where the candidates allow it: no ending token before
 `low`, nothing but an ending token at `high`. A row's result depends on that row alone.
