@@ -15,7 +15,8 @@ LAYERS = [
     {"guidance", "training", "rl"},
     {"engines", "evals", "reports"},
     {"server"},
-    {"cli", "demo"},
+    {"demo"},
+    {"cli"},
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 OPTIONAL = ["vllm", "sglang", "trl", "deepspeed", "triton", "datasets", "wordcloud", "math_verify"]

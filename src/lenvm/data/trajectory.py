@@ -71,6 +71,10 @@ class Trajectory(BaseModel):
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(by_alias=True, exclude_none=True)
 
+    def to_json_line(self) -> bytes:
+        """The line of a trajectory file, without its newline."""
+        return self.model_dump_json(by_alias=True, exclude_none=True).encode()
+
 
 def read_trajectories(*paths: Path) -> Iterator[Trajectory]:
     """Stream the trajectories of JSONL files in order. DataError names file, line and field."""

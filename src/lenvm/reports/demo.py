@@ -1,5 +1,6 @@
 """The demo's page: how well is length predicted, how well controlled at what cost, what is seen."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def shortfalls(summary: dict[str, Any]) -> list[str]:
     if gain < 20:
         found.append(f"Control gains {gain:.0f} points of length score, fewer than 20.")
     lengths = [row["mean_length"] for row in summary["tilt"]]
-    if any(a <= b for a, b in zip(lengths, lengths[1:], strict=False)):
+    if any(a <= b for a, b in itertools.pairwise(lengths)):
         found.append("The mean length does not fall at every step of the tilt.")
     return found
 
@@ -103,7 +104,7 @@ def _tokens(traces: list[dict[str, Any]]) -> str:
 def _length_gains(trace: dict[str, Any]) -> list[float]:
     """-TD residual credited to each token, 0 for the prompt's state."""
     values, gamma = [s["value"] for s in trace["states"]], trace["gamma"]
-    pairs = zip(values, values[1:], strict=False)
+    pairs = itertools.pairwise(values)
     return [0.0, *(-(-(1 - gamma) + gamma * after - before) for before, after in pairs)]
 
 
@@ -150,7 +151,7 @@ def _control(s: dict[str, Any]) -> str:
     tilts = [[f"{t['scale']:g}", t["mean_length"]] for t in s["tilt"]]
     promises = [
         [name, f"{s[key]['kept']:.0%}", s[key]["mean_length"], s[key]["log_prob"]]
-        for name, key in (("at most 50", "at_most"), ("at least 200", "at_least"))
+        for name, key in (("at most 50", "at_most"), ("at least 150", "at_least"))
     ]
     samples = [
         [q["control"], q["prompt"], q["text"], q["num_tokens"], q["log_prob"]]

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lenvm.data.prompts import read_rows
+from lenvm.data.prompt_sources import read_rows
 from lenvm.errors import DataError, InputError
 from lenvm.evals.tradeoff.grader import Kind, gold_letter, guess_kind
 
