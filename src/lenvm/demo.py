@@ -60,7 +60,7 @@ class DemoConfig:
 
 
 def run_demo(output: Path, config: DemoConfig, progress: Progress) -> dict[str, Any]:
-    """Run what is missing; returns the summary. Raises InputError for a folder of other settings."""
+    """Run what is missing; returns the summary. InputError for a folder of other settings."""
     output.mkdir(parents=True, exist_ok=True)
     claim(output, "demo", config.__dict__)
     summary_path = output / "summary.json"

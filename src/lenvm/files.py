@@ -75,34 +75,34 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not JSON: {error}") from None
 
 
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, line with its newline) of a file, blank lines left out."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder, expected a file of JSON lines") from None
+    with file:
+        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of a JSON-lines file, one line in memory at a time.
 
     An unfinished last line (no newline: the writer was killed) is passed over; anything else that
     is not a JSON object raises DataError with file and line.
     """
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    with file:
-        for number, line in enumerate(file, 1):
+    for number, line in read_lines(path):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
             if not line.endswith(b"\n"):
-                try:
-                    json.loads(line)
-                except ValueError:
-                    return
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON: {error}") from None
-            if not isinstance(value, dict):
-                raise DataError(
-                    f"{path}:{number}: expected a JSON object, got {type(value).__name__}"
-                )
-            yield number, value
+                return
+            raise DataError(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{path}:{number}: expected a JSON object, got {type(value).__name__}")
+        yield number, value
 
 
 class JsonlWriter:

@@ -188,7 +188,8 @@ class Retokenizer:
         from lenvm.model.bundled import resolve_model
         from lenvm.model.tokenization import encode_prompt, load_tokenizer
 
-        self._tokenizer, self._encode = load_tokenizer(resolve_model(name)), encode_prompt
+        path = name if Path(name).is_dir() else resolve_model(name)
+        self._tokenizer, self._encode = load_tokenizer(path), encode_prompt
         self.eos_token_id: int = self._tokenizer.eos_token_id
 
     def encode_prompt(self, conversation: str | list[dict[str, Any]]) -> list[int]:

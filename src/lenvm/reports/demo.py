@@ -82,8 +82,8 @@ def _shortfalls(s: dict[str, Any]) -> str:
 def _tokens(traces: list[dict[str, Any]]) -> str:
     parts = ["<h2>What does the model see?</h2>"]
     parts.append(
-        '<p class="lead">A held-out answer, token by token. Point at a token, or reach it with Tab: '
-        "the line in the curve follows.</p>"
+        '<p class="lead">A held-out answer, token by token. Point at a token, or reach it with '
+        "Tab: the line in the curve follows.</p>"
     )
     for trace in traces:
         gains = _length_gains(trace)
@@ -129,7 +129,8 @@ def _prediction(p: dict[str, Any]) -> str:
     chart = Chart(most, most, "true length (tokens)", "predicted length (tokens)", height=420)
     chart.line([(0, 0), (most, most)], "other")
     for q in p["points"]:
-        title = f"{q['domain']}: predicted {q['predicted']:.0f}, true {q['true_mean']:.0f}\n{q['prompt']}"
+        numbers = f"predicted {q['predicted']:.0f}, true {q['true_mean']:.0f}"
+        title = f"{q['domain']}: {numbers}\n{q['prompt']}"
         chart.dot(q["true_mean"], q["predicted"], title)
     rows = [
         [name, d["num_prompts"], f"{d['mre']:.0%}", f"{d['median']:.0%}"]
