@@ -17,9 +17,11 @@ import multiprocessing
 import os
 import platform
 import random
+import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,25 +39,7 @@ from lenvm.evals.wire import build_body  # noqa: E402
 SLOTS = 64
 TOKENS_PER_S = 400.0
 """Of one slot: 64 slots make 25,600 tokens/s, a small model on a large GPU."""
-WORDS = [
-    "the",
-    "value",
-    "of",
-    "a",
-    "state",
-    "is",
-    "how",
-    "many",
-    "tokens",
-    "are",
-    "still",
-    "to",
-    "come",
-    "and",
-    "so",
-    "it",
-    "falls",
-]
+WORDS = ("the", "value", "of", "a", "state", "is", "how", "many", "tokens", "are", "to", "come")
 
 
 def answer(body: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +183,13 @@ def main() -> None:
         "server": options.endpoint or f"stub, {SLOTS} slots of {TOKENS_PER_S:g} tokens/s",
         "command": "python " + " ".join(sys.argv),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "python": platform.python_version(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("openai", "numpy")},
+        },
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip(),
     }
     name = "evals_overhead_server.json" if options.endpoint else "evals_overhead.json"
     path = options.output or ROOT / "benchmarks" / "results" / name

@@ -12,7 +12,7 @@ from lenvm.cli import _eval_options as options
 from lenvm.cli.eval import register
 from lenvm.errors import InputError
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
-from tiny import EOS, tiny_backbone, tiny_tokenizer
+from tiny import EOS, tiny_backbone, tiny_generator, tiny_tokenizer
 
 
 def call(*arguments: object) -> str:
@@ -101,20 +101,68 @@ def test_tradeoff_over_http(tmp_path):
     assert "LenVM tilt 0.5" in call("tradeoff", path, "-o", out, "--regrade")
 
 
-def test_length_prediction_with_a_value_model_folder(tmp_path):
-    from evals.prediction.test_prediction import write
-
+@pytest.fixture
+def value_model(tmp_path) -> Path:
     model = LengthValueModel.build(
         tiny_backbone(), LenVMConfig(gamma=0.99, head="distribution", eos_token_ids=[EOS])
     )
     model.tokenizer = tiny_tokenizer()
     model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_length_prediction_with_a_value_model_folder(value_model, tmp_path):
+    from evals.prediction.test_prediction import write
+
     data = write(tmp_path / "t.jsonl", [(i, "m", "test", 30 + i, "stop") for i in range(5)] * 2)
     out = tmp_path / "out"
     arguments = ["length-prediction", data, "-o", out]
-    output = call(*arguments, "--lenvm", tmp_path / "model", "--device", "cpu")
+    output = call(*arguments, "--lenvm", value_model, "--device", "cpu")
     assert "prompt_length" in output
     assert json.loads((out / "summary.json").read_text())["model"] == "model"
     assert "ridge" in call(*arguments, "--regrade")
     with pytest.raises(InputError, match="not both"):
         call(*arguments, "--lenvm", "x", "--endpoint", "http://x/v1")
+
+
+def test_length_tokens_with_a_value_model_folder(value_model, tmp_path):
+    from evals.prediction.test_prediction import write
+
+    data = write(tmp_path / "t.jsonl", [(i, "m", "test", 12, "stop") for i in range(4)])
+    out = tmp_path / "out"
+    arguments = ["length-tokens", data, "-o", out, "--threshold", 0, "--min-count", 1]
+    output = call(*arguments, "--lenvm", value_model, "--device", "cpu")
+    assert "w7" in output
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["num_tokens"] == 4 * 11
+    assert "results in" in call(*arguments, "--no-merge", "--regrade")
+
+
+def test_scaling_trains_and_evaluates_every_cell(tmp_path):
+    from training.test_trainer import write_data
+
+    tiny_generator(num_hidden_layers=2).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    data = write_data(tmp_path / "t.jsonl", 60)
+    text = f"""
+        [base]
+        data = ["{data}"]
+        backbone = "{tmp_path / "base"}"
+        epochs = 1
+        evals = 1
+        [axes]
+        head = ["scalar", "distribution"]
+        num_prompts = [20]
+    """
+    (tmp_path / "grid.toml").write_text(text)
+    out = tmp_path / "out"
+    arguments = ["scaling", tmp_path / "grid.toml", "-o", out, "--split", "validation"]
+    output = call(*arguments, "--min-completions", 1, "--device", "cpu")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["num_failed"] == 0, summary["notes"]
+    assert len(summary["cells"]) == 2
+    assert {"val_loss", "mre", "mre_at_0.5"} <= set(summary["metrics"])
+    assert "distribution" in output
+    before = (out / "records.jsonl").read_bytes()
+    call(*arguments, "--min-completions", 1, "--device", "cpu")
+    assert (out / "records.jsonl").read_bytes() == before

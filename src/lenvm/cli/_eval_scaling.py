@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lenvm.cli import _eval_options as o
+
+if TYPE_CHECKING:
+    from lenvm.evals.prediction.run import PredictionConfig
 
 
 def register(group: typer.Typer) -> None:
@@ -21,10 +24,14 @@ def register(group: typer.Typer) -> None:
             list[Path] | None,
             typer.Option(help="Trajectory files to measure on; default: the base's data."),
         ] = None,
+        min_completions: Annotated[
+            int, typer.Option(min=1, help="Prompts with fewer complete ones are left out.")
+        ] = 2,
         device: o.Device = None,
     ) -> None:
         """Train and evaluate every cell of a grid. Killed and started again, it continues."""
         from lenvm.cli._console import stages
+        from lenvm.evals.prediction.run import PredictionConfig
         from lenvm.evals.scaling.grid import load_grid
         from lenvm.evals.scaling.run import run_grid
         from lenvm.model.device import pick_device
@@ -34,7 +41,8 @@ def register(group: typer.Typer) -> None:
         where = pick_device(device)
 
         def run_cell(settings: Mapping[str, Any], folder: Path) -> dict[str, float]:
-            return train_and_evaluate(settings, folder, files, split, where)
+            config = PredictionConfig(tuple(files), split=split, min_completions=min_completions)
+            return train_and_evaluate(settings, folder, config, where)
 
         with stages() as progress:
             summary = run_grid(cells, output, run_cell, progress=progress)
@@ -42,12 +50,12 @@ def register(group: typer.Typer) -> None:
 
 
 def train_and_evaluate(
-    settings: Mapping[str, Any], folder: Path, files: list[Path], split: str, device: str
+    settings: Mapping[str, Any], folder: Path, config: "PredictionConfig", device: str
 ) -> dict[str, float]:
     """Train one cell and measure its predictions: loss, errors by domain and while decoding."""
     from lenvm.cli._inputs import load_value_model
     from lenvm.evals.prediction.predictors import ValueModelPredictor
-    from lenvm.evals.prediction.run import PredictionConfig, run_prediction
+    from lenvm.evals.prediction.run import run_prediction
     from lenvm.training.config import TrainingConfig
     from lenvm.training.trainer import train
 
@@ -55,7 +63,6 @@ def train_and_evaluate(
     result = train(options)
     model = load_value_model(options.output, device=device)
     predictor = ValueModelPredictor(model, folder.name)
-    config = PredictionConfig(tuple(files), split=split)
     summary = run_prediction(config, predictor, folder / "prediction")
     metrics = {
         "val_loss": result.val_loss_last,

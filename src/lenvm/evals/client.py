@@ -5,8 +5,11 @@ answer's log-probabilities are too many objects to build for each.
 """
 
 import asyncio
+import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AsyncExitStack
+from functools import cache
 from typing import Any
 
 from lenvm.errors import EndpointError, InputError
@@ -15,6 +18,8 @@ from lenvm.evals.probe import Endpoint
 from lenvm.evals.wire import build_body, parse_completion
 
 TokenCounter = Callable[[str], int]
+CONNECTIONS_PER_CLIENT = 16
+"""The HTTP pool looks at all its connections for every request: many small pools are cheaper."""
 
 
 class HttpGenerator:
@@ -65,12 +70,18 @@ class HttpGenerator:
 
     async def _generate(self, source: Iterator[GenerationRequest], on_response: OnResponse) -> None:
         self._unreachable = 0
-        async with open_client(
-            self.endpoint.url, self._api_key, self._timeout_s, self._max_retries
-        ) as client:
+        async with AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(
+                    open_client(
+                        self.endpoint.url, self._api_key, self._timeout_s, self._max_retries
+                    )
+                )
+                for _ in range(-(-self.concurrency // CONNECTIONS_PER_CLIENT))
+            ]
             workers = [
-                asyncio.create_task(self._work(client, source, on_response))
-                for _ in range(self.concurrency)
+                asyncio.create_task(self._work(clients[i % len(clients)], source, on_response))
+                for i in range(self.concurrency)
             ]
             try:
                 await asyncio.gather(*workers)
@@ -124,7 +135,14 @@ def open_client(url: str, api_key: str, timeout_s: float, max_retries: int) -> A
         api_key=api_key,
         max_retries=max_retries,
         timeout=openai.Timeout(timeout_s, connect=30.0),
+        http_client=openai.DefaultAsyncHttpxClient(verify=_ssl_context()),
     )
+
+
+@cache
+def _ssl_context() -> ssl.SSLContext:
+    """One for all clients: making one takes as long as many requests."""
+    return ssl.create_default_context()
 
 
 def connect(

@@ -53,11 +53,13 @@ def run_cases(
     generator: Generator,
     *,
     progress: Progress = ignore_progress,
+    on_record: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
     """Answer the cases that `folder/records.jsonl` has no good answer for; all records, in order.
 
-    What failed earlier is asked again. Raises InputError where the folder holds another
-    configuration, EndpointError where the server stops answering (what is done is kept).
+    `on_record` gets each new record while others are still being answered. What failed earlier is
+    asked again. Raises InputError where the folder holds another configuration, EndpointError where
+    the server stops answering (what is done is kept).
     """
     path = folder / "records.jsonl"
     claim(path, f"eval.{evaluation}", config)
@@ -72,6 +74,7 @@ def run_cases(
             record = _to_record(wanted[response.id], response, generator)
             writer.write(record)
             records[response.id] = record
+            on_record(record)
             nonlocal done
             done += 1
             progress(evaluation, done, len(wanted))

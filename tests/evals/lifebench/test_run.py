@@ -200,12 +200,12 @@ def record(text="One two three.", num_tokens=5, finish="stop", error=None, arm="
 
 
 def test_a_grade_by_hand():
-    grade = grade_record(record(), judgement=7.0)
+    grade = grade_record(record())
     assert grade["length"] == 5
     assert grade["deviation"] == -0.5
     assert grade["score"] == pytest.approx(100 * math.exp(-2.5))
     assert grade["controlled_score"] == grade["score"]
-    assert (grade["log_prob"], grade["judge"], grade["natural_end"]) == (-0.7, 7.0, True)
+    assert (grade["log_prob"], grade["natural_end"]) == (-0.7, True)
 
 
 def test_an_answer_that_was_cut_off_is_not_controlled():

@@ -28,8 +28,11 @@ COLUMNS: dict[str, Callable[[Grade], float]] = {
 """What is averaged, by name."""
 
 
-def grade_record(record: Mapping[str, Any], judgement: float | None = None) -> Grade:
-    """One record's numbers. A failed request, or an answer without a word, scores 0 at LD = -1."""
+def grade_record(record: Mapping[str, Any]) -> Grade:
+    """One record's numbers, the judge's left out.
+
+    A failed request, or an answer without a word, scores 0 at LD = -1.
+    """
     case = record["case"]
     failed = record["error"] is not None
     is_countdown = record["arm"] == "countdown"
@@ -56,7 +59,6 @@ def grade_record(record: Mapping[str, Any], judgement: float | None = None) -> G
         "controlled_score": score if quality["ended_by_eos"] else 0.0,
         "log_prob": None if failed else record["mean_log_prob"],
         **quality,
-        "judge": judgement,
     }
 
 

@@ -13,7 +13,7 @@ from lenvm.evals.bootstrap import Resampler
 from lenvm.evals.generator import Generator, Sampling
 from lenvm.evals.judge import Judge, load_judgements
 from lenvm.evals.lifebench.arms import ArmSettings, applies, build_request, strip_countdown
-from lenvm.evals.lifebench.grading import grade_record, summarise_arm
+from lenvm.evals.lifebench.grading import Grade, grade_record, summarise_arm
 from lenvm.evals.lifebench.items import (
     CONSTRAINTS,
     UNITS,
@@ -111,10 +111,18 @@ def run_lifebench(
     active = [arm for arm in config.arms if skipped[arm.name] is None]
     cases = _build_cases(config, items, active)
     manifest = config.to_json(generator.model)
-    records = run_cases(folder, EVALUATION, manifest, cases, generator, progress=progress)
+    graded: dict[str, Grade] = {}
+
+    def grade(record: Record) -> None:
+        """While the server works on other answers: grading then costs no time of its own."""
+        graded[record["id"]] = grade_record(record)
+
+    records = run_cases(
+        folder, EVALUATION, manifest, cases, generator, progress=progress, on_record=grade
+    )
     if judge is not None:
         judge.score(folder, [r for r in records if r["error"] is None], progress=progress)
-    return summarise(folder, records, manifest, skipped)
+    return summarise(folder, records, manifest, skipped, graded)
 
 
 def regrade_lifebench(folder: Path) -> dict[str, Any]:
@@ -133,10 +141,17 @@ def summarise(
     records: Sequence[Record],
     manifest: Mapping[str, Any],
     skipped: Mapping[str, str | None],
+    graded: Mapping[str, Grade] | None = None,
 ) -> dict[str, Any]:
-    """grades.jsonl and summary.json from records; returns the summary."""
-    judgements = load_judgements(folder)
-    grades = [grade_record(r, judgements.get(r["id"])) for r in records]
+    """grades.jsonl and summary.json from records; returns the summary.
+
+    `graded`: grades that are there already, by record id; the others are made.
+    """
+    judgements, known = load_judgements(folder), graded or {}
+    grades = [
+        {**(known.get(r["id"]) or grade_record(r)), "judge": judgements.get(r["id"])}
+        for r in records
+    ]
     resampler = Resampler([g["item"] for g in grades])
     reference = [g for g in grades if g["arm"] == "prompt"]
     arms = []
