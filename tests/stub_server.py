@@ -32,6 +32,8 @@ class Stub:
     model: str = "stub"
     owned_by: str = "vllm"
     """vllm: token ids by `return_token_ids`; sglang: by `return_meta_info`; else none at all."""
+    lists_models: bool = True
+    """False: `/v1/models` is not there."""
     token_ids: bool = True
     """False: keep the token ids back, whatever is asked for."""
     min_length: int = 1
@@ -66,7 +68,7 @@ class Stub:
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
         """(status, JSON body) of a request."""
-        if method == "GET" and path == "/v1/models":
+        if method == "GET" and path == "/v1/models" and self.lists_models:
             card = {"id": self.model, "object": "model", "created": 0, "owned_by": self.owned_by}
             return 200, json.dumps({"object": "list", "data": [card]}).encode()
         if path not in ("/v1/chat/completions", "/v1/completions"):

@@ -258,6 +258,10 @@ def test_models_are_asked_for_and_must_agree(tmp_path: Path):
             sample(tmp_path / "t.jsonl", one, model="qwen")
         report = sample(tmp_path / "t.jsonl", one, two, model="other")
     assert list(report.set_aside) == [one.url]
+    with stub_server(lists_models=False) as stub:
+        assert sample(tmp_path / "u.jsonl", stub, model="any").num_written == 60
+        with pytest.raises(EndpointError, match="HTTP 404"):
+            sample(tmp_path / "v.jsonl", stub)
 
 
 def test_other_settings_are_refused_with_both_shown(tmp_path: Path):

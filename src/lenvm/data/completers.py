@@ -108,7 +108,12 @@ class HttpCompleter:
 
     async def connect(self) -> str:
         """Ask which models are served; returns the model's name. Raises CompletionError."""
-        cards = (await self._call("GET", "/models", None)).get("data")
+        try:
+            cards = (await self._call("GET", "/models", None)).get("data")
+        except CompletionError as error:
+            if self.model is not None and str(error).startswith("HTTP 404"):
+                return self.model  # a server that lists no models: the name is taken as given
+            raise
         if not isinstance(cards, list) or not all(isinstance(c, dict) for c in cards):
             raise CompletionError("closed", f"{self.name}/models is not a list of models")
         names = [str(card.get("id")) for card in cards]

@@ -13,6 +13,7 @@ from lenvm.evals.arms import parse_arms
 from lenvm.evals.client import connect
 from lenvm.evals.generator import GenerationResponse, Sampling
 from lenvm.evals.tradeoff.arms import KINDS, force_answer
+from lenvm.evals.tradeoff.grading import join_forced
 from lenvm.evals.tradeoff.items import load_questions
 from lenvm.evals.tradeoff.run import TradeoffConfig, regrade_tradeoff, run_tradeoff
 
@@ -42,7 +43,7 @@ def sums(body):
     n = int(re.search(r"What is (\d+)", question)[1])
     right = 2 * n if n != 3 else 0
     if body["messages"][-1]["role"] == "assistant":
-        return say(f"{right}}}.", 5)
+        return say(f"{right}}}", 5)
     need = 100 - int((find_control(body) or {}).get("tilt", 0))
     if "concise" in question:
         need = 60
@@ -105,6 +106,16 @@ def test_a_forced_answer_continues_the_draft_and_counts_both(file, tmp_path):
     assert len(forced) == 8
     assert forced[0]["messages"][-1]["content"].endswith("The final answer is \\boxed{")
     assert forced[0]["continue_final_message"] is True
+
+
+def test_a_forced_answer_ends_with_its_box():
+    draft = {"text": "So", "num_tokens": 10, "error": None, "case": {}}
+    forced = {"text": "\\frac{1}{2}} and \\boxed{7}", "num_tokens": 9, "error": None}
+    answer = join_forced(draft, forced)
+    assert answer["text"].endswith("is \\boxed{\\frac{1}{2}}")
+    assert answer["num_tokens"] == 10 + 5  # 13 of 27 characters
+    open_ended = join_forced(draft, {**forced, "text": "7 and"})
+    assert open_ended["num_tokens"] == 19
 
 
 def test_thinking_is_closed_before_an_answer_is_forced():

@@ -42,6 +42,16 @@ def build_request(arm: Arm, question: Question, s: ArmSettings, case_id: str) ->
     )
 
 
+def end_of_box(continuation: str) -> int:
+    """Where a continuation of `\\boxed{` closes it, the brace included; else its end."""
+    depth = 1
+    for index, character in enumerate(continuation):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return index + 1
+    return len(continuation)
+
+
 def force_answer(draft: str) -> str:
     """A draft that was cut off, up to where the answer has to stand."""
     thinking = "<think>" in draft and "</think>" not in draft

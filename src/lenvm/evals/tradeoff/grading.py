@@ -1,11 +1,12 @@
 """Trade-off records -> grades -> the numbers of summary.json. Grading runs in other processes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import ceil
 from typing import Any
 
 from lenvm.evals.arms import Arm
 from lenvm.evals.bootstrap import Estimate, Resampler
-from lenvm.evals.tradeoff.arms import force_answer
+from lenvm.evals.tradeoff.arms import end_of_box, force_answer
 from lenvm.evals.tradeoff.curves import (
     Point,
     accuracy_at,
@@ -62,13 +63,16 @@ def grade_records(
 def join_forced(draft: Record, forced: Record | None) -> dict[str, Any]:
     """The answer of a draft and its continuation: both texts, both lengths.
 
-    A draft whose continuation failed is a failed answer.
+    The continuation counts up to the brace that closes the forced box, its tokens in proportion. A
+    draft whose continuation failed is a failed answer.
     """
     answer = dict(draft)
     if forced is not None:
+        end = end_of_box(forced["text"])
+        share = end / len(forced["text"]) if forced["text"] else 1.0
         answer |= {
-            "text": force_answer(draft["text"]) + forced["text"],
-            "num_tokens": draft["num_tokens"] + forced["num_tokens"],
+            "text": force_answer(draft["text"]) + forced["text"][:end],
+            "num_tokens": draft["num_tokens"] + ceil(forced["num_tokens"] * share),
             "error": forced["error"],
         }
     return answer

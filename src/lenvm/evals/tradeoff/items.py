@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lenvm.data.prompt_sources import read_rows
+from lenvm.data.prompt_sources import read_hub_rows, read_rows
 from lenvm.errors import DataError, InputError
 from lenvm.evals.tradeoff.grader import Kind, gold_letter, guess_kind
 
@@ -22,16 +22,16 @@ QUESTION = ("question", "problem", "query", "prompt")
 ANSWER = ("answer", "final_answer", "expected_answer", "gold", "solution")
 OPTIONS = ("options", "choices")
 NAME = ("id", "unique_id", "pid")
-BENCHMARKS = {
-    "gsm8k": ("openai/gsm8k:main", "test"),
-    "math500": ("HuggingFaceH4/MATH-500", "test"),
-    "aime24": ("HuggingFaceH4/aime_2024", "train"),
-    "aime25": ("math-ai/aime25", "test"),
-    "amc23": ("math-ai/amc23", "test"),
-    "mathvista": ("AI4Math/MathVista", "testmini"),
-    "mathvision": ("MathLLMs/MathVision", "testmini"),
+BENCHMARKS: dict[str, tuple[str, str, str | None]] = {
+    "gsm8k": ("openai/gsm8k", "test", "main"),
+    "math500": ("HuggingFaceH4/MATH-500", "test", None),
+    "aime24": ("HuggingFaceH4/aime_2024", "train", None),
+    "aime25": ("math-ai/aime25", "test", None),
+    "amc23": ("math-ai/amc23", "test", None),
+    "mathvista": ("AI4Math/MathVista", "testmini", None),
+    "mathvision": ("MathLLMs/MathVision", "testmini", None),
 }
-"""Names that stand for hub data sets: (data set, split)."""
+"""Names that stand for hub data sets: (data set, split, configuration)."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,13 @@ class Question:
 
 def load_questions(source: str, *, limit: int | None = None) -> list[Question]:
     """Questions of a file, a name of BENCHMARKS, or a hub data set. DataError names the line."""
-    name, split = BENCHMARKS.get(source.lower(), (source, "test"))
-    base = Path(name).parent
+    if source.lower() in BENCHMARKS:
+        rows = read_hub_rows(*BENCHMARKS[source.lower()])
+    else:
+        rows = read_rows(source, "test")
+    base = Path(source).parent
     found: dict[str, Question] = {}
-    for index, (where, row) in enumerate(read_rows(name, split)):
+    for index, (where, row) in enumerate(rows):
         if limit is not None and index >= limit:
             break
         question = _to_question(where, index, row, base)
