@@ -27,7 +27,7 @@ from lenvm.demo import length_score
 from lenvm.engines.rollout import in_order, rollout
 from lenvm.engines.sampling import SamplingParams
 from lenvm.engines.transformers import Completion, Request, TransformersEngine
-from lenvm.files import write_json
+from lenvm.files import read_jsonl, write_json
 from lenvm.guidance.request import LengthControl
 from lenvm.model.head import DistributionBelief
 from lenvm.model.tokenization import encode_prompt
@@ -53,7 +53,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
 
 
 def read(data: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (data / name).read_text().splitlines()]
+    return [row for _, row in read_jsonl(data / name)]
 
 
 def instruction(row: dict[str, Any]) -> str:
@@ -198,6 +198,8 @@ def evaluate_control(
         )
         for arm, options in ARMS.items():
             if arm == "none" and name != "lora-distribution":
+                continue  # the generator alone is the same everywhere
+            if name == "full-distribution" and not arm.startswith("conditional"):
                 continue
             if options and options["rule"] == "conditional" and model.config.head == "scalar":
                 continue

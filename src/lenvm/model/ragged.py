@@ -45,6 +45,8 @@ class RaggedDecoder:
         self.max_positions = int(self.config.max_position_embeddings)
         parameter = next(backbone.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        if self.device.type == "cuda":  # cuDNN attention plans anew, 60 ms, for every prompt length
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.vocab_size = int(backbone.get_input_embeddings().num_embeddings)
         heads = self.config.num_attention_heads
         self._shape = (

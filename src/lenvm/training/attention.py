@@ -3,6 +3,7 @@
 On CUDA in bf16 or fp16 one flash-attention call over all sequences; else one SDPA call each.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def packed_attention(
         return _flash(query, key, value, scaling, sliding_window, cu_seqlens, max_length), None
     bounds = cu_seqlens.tolist()
     outs = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         part = slice(start, end)
         window = sliding_window is not None and end - start > sliding_window
         mask = _window_mask(end - start, sliding_window, query.device) if window else None
