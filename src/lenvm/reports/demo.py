@@ -69,8 +69,8 @@ def _cards(s: dict[str, Any]) -> str:
         + card(
             "At what cost in text quality?",
             f"{e['guided']['log_prob'] - e['unguided']['log_prob']:+.2f} nats",
-            "per token under the generator itself, guided minus unguided; the guided arm draws among "
-            "few likely candidates, which alone raises it",
+            "per token under the generator, guided minus unguided; the guided arm draws among few "
+            "likely candidates, which alone raises it",
         )
         + "</div>"
     )
@@ -170,8 +170,8 @@ def _control(s: dict[str, Any]) -> str:
             ],
         )
         + '<p class="note">Log-probability per token under the unguided generator: how natural the '
-        "text is to it. The guided arm draws among few likely candidates, the unguided one from all '
-        "tokens, so the two are not strictly comparable.</p>"
+        "text is to it. The guided arm draws among few likely candidates, the unguided one from "
+        "all tokens, so the two are not strictly comparable.</p>"
         + table(["tilt (more = shorter)", "mean length"], tilts)
         + table(["promise", "kept", "mean length", "log-probability"], promises)
         + "<details><summary>Answers</summary>"
