@@ -10,7 +10,9 @@ from typing import Any, Literal, Protocol
 
 from lenvm.guidance.request import LengthControl
 
-Feature = Literal["control", "conditional", "eos_decay", "eos_bias", "continue", "count_tokens"]
+Feature = Literal[
+    "control", "conditional", "eos_decay", "eos_bias", "continue", "count_tokens", "raw_log_probs"
+]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class GenerationResponse:
     finish_reason: str = ""
     """"stop" = ended by itself, "length" = cut off at max_tokens."""
     mean_log_prob: float | None = None
-    """Mean log-probability of the answer's tokens under the generator itself, unguided."""
+    """Mean log-probability of the answer's tokens under the generator itself, unguided; None where
+    the server reports another distribution's, or none."""
     latency_s: float = 0.0
     error: str | None = None
 
