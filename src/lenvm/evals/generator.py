@@ -10,9 +10,7 @@ from typing import Any, Literal, Protocol
 
 from lenvm.guidance.request import LengthControl
 
-Feature = Literal[
-    "control", "conditional", "eos_decay", "eos_bias", "continue", "count_tokens", "raw_log_probs"
-]
+Feature = Literal["control", "conditional", "eos_decay", "eos_bias", "continue", "count_tokens"]
 
 
 @dataclass(frozen=True)
