@@ -42,7 +42,7 @@ def expected_set(logits: Tensor, row: dict[str, float]) -> set[int]:
     kept, mass = set(), 0.0
     for rank, token in enumerate(order):
         in_k = rank < row.get("top_k", V)
-        in_p = mass < row.get("top_p", 1.0)
+        in_p = mass < row.get("top_p", 1.0) or row.get("top_p", 1.0) == 1.0
         in_min = p[token] >= row.get("min_p", 0.0) * p[order[0]]
         if rank == 0 or (in_k and in_p and in_min):
             kept.add(token)

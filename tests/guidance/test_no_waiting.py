@@ -40,11 +40,23 @@ class MetaScorer:
 
     def fork(self, parent_id: str, child_id: str) -> None: ...
 
-    def score(self, request_ids: Sequence[str], candidate_ids_RK: Tensor) -> LengthBelief:
+    def score(
+        self,
+        request_ids: Sequence[str],
+        candidate_ids_RK: Tensor,
+        *,
+        num_candidates: int | None = None,
+    ) -> LengthBelief:
         assert candidate_ids_RK.device == META
         return self.belief(*candidate_ids_RK.shape)
 
-    def commit(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> None: ...
+    def commit(
+        self,
+        request_ids: Sequence[str],
+        token_ids_R: Tensor | Sequence[int],
+        *,
+        peeked: bool = False,
+    ) -> None: ...
 
     def remove(self, request_ids: Sequence[str]) -> None: ...
 

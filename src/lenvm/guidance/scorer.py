@@ -49,8 +49,15 @@ class CandidateScorer:
         return self.model.belief(self.model.head(self.decoder.extend(requests)))
 
     @torch.inference_mode()
-    def score(self, request_ids: Sequence[str], candidate_ids_RK: Tensor) -> LengthBelief:
-        """Belief in the state after each candidate, over [R, K]; -1 pads."""
+    def score(
+        self,
+        request_ids: Sequence[str],
+        candidate_ids_RK: Tensor,
+        *,
+        num_candidates: int | None = None,
+    ) -> LengthBelief:
+        """Belief in the state after each candidate, over [R, K]; -1 pads. `num_candidates`: how
+        many are not -1, where the caller knows."""
         return self.model.belief(self.score_raw(request_ids, candidate_ids_RK))
 
     @torch.inference_mode()
@@ -59,8 +66,14 @@ class CandidateScorer:
         raw: Tensor = self.model.head(self.decoder.peek(request_ids, candidate_ids_RK))
         return raw
 
-    def commit(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> None:
-        """Keep the chosen candidates."""
+    def commit(
+        self,
+        request_ids: Sequence[str],
+        token_ids_R: Tensor | Sequence[int],
+        *,
+        peeked: bool = False,
+    ) -> None:
+        """Keep the chosen candidates. `peeked` promises that the last `score` had them all."""
         self.decoder.commit(request_ids, token_ids_R)
 
     def fork(self, parent_id: str, child_id: str) -> None:

@@ -15,42 +15,17 @@ Shape legend: R rows of a step, V vocabulary, K candidates.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lenvm.errors import InputError, LenVMError, RequestError
-from lenvm.guidance.candidates import (
-    Candidates,
-    Truncation,
-    build_candidates,
-    entropy,
-    write_back,
-)
+from lenvm.guidance.candidates import Candidates, Truncation, build_candidates, write_back
 from lenvm.guidance.params import Guided as Guided
 from lenvm.guidance.params import RuleParams, build_truncation, pad, rule_name, widest
 from lenvm.guidance.rules import RULES, RuleFailure, apply_rules, find_rule
+from lenvm.guidance.scoring import Scorer, to_score
 from lenvm.model.head import LengthBelief
-
-
-class Scorer(Protocol):
-    """What guidance asks of `CandidateScorer`. It knows nothing of ending tokens."""
-
-    @property
-    def gamma(self) -> float: ...
-    @property
-    def has_distribution(self) -> bool: ...
-    @property
-    def max_candidates(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-
-    def add(self, requests: Mapping[str, Sequence[int]]) -> LengthBelief: ...
-    def fork(self, parent_id: str, child_id: str) -> None: ...
-    def score(self, request_ids: Sequence[str], candidate_ids_RK: Tensor) -> LengthBelief: ...
-    def commit(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> None: ...
-    def remove(self, request_ids: Sequence[str]) -> None: ...
 
 
 @dataclass
@@ -85,6 +60,8 @@ class _Step:
     """What the last `step` scored; `rows` shrinks as requests commit."""
 
     rows: dict[str, int]
+    peeked: bool
+    """The scorer still holds every candidate of these rows: commit needs to read nothing back."""
     scored_ids: Tensor
     values: Tensor
     lengths: Tensor
@@ -94,10 +71,19 @@ class GuidanceSession:
     """State of many requests over one scorer. Errors of one request harm no other."""
 
     def __init__(
-        self, scorer: Scorer, *, eos_token_ids: Sequence[int], gamma: float | None = None
+        self,
+        scorer: Scorer,
+        *,
+        eos_token_ids: Sequence[int],
+        gamma: float | None = None,
+        count_candidates: bool = False,
     ) -> None:
-        """gamma: discount for controls that name none; None = the checkpoint's."""
-        self.scorer = scorer
+        """gamma: discount for controls that name none; None = the checkpoint's.
+
+        count_candidates: tell the scorer how many candidates are real, so that it does no work on
+        padding; on a GPU that is one wait a step.
+        """
+        self.scorer, self.count_candidates = scorer, count_candidates
         self.gamma = scorer.gamma if gamma is None else gamma
         self.eos_token_ids = tuple(eos_token_ids)
         self._states: dict[str, _State] = {}
@@ -208,9 +194,10 @@ class GuidanceSession:
             may_end_R=may_end,
             must_end_R=must_end,
         )
-        scored_ids = _to_score(candidates, batch.params)
+        scored_ids = to_score(candidates, batch.params)
+        num = int((scored_ids >= 0).sum()) if self.count_candidates else None
         try:
-            belief = self.scorer.score(request_ids, scored_ids)
+            belief = self.scorer.score(request_ids, scored_ids, num_candidates=num)
         except LenVMError as error:
             rows = {r: scored_ids[i : i + 1] for i, r in enumerate(request_ids)}
             raise self._blame(
@@ -219,6 +206,7 @@ class GuidanceSession:
         belief = belief.with_terminal(candidates.is_ending)
         self._step = _Step(
             rows={r: i for i, r in enumerate(request_ids)},
+            peeked=batch.params.scores_all,
             scored_ids=scored_ids,
             values=self._value(belief),
             lengths=belief.length(),
@@ -351,7 +339,7 @@ class GuidanceSession:
     def _commit_scored(self, request_ids: Sequence[str], tokens_R: Tensor | Sequence[int]) -> None:
         step = self._step
         assert step is not None
-        self.scorer.commit(request_ids, tokens_R)
+        self.scorer.commit(request_ids, tokens_R, peeked=step.peeked)
         rows = [step.rows.pop(r) for r in request_ids]
         tokens = torch.as_tensor(tokens_R).to(step.scored_ids.device, non_blocking=True)
         scored, values, lengths = step.scored_ids, step.values, step.lengths
@@ -367,8 +355,12 @@ class GuidanceSession:
         states = [self._states[r] for r in request_ids]
         device = states[0].now[0].lengths.device
         tokens = tokens_R.to(device, non_blocking=True)
-        belief = self.scorer.score(request_ids, tokens.unsqueeze(-1))
-        self.scorer.commit(request_ids, tokens)
+        if self._step is not None:
+            self._step.peeked = False  # the scorer holds the candidates of one call only
+        belief = self.scorer.score(
+            request_ids, tokens.unsqueeze(-1), num_candidates=len(request_ids)
+        )
+        self.scorer.commit(request_ids, tokens, peeked=True)
         ended = (pad([s.endings for s in states], device) == tokens.unsqueeze(-1)).any(-1)
         belief = belief.with_terminal(ended.unsqueeze(-1))
         self._point(request_ids, _Reading(self._value(belief)[:, 0], belief.length()[:, 0]))
@@ -393,13 +385,3 @@ class GuidanceSession:
                 guilty.append(request_id)
                 cause = own
         return RequestError(guilty or list(request_ids), cause)
-
-
-def _to_score(candidates: Candidates, params: RuleParams) -> Tensor:
-    """Ids to score, [R, K], -1 elsewhere. Where no rule can change anything (one candidate, a shut
-    gate, a scale of zero) the likeliest candidate is fed alone: mostly it is what is drawn, and
-    then its KV is there; another one is forwarded at commit."""
-    several = (candidates.mask.sum(-1) > 1) & ~params.neutral
-    several &= entropy(candidates.log_probs) >= params.min_entropy
-    first = torch.arange(candidates.ids.shape[-1], device=candidates.ids.device) == 0
-    return candidates.ids.masked_fill(~(several.unsqueeze(-1) | first), -1)
