@@ -13,6 +13,7 @@ Shape legend: R requests of a call, K candidates each, E outputs: the hidden siz
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -96,6 +97,8 @@ class RaggedDecoder:
         )
         self._runner: Runner
         if triton:
+            if find_spec("triton") is None:
+                raise InputError("the GPU path needs triton (pip install it), or kernels='torch'")
             from lenvm.model.cuda_runner import CudaRunner
 
             self._runner = CudaRunner(
