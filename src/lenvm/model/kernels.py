@@ -27,7 +27,7 @@ def next_power_of_2(n: int) -> int:
 # -- attention over the prefix and oneself ---------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["window", "num_tokens"])
+@triton.jit(do_not_specialize=["window", "num_tokens", "num_tiles", "num_splits"])
 def _candidate_kernel(
     q_ptr,
     own_k_ptr,
@@ -46,20 +46,21 @@ def _candidate_kernel(
     window,
     num_columns,
     num_tokens,
+    num_tiles,
+    num_splits,
     Hkv: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     S: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    NUM_TILES: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
-    row = tl.program_id(1) // NUM_TILES
-    tile = tl.program_id(1) % NUM_TILES
+    row = tl.program_id(1) // num_tiles
+    tile = tl.program_id(1) % num_tiles
     split = tl.program_id(2)
     first = tl.load(first_ptr + row)
     num_queries = (tl.load(first_ptr + row + 1) - first) * G
@@ -89,7 +90,7 @@ def _candidate_kernel(
             begin = tl.maximum(length - window + 1, 0)
         first_page = begin // S
         last_page = (length + S - 1) // S
-        share = (last_page - first_page + NUM_SPLITS - 1) // NUM_SPLITS
+        share = (last_page - first_page + num_splits - 1) // num_splits
         low = first_page + split * share
         high = tl.minimum(low + share, last_page)
         n_offs = tl.arange(0, S)
@@ -111,7 +112,7 @@ def _candidate_kernel(
             acc = acc * shrink[:, None]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
             m = m_new
-        if NUM_SPLITS == 1:
+        if not IS_SPLIT:
             out = acc / total[:, None]
             tl.store(
                 out_ptr + q_row[:, None] * D + d_offs[None, :],
@@ -126,18 +127,18 @@ def _candidate_kernel(
             tl.store(lse_ptr + at, m + tl.log2(total), mask=m_mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def _merge_splits_kernel(
     part_ptr,
     lse_ptr,
     out_ptr,
     count_ptr,
     num_tokens,
+    num_splits,
     Hq: tl.constexpr,
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
 ):
     token = tl.program_id(0)
     if token < tl.load(count_ptr):
@@ -149,7 +150,7 @@ def _merge_splits_kernel(
         m = tl.load(lse_ptr + at, mask=h_mask, other=0.0)  # split 0 holds the token itself: finite
         total = tl.full([BLOCK_H], 1.0, tl.float32)
         acc = tl.load(part_ptr + at[:, None] * D + d_offs[None, :], mask=mask, other=0.0)
-        for _split in range(1, NUM_SPLITS):
+        for _split in range(1, num_splits):
             at += num_tokens.to(tl.int64) * Hq
             lse = tl.load(lse_ptr + at, mask=h_mask, other=0.0)
             part = tl.load(part_ptr + at[:, None] * D + d_offs[None, :], mask=mask, other=0.0)
@@ -215,14 +216,15 @@ def candidate_attention(
         window or 0,
         table.shape[1],
         num_tokens,
+        num_tiles,
+        num_splits,
         Hkv=num_kv,
         G=group,
         D=head_size,
         BLOCK_D=max(16, next_power_of_2(head_size)),
         S=page_size,
         BLOCK_M=block_m,
-        NUM_TILES=num_tiles,
-        NUM_SPLITS=num_splits,
+        IS_SPLIT=num_splits > 1,
         HAS_WINDOW=window is not None,
         STAGES=num_stages,
         num_warps=8 if block_m >= 128 else 4,
@@ -235,11 +237,11 @@ def candidate_attention(
             out,
             first[-1:],
             num_tokens,
+            num_splits,
             Hq=num_heads,
             D=head_size,
             BLOCK_H=block_h,
             BLOCK_D=next_power_of_2(head_size),
-            NUM_SPLITS=num_splits,
         )
 
 

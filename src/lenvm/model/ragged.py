@@ -58,6 +58,7 @@ class RaggedDecoder:
         head: Head | None = None,
         kernels: Literal["auto", "torch", "triton"] = "auto",
         cuda_graphs: bool = True,
+        page_size: int | None = None,
     ) -> None:
         """backbone: a decoder without LM head (`AutoModel`).
 
@@ -81,7 +82,7 @@ class RaggedDecoder:
             "num_layers": int(config.num_hidden_layers),
             "num_kv_heads": int(getattr(config, "num_key_value_heads", None) or heads),
             "head_size": head_size,
-            "page_size": 16 if not triton else 64 if head_size <= 128 else 32,
+            "page_size": page_size or (16 if not triton else 64 if head_size <= 128 else 32),
         }
         if kv_bytes is not None:
             max_tokens = min(max_tokens, _tokens_in(kv_bytes, max_requests, self.dtype, **shape))
@@ -128,6 +129,12 @@ class RaggedDecoder:
     def num_kv_bytes(self) -> int:
         """Size of the KV store, all of it allocated at the start."""
         return self._cache.num_bytes
+
+    def warm_up(self, num_requests: int, num_candidates: int = 1) -> None:
+        """Compile and capture the step of so many requests with so many candidates each; else the
+        first step of a new shape does it. Nothing to do on the CPU."""
+        with torch.inference_mode():
+            self._runner.warm_up(num_requests, num_candidates)
 
     # -- calls ------------------------------------------------------------------------------------
 

@@ -37,6 +37,9 @@ class Runner(Protocol):
         """Write keys and values of peeked tokens, one for each of `rows` of the last peek, to the
         next position of the requests in those rows."""
 
+    def warm_up(self, num_requests: int, num_candidates: int) -> None:
+        """Prepare the step of that shape."""
+
     def find_defect(self) -> str | None:
         """What was found wrong, too late to refuse it, in ids that were on the device; once."""
 
@@ -110,6 +113,9 @@ class TorchRunner:
         store = self.cache.data.flatten(2, 3)  # [L, 2, P * S, Hkv, D]
         for layer, stash in zip(store, plan.stash, strict=True):
             layer.index_copy_(1, slots, stash.index_select(1, packed))
+
+    def warm_up(self, num_requests: int, num_candidates: int) -> None:
+        return
 
     def find_defect(self) -> str | None:
         return None
