@@ -141,9 +141,8 @@ def test_length_tokens_with_a_value_model_folder(value_model, tmp_path):
 
 def test_tokens_that_look_like_markup_are_printed_as_they_are(capsys, tmp_path):
     row = {"token": "[/b]", "num": 9, "num_events": 3, "event_share": 0.3, "mean_gain": 0.1}
-    summary = dict.fromkeys(
-        ("longer_by_event", "shorter_by_event", "longer_by_mean", "shorter_by_mean"), [row]
-    )
+    lists = ("longer_by_event", "shorter_by_event", "longer_by_mean", "shorter_by_mean")
+    summary = {name: [row] for name in lists}
     print_tokens({**summary, "notes": ["a [/note]"], "num_failed": 0}, tmp_path)
     captured = capsys.readouterr()
     assert captured.out.count("[/b]") == 4
