@@ -5,6 +5,8 @@ message alone (no traceback) and exits with `exit_code`; anything that is not a 
 defect in lenvm and keeps its traceback.
 """
 
+from collections.abc import Sequence
+
 
 class LenVMError(Exception):
     """Base of all errors that a user can do something about."""
@@ -28,6 +30,16 @@ class ControlError(InputError):
     def __init__(self, field: str, value: object, allowed: str) -> None:
         super().__init__(f"length control: {field} is {value!r}; allowed: {allowed}")
         self.field, self.value, self.allowed = field, value, allowed
+
+
+class RequestError(InputError):
+    """Requests of a batch that cannot go on; the others are unharmed. `request_ids` names them, the
+    cause says why."""
+
+    def __init__(self, request_ids: Sequence[str], cause: Exception) -> None:
+        names = ", ".join(repr(request_id) for request_id in request_ids)
+        super().__init__(f"request {names}: {cause}")
+        self.request_ids, self.cause = tuple(request_ids), cause
 
 
 class DataError(LenVMError):

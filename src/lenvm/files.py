@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +24,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step (temporary file in the same folder, fsync, rename)."""
+    """Replace `path` by `data` in one step (temporary file in the same folder, fsync, rename).
+
+    Raises DataError where the disk is full or the folder cannot be written; `path` is as before.
+    """
+    with _explaining(path):
+        _write_bytes(path, data)
+
+
+@contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """OSError as DataError: what could not be written, why, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror or error}. Nothing half-written was left; "
+            "make room (or choose another path) and run the same command again."
+        ) from error
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
@@ -55,55 +75,58 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not JSON: {error}") from None
 
 
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, line with its newline) of a file, blank lines left out."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder, expected a file of JSON lines") from None
+    with file:
+        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of a JSON-lines file, one line in memory at a time.
 
     An unfinished last line (no newline: the writer was killed) is passed over; anything else that
     is not a JSON object raises DataError with file and line.
     """
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    with file:
-        for number, line in enumerate(file, 1):
+    for number, line in read_lines(path):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
             if not line.endswith(b"\n"):
-                try:
-                    json.loads(line)
-                except ValueError:
-                    return
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON: {error}") from None
-            if not isinstance(value, dict):
-                raise DataError(
-                    f"{path}:{number}: expected a JSON object, got {type(value).__name__}"
-                )
-            yield number, value
+                return
+            raise DataError(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{path}:{number}: expected a JSON object, got {type(value).__name__}")
+        yield number, value
 
 
 class JsonlWriter:
     """Appends JSON lines, each with one write call, so that a kill loses at most the last line.
 
-    Opening cuts an unfinished last line that an earlier kill left behind. Not safe for several
-    writing processes; `lock` is taken so that a second writer gets a DataError.
+    Opening mends an unfinished last line that an earlier kill left behind: a whole object gets its
+    newline, a part of one is cut. The file is locked: a second writer gets a DataError. Raises
+    DataError where the disk is full; what was there before stays.
     """
 
     def __init__(self, path: Path) -> None:
         import fcntl
 
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = path.open("ab", buffering=0)
+        with _explaining(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
             raise DataError(f"{path} is being written by another process; wait for it") from None
-        _cut_unfinished_line(path)
+        with _explaining(path):
+            _mend_last_line(path)
 
     def write(self, value: Mapping[str, Any]) -> None:
         data = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -115,18 +138,19 @@ class JsonlWriter:
             return
         data = b"\n".join(lines) + b"\n"
         start = os.fstat(self._file.fileno()).st_size
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[self._file.write(view) :]
-        except BaseException:
-            os.ftruncate(self._file.fileno(), start)
-            raise
+        with _explaining(self.path):
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[self._file.write(view) :]
+            except BaseException:
+                os.ftruncate(self._file.fileno(), start)
+                raise
 
     def close(self) -> None:
         if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with self._file, _explaining(self.path):
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self
@@ -135,20 +159,43 @@ class JsonlWriter:
         self.close()
 
 
-def _cut_unfinished_line(path: Path) -> None:
+@contextmanager
+def replace_jsonl(path: Path) -> Iterator[JsonlWriter]:
+    """A writer whose lines become `path` when the block ends, and vanish when it fails."""
+    part = path.with_name(f".{path.name}.part")
+    with _explaining(part):
+        part.unlink(missing_ok=True)
+    try:
+        with JsonlWriter(part) as writer:
+            yield writer
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _mend_last_line(path: Path) -> None:
+    """End a last line without newline, as `read_jsonl` sees it: keep a whole object, cut a part."""
     with path.open("rb+") as file:
         end = file.seek(0, os.SEEK_END)
-        keep = end
-        while keep > 0:
-            size = min(1 << 16, keep)
-            file.seek(keep - size)
+        start = end
+        while start > 0:
+            size = min(1 << 16, start)
+            file.seek(start - size)
             newline = file.read(size).rfind(b"\n")
             if newline >= 0:
-                keep = keep - size + newline + 1
+                start = start - size + newline + 1
                 break
-            keep -= size
-        if keep < end:
-            file.truncate(keep)
+            start -= size
+        if start == end:
+            return
+        file.seek(start)
+        try:
+            json.loads(file.read())
+        except ValueError:
+            file.truncate(start)
+        else:
+            file.write(b"\n")
 
 
 def hash_config(config: Mapping[str, Any]) -> str:
@@ -168,7 +215,8 @@ def claim(product: Path, kind: str, config: Mapping[str, Any]) -> bool:
     """Claim `product` for a run with `config`; True when an earlier run is being continued.
 
     Writes the manifest (kind, config, its hash, command, package version) on the first claim. When
-    one is there with another kind or config, raises InputError that shows both settings.
+    one is there with another kind or config, raises InputError that shows both settings; so does a
+    file that is there without a manifest, since nobody knows what made it.
     """
     from lenvm import __version__
 
@@ -183,15 +231,20 @@ def claim(product: Path, kind: str, config: Mapping[str, Any]) -> bool:
         if found.get("config") != config:
             old = found.get("config") or {}
             rows = [
-                f"  {key}: {old.get(key)!r} there, {config.get(key)!r} now"
+                f"  {key}: {_brief(old.get(key))} there, {_brief(config.get(key))} now"
                 for key in sorted({*old, *config})
                 if old.get(key) != config.get(key)
             ]
             raise InputError(
                 f"{product} was made with other settings:\n" + "\n".join(rows) + "\n"
-                "Use another output path, the earlier settings, or delete the file and its manifest."
+                "Use another output path or the earlier settings, or delete file and manifest."
             )
         return True
+    if product.is_file() and product.stat().st_size > 0:
+        raise InputError(
+            f"{product} is there, but without {path.name}, so that what made it is unknown; use "
+            "another path or delete the file"
+        )
     write_json(
         path,
         {
@@ -204,3 +257,10 @@ def claim(product: Path, kind: str, config: Mapping[str, Any]) -> bool:
         },
     )
     return False
+
+
+def _brief(value: Any, limit: int = 160) -> str:
+    """A setting for an error message; a long one keeps its beginning and tells its size."""
+    text = json.dumps(value, ensure_ascii=False)
+    size = f" ({len(value)} entries)" if isinstance(value, list | dict) else ""
+    return text if len(text) <= limit else f"{text[:limit]}...{size}"

@@ -1,9 +1,11 @@
+import base64
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from lenvm.data.prompts import Prompt, load_bundled_prompts, load_prompts
+from lenvm.data.prompts import Prompt, load_bundled_prompts, load_prompts, shard_of
 from lenvm.errors import DataError, InputError
 
 ROWS = [{"question": f"What is {i}?", "level": i % 3} for i in range(200)]
@@ -63,18 +65,64 @@ def test_limit_seed_filter_and_domain(tmp_path: Path):
 
 
 def test_messages_and_instruction_with_input(tmp_path: Path):
-    rows: list[dict[str, object]] = [
-        {
-            "messages": [
-                {"role": "system", "content": "Be kind."},
-                {"role": "user", "content": "Hi"},
-            ]
-        },
-        {"instruction": "Translate", "input": "Bonjour"},
-    ]
-    first, second = load_prompts(write(tmp_path / "p.jsonl", rows))
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    (first,) = load_prompts(write(tmp_path / "p.jsonl", [{"messages": turns}]))
     assert first.text == "Be kind.\nHi"
-    assert second.text == "Translate\n\nBonjour"
+    row: dict[str, object] = {"instruction": "Translate", "input": "Bonjour"}
+    assert load_prompts(write(tmp_path / "q.jsonl", [row]))[0].text == "Translate\n\nBonjour"
+    cell: dict[str, object] = {"messages": json.dumps(turns)}
+    assert load_prompts(write(tmp_path / "m.csv", [cell]))[0].messages == turns
+
+
+def test_fields_are_mapped_and_texts_may_stay_plain(tmp_path: Path):
+    rows: list[dict[str, object]] = [{"q": "Why?", "subject": "logic", "part": "test", "x": 1}]
+    source = write(tmp_path / "p.jsonl", rows)
+    fields = {"prompt": "q", "domain": "subject", "split": "part"}
+    (prompt,) = load_prompts(source, fields=fields, plain=True)
+    assert (prompt.prompt_text, prompt.messages) == ("Why?", None)
+    assert (prompt.domain, prompt.split, prompt.metadata) == ("logic", "test", {"x": 1})
+    with pytest.raises(InputError, match="'colour'"):
+        load_prompts(source, fields={"colour": "q"})
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path):
+    rows: list[dict[str, object]] = [{"prompt": t} for t in ("a", "A ", "b", "c")]
+    counts: Counter[str] = Counter()
+    source = write(tmp_path / "p.jsonl", rows)
+    load_prompts(source, keep=lambda p: p.text != "b", counts=counts)
+    assert counts == {"rows": 4, "duplicates": 1, "filtered": 1}
+
+
+def test_shards_are_disjoint_and_whole(tmp_path: Path):
+    prompts = load_prompts(write(tmp_path / "p.jsonl", ROWS))
+    parts = [shard_of(prompts, i, 3) for i in range(3)]
+    assert sorted(p.text for part in parts for p in part) == sorted(p.text for p in prompts)
+    assert all(len(part) > 40 for part in parts)
+    with pytest.raises(InputError, match="shard 3/3"):
+        shard_of(prompts, 3, 3)
+
+
+def test_a_folder_holds_a_prompt_a_file(tmp_path: Path):
+    (tmp_path / "b.txt").write_text("Two\nlines")
+    (tmp_path / "a.md").write_text("# One")
+    assert [p.text for p in load_prompts(str(tmp_path))] == ["# One", "Two\nlines"]
+
+
+def test_image_paths_are_absolute_and_embedded_images_are_saved(tmp_path: Path):
+    png = b"\x89PNG fake"
+    rows: list[dict[str, object]] = [
+        {"question": "What is it?", "image": "pictures/1.png"},
+        {"question": "And that?", "image": base64.b64encode(png).decode()},
+    ]
+    rows[1]["image"] = "data:image/png;base64," + str(rows[1]["image"])
+    source = write(tmp_path / "p.jsonl", rows)
+    first, second = load_prompts(source, image_dir=tmp_path / "saved")
+    assert first.images == (str(tmp_path / "pictures" / "1.png"),)
+    assert Path(second.images[0]).read_bytes() == png
+    with pytest.raises(InputError, match=r"p.jsonl:2 holds an image itself"):
+        load_prompts(source)
+    moved = load_prompts(write(tmp_path / "elsewhere.jsonl", rows[:1]))
+    assert moved[0].prompt_hash == first.prompt_hash
 
 
 def test_bundled_prompts_are_real_and_cover_three_domains_and_splits():
@@ -90,7 +138,14 @@ def test_bundled_prompts_are_real_and_cover_three_domains_and_splits():
         ("p.jsonl", "", "holds no prompts"),
         ("p.jsonl", '{"prompt": "a"}\n{broken}\n', "p.jsonl:2"),
         ("p.jsonl", '{"prompt": "a"}\n[1]\n', "p.jsonl:2"),
-        ("p.jsonl", '{"prompt": "a"}\n{"colour": "b"}\n', "p.jsonl:2: no prompt.*colour"),
+        ("p.jsonl", '{"colour": "b"}\n', "p.jsonl:1: no prompt.*colour"),
+        ("p.jsonl", '{"prompt": "a"}\n{"question": "b"}\n', "p.jsonl:2: mixed schema.*question"),
+        ("p.jsonl", '{"messages": [{"role": "user", "content": "a", "tone": 1}]}\n', "'tone'"),
+        ("p.jsonl", '{"messages": [{"role": "bot", "content": "a"}]}\n', "role is 'bot'"),
+        ("p.jsonl", '{"messages": [{"role": "user", "content": " "}]}\n', "hold no text"),
+        ("p.jsonl", '{"prompt": "a", "image": 5}\n', "an image must be"),
+        ("p.csv", 'prompt\n"a', "not CSV"),
+        ("p.txt", "\n \n", "holds no prompts"),
         ("p.jsonl", '{"prompt": ""}\n', "must be text"),
         ("p.jsonl", '{"prompt": "a", "split": "dev"}\n', "split is 'dev'"),
         ("p.jsonl", '{"messages": [{"role": "user"}]}\n', "role and content"),

@@ -1,12 +1,13 @@
 """A Markov generator whose remaining length is known exactly, and a scorer that knows it."""
 
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lenvm.errors import InputError
 from lenvm.guidance.session import GuidanceSession, Guided
-from lenvm.model.head import DistributionBelief, LengthBins, ScalarBelief
+from lenvm.model.head import DistributionBelief, LengthBelief, LengthBins, ScalarBelief
 from lenvm.returns import length_to_logit
 
 EOS = 0
@@ -37,28 +38,30 @@ class Markov:
 
 
 class OracleScorer:
-    """CandidateScorer's interface with exact beliefs, scalar or distribution."""
+    """CandidateScorer's interface with exact beliefs, scalar or distribution.
+
+    `requests` holds each request's tokens as committed; `num_scored` counts candidates scored.
+    """
 
     gamma = GAMMA
+    max_candidates = 256
+    vocab_size = 1000
 
     def __init__(self, markov: Markov, head: str = "distribution") -> None:
-        self.markov, self.head_name = markov, head
-        width = len(BINS) if head == "distribution" else 1
-        self.model = SimpleNamespace(
-            config=SimpleNamespace(head=head),
-            head=SimpleNamespace(num_outputs=width),
-            belief=self.belief,
-        )
+        self.markov, self.has_distribution = markov, head == "distribution"
         self.requests: dict[str, list[int]] = {}
+        self.num_scored = self.num_prefilled = 0
+        self.held: dict[str, list[int]] = {}
 
-    def belief(self, raw: Tensor):
-        if self.head_name == "scalar":
+    def belief(self, tokens: Tensor) -> LengthBelief:
+        raw = self.raw(tokens)
+        if not self.has_distribution:
             return ScalarBelief(raw.squeeze(-1), GAMMA)
         return DistributionBelief(raw, GAMMA, BINS)
 
     def raw(self, tokens: Tensor) -> Tensor:
         probs = self.markov.after[:, tokens.clamp(min=0)].movedim(0, -1)
-        if self.head_name == "scalar":
+        if not self.has_distribution:
             n = torch.arange(1, 201, dtype=torch.float64)
             u = (probs * -torch.expm1(n * torch.tensor(GAMMA).double().log())).sum(-1)
             return torch.logit(u).float().unsqueeze(-1)
@@ -66,24 +69,43 @@ class OracleScorer:
         logits[..., :200] = probs.clamp(min=1e-30).log().float()
         return logits
 
-    def add(self, requests):
-        self.requests.update({r: list(ids) for r, ids in requests.items()})
-        return self.belief(self.raw(torch.tensor([ids[-1] for ids in requests.values()])))
-
-    def extend(self, requests):
+    def add(self, requests: Mapping[str, Sequence[int]]) -> LengthBelief:
         for request_id, ids in requests.items():
-            self.requests[request_id].extend(ids)
-        return self.belief(self.raw(torch.tensor([ids[-1] for ids in requests.values()])))
+            if not ids:
+                raise InputError(f"request {request_id!r}: the prompt is empty")
+        self.requests.update({r: list(ids) for r, ids in requests.items()})
+        self.num_prefilled += len(requests)
+        return self.belief(torch.tensor([ids[-1] for ids in requests.values()]))
 
-    def score_raw(self, request_ids, candidate_ids_RK):
+    def fork(self, parent_id: str, child_id: str) -> None:
+        self.requests[child_id] = list(self.requests[parent_id])
+
+    def score(
+        self,
+        request_ids: Sequence[str],
+        candidate_ids_RK: Tensor,
+        *,
+        num_candidates: int | None = None,
+    ) -> LengthBelief:
         assert all(r in self.requests for r in request_ids)
-        return self.raw(candidate_ids_RK)
+        assert candidate_ids_RK.shape[0] == len(request_ids)
+        self.held = dict(zip(request_ids, candidate_ids_RK.tolist(), strict=True))
+        self.num_scored += int((candidate_ids_RK >= 0).sum())
+        return self.belief(candidate_ids_RK)
 
-    def commit(self, request_ids, token_ids):
-        for request_id, token in zip(request_ids, token_ids, strict=True):
-            self.requests[request_id].append(int(token))
+    def commit(
+        self,
+        request_ids: Sequence[str],
+        token_ids_R: Tensor | Sequence[int],
+        *,
+        peeked: bool = False,
+    ) -> None:
+        tokens = torch.as_tensor(token_ids_R).tolist()
+        for request_id, token in zip(request_ids, tokens, strict=True):
+            assert not peeked or token in self.held[request_id], "the promise of peeked is broken"
+            self.requests[request_id].append(token)
 
-    def remove(self, request_ids):
+    def remove(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             del self.requests[request_id]
 
@@ -96,7 +118,7 @@ class PointScorer(OracleScorer):
 
 
 def session(markov: Markov, head: str = "distribution") -> GuidanceSession:
-    return GuidanceSession(OracleScorer(markov, head), eos_token_ids=[EOS])  # type: ignore[arg-type]
+    return GuidanceSession(OracleScorer(markov, head), eos_token_ids=[EOS])
 
 
 def step_probs(guidance: GuidanceSession, markov: Markov, name: str, last: int) -> dict[int, float]:

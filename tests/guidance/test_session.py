@@ -63,7 +63,7 @@ def test_no_evidence_is_the_generator(goal: dict[str, float]):
 def test_tilt_is_the_stated_distribution(scale: float):
     markov = Markov(seed=5)
     scorer = OracleScorer(markov, "scalar")
-    guidance = GuidanceSession(scorer, eos_token_ids=[EOS])  # type: ignore[arg-type]
+    guidance = GuidanceSession(scorer, eos_token_ids=[EOS])
     guidance.add({"r": Guided([2], LengthControl.parse({"tilt": scale, **ALL}))})
     found = step_probs(guidance, markov, "r", 2)
     u = torch.sigmoid(scorer.raw(torch.arange(4))).squeeze(-1).double()

@@ -1,6 +1,5 @@
 """`lenvm sample`: n completions of every prompt, from servers or from the model in this process."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,42 +9,91 @@ import typer
 def register(app: typer.Typer) -> None:
     @app.command()
     def sample(
-        prompts: Annotated[str, typer.Argument(help="Prompt file, hub name, or `bundled`.")],
-        output: Annotated[Path, typer.Option(help="Trajectory file to write or continue.")],
+        prompts: Annotated[
+            str, typer.Argument(help="Prompt file, data set name (`lenvm prompts`), or `bundled`.")
+        ],
+        output: Annotated[
+            Path, typer.Option("--output", "-o", help="Trajectory file to write or continue.")
+        ],
         endpoint: Annotated[
             list[str] | None,
-            typer.Option(help="Base URL of a server, http://HOST:PORT/v1; may be repeated."),
+            typer.Option(help="Server, http://HOST:PORT/v1; repeat for several."),
         ] = None,
         model: Annotated[
-            str, typer.Option(help="Model name on the server, or locally.")
-        ] = "smollm2",
+            str | None,
+            typer.Option(help="Model on the server (default: the one served), or locally."),
+        ] = None,
         tokenizer: Annotated[
             str | None, typer.Option(help="For servers that return no token ids.")
         ] = None,
-        n: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 1,
-        temperature: Annotated[float, typer.Option()] = 1.0,
-        top_p: Annotated[float, typer.Option()] = 1.0,
-        top_k: Annotated[int, typer.Option()] = 0,
-        min_p: Annotated[float, typer.Option()] = 0.0,
-        max_tokens: Annotated[int, typer.Option()] = 1024,
-        seed: Annotated[int | None, typer.Option()] = None,
-        limit: Annotated[int | None, typer.Option(min=1, help="First LIMIT prompts.")] = None,
-        field: Annotated[str | None, typer.Option(help="Field that holds the prompt.")] = None,
-        domain: Annotated[str | None, typer.Option(help="Domain of every prompt.")] = None,
-        concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
-        length: Annotated[
-            list[str] | None, typer.Option(help="Length controls (JSON) to cycle over.")
+        n: Annotated[int, typer.Option("--n", "-n", min=1, help="Completions per prompt.")] = 1,
+        temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+        top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+        top_k: Annotated[int, typer.Option(help="0 = all tokens.")] = 0,
+        min_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.0,
+        max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 1024,
+        seed: Annotated[
+            int | None, typer.Option(help="Reproducible completions (slower on vLLM).")
         ] = None,
+        limit: Annotated[int | None, typer.Option(min=1, help="At most LIMIT prompts.")] = None,
+        shuffle: Annotated[
+            int | None, typer.Option(help="Shuffle the prompts with this seed before --limit.")
+        ] = None,
+        where: Annotated[
+            list[str] | None,
+            typer.Option(help="Keep prompts with FIELD=VALUE, such as split=train; repeatable."),
+        ] = None,
+        field: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="Field of the prompt, or NAME=FIELD (prompt, domain, split, images)."
+            ),
+        ] = None,
+        domain: Annotated[str | None, typer.Option(help="Domain of every prompt.")] = None,
+        shard: Annotated[
+            str | None, typer.Option(help="I/K: the I-th (from 0) of K parts of the prompts.")
+        ] = None,
+        length: Annotated[
+            list[str] | None,
+            typer.Option(help="Length controls (JSON, or `none`) to cycle over; repeatable."),
+        ] = None,
+        server: Annotated[
+            str | None, typer.Option(help="vllm, sglang, lenvm or openai (default: ask it).")
+        ] = None,
+        extra: Annotated[
+            str | None, typer.Option(help="More request fields, as a JSON object.")
+        ] = None,
+        concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
+        per_request: Annotated[
+            int, typer.Option(min=1, help="Most completions asked for in one request.")
+        ] = 16,
+        retries: Annotated[int, typer.Option(min=0, help="Of a failed request.")] = 4,
+        patience: Annotated[
+            float, typer.Option(help="Seconds of nothing but failures until a server is given up.")
+        ] = 30.0,
+        timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 3600.0,
+        strict: Annotated[
+            bool, typer.Option(help="Stop where token ids disagree with the server's count.")
+        ] = False,
     ) -> None:
-        """Sample completions. Killed and started again, it continues."""
+        """Sample completions. Killed and started again, it continues.
+
+        Exit code 5 when completions failed; run the same command to try those again.
+        """
         from lenvm.cli._console import stages
-        from lenvm.data.prompts import load_bundled_prompts, load_prompts
+        from lenvm.cli.prompts import read_source
         from lenvm.guidance.request import LengthControl
 
-        if prompts == "bundled":
-            rows = load_bundled_prompts()[:limit]
-        else:
-            rows = load_prompts(prompts, field_name=field, domain=domain, limit=limit)
+        rows = read_source(
+            prompts,
+            field=field,
+            domain=domain,
+            limit=limit,
+            seed=shuffle,
+            where=where or [],
+            shard=shard,
+            image_dir=output.with_name(output.stem + ".images"),
+        )
         values: dict[str, Any] = {
             "temperature": temperature,
             "top_p": top_p,
@@ -54,27 +102,101 @@ def register(app: typer.Typer) -> None:
             "max_tokens": max_tokens,
             "seed": seed,
         }
-        controls = [LengthControl.parse(text) for text in length or []]
+        controls = [None if text == "none" else LengthControl.parse(text) for text in length or []]
         with stages() as progress:
             if endpoint:
-                from lenvm.data.sampler import sample_from_endpoints
-
-                report = sample_from_endpoints(
+                report = _sample_servers(
                     rows,
                     output,
-                    endpoints=endpoint,
-                    model=model,
-                    n=n,
-                    sampling=values,
-                    tokenizer=tokenizer,
-                    concurrency=concurrency,
-                    controls=[c.model_dump(exclude_defaults=True) for c in controls],
-                    api_key=os.environ.get("OPENAI_API_KEY", "none"),
-                    progress=progress,
+                    endpoint,
+                    controls,
+                    {**values, **_parse_extra(extra)},
+                    {
+                        "model": model,
+                        "n": n,
+                        "tokenizer": tokenizer,
+                        "server": server,
+                        "concurrency": concurrency,
+                        "per_request": per_request,
+                        "retries": retries,
+                        "patience_s": patience,
+                        "timeout_s": timeout,
+                        "strict": strict,
+                        "progress": progress,
+                    },
                 )
             else:
-                report = _sample_here(rows, output, model, n, values, controls, progress)
+                report = _sample_here(
+                    rows, output, model or "smollm2", n, values, controls, progress
+                )
         typer.echo(report, err=True)
+        if getattr(report, "num_failed", 0):
+            from lenvm.errors import EndpointError
+
+            raise typer.Exit(EndpointError.exit_code)
+
+
+def _parse_extra(text: str | None) -> dict[str, Any]:
+    import json
+
+    from lenvm.errors import InputError
+
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(
+            f"--extra is {text!r}; it must be a JSON object such as '{{\"stop\": []}}'"
+        )
+    return value
+
+
+def _sample_servers(
+    rows: Any,
+    output: Path,
+    endpoints: list[str],
+    controls: list[Any],
+    sampling: dict[str, Any],
+    options: dict[str, Any],
+) -> Any:
+    import os
+
+    from lenvm.data.completers import SERVER_KINDS
+    from lenvm.data.sampler import sample_from_endpoints
+    from lenvm.errors import InputError
+
+    if options["server"] not in (None, *SERVER_KINDS):
+        raise InputError(f"--server is {options['server']!r}; allowed: {', '.join(SERVER_KINDS)}")
+    tokenizer = options.pop("tokenizer")
+    return sample_from_endpoints(
+        rows,
+        output,
+        endpoints=endpoints,
+        sampling=sampling,
+        controls=[c and c.model_dump(exclude_defaults=True) for c in controls],
+        encoder=Retokenizer(tokenizer) if tokenizer else None,
+        api_key=os.environ.get("OPENAI_API_KEY", "none"),
+        **options,
+    )
+
+
+class Retokenizer:
+    """A generator's tokenizer, for servers that return text alone."""
+
+    def __init__(self, name: str) -> None:
+        from lenvm.model.bundled import resolve_model
+        from lenvm.model.tokenization import encode_prompt, load_tokenizer
+
+        path = name if Path(name).is_dir() else resolve_model(name)
+        self._tokenizer, self._encode = load_tokenizer(path), encode_prompt
+        self.eos_token_id: int = self._tokenizer.eos_token_id
+
+    def encode_prompt(self, conversation: str | list[dict[str, Any]]) -> list[int]:
+        return self._encode(self._tokenizer, conversation)
+
+    def encode_text(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _sample_here(

@@ -49,7 +49,7 @@ def register(app: typer.Typer) -> None:
                             repr(token)[1:-1],
                             state["step"],
                             *(f"{state[c]:.4g}" for c in columns),
-                            "–" if state["remaining_true"] is None else state["remaining_true"],
+                            "-" if state["remaining_true"] is None else state["remaining_true"],
                         ]
                         for token, state in zip(["(prompt)", *tokens], states, strict=True)
                     ),

@@ -1,24 +1,30 @@
-"""Prompts from files, hubs and the package: one record, one normalisation, one split.
+"""Prompts: one record, one normalisation, one split, whatever file or hub they come from.
 
-JSON, JSONL, CSV, Parquet and plain text (a prompt per line); names of `datasets` on a hub; the
-published system's data sets by name. Duplicates go by normalised text, and a prompt's split is a
-function of its hash alone, so that no prompt is ever on two sides.
+Duplicates go by normalised text, and a prompt's split is a function of its hash alone, so that no
+prompt is ever on two sides. Readers of the file formats are in `prompt_sources`, the published data
+sets with their prompt forms in `prompt_sets`.
 """
 
-import csv
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from lenvm.data.prompt_sets import PROMPT_SETS, find_prompt_set
+from lenvm.data.prompt_sources import read_rows, resolve_image
 from lenvm.errors import DataError, InputError
-from lenvm.files import read_json, read_jsonl
 
 Split = Literal["train", "validation", "test"]
 TEXT_FIELDS = ("messages", "prompt", "question", "problem", "instruction", "text", "input")
+FIELDS = ("prompt", "domain", "split", "images")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id"})
 BUNDLED = Path(__file__).parent / "bundled_prompts" / "demo.jsonl"
 
 
@@ -31,6 +37,7 @@ class Prompt:
     domain: str = "unknown"
     split: Split = "train"
     images: tuple[str, ...] = ()
+    """Image files (absolute paths where they come from a file), or http(s) addresses."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -52,10 +59,12 @@ class Prompt:
             return self.prompt_text or ""
         return "\n".join(_content_text(m.get("content")) for m in self.messages)
 
-    @property
+    @cached_property
     def prompt_hash(self) -> str:
-        """16 hex digits of the normalised text (case and white space folded) and the images."""
-        normal = " ".join(self.text.casefold().split()) + "\0".join(("", *self.images))
+        """16 hex digits of the normalised text (case and white space folded) and the image names
+        (file and folder: the same wherever the data set lies)."""
+        names = ["/".join(Path(image).parts[-2:]) for image in self.images]
+        normal = " ".join(self.text.casefold().split()) + "\0".join(("", *names))
         return hashlib.sha256(normal.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -68,6 +77,7 @@ def load_prompts(
     source: str,
     *,
     field_name: str | None = None,
+    fields: Mapping[str, str] | None = None,
     domain: str | None = None,
     limit: int | None = None,
     seed: int | None = None,
@@ -75,27 +85,46 @@ def load_prompts(
     validation: float = 0.1,
     test: float = 0.1,
     hub_split: str = "train",
+    plain: bool = False,
+    image_dir: Path | None = None,
+    counts: Counter[str] | None = None,
 ) -> list[Prompt]:
-    """Prompts of a file or a hub data set (`owner/name`), in order, without duplicates.
+    """Prompts of a source, in order, without duplicates.
 
-    field_name: the field that holds the prompt (default: the first there of `messages`, `prompt`,
-    `question`, `problem`, `instruction`, `text`, `input`). seed shuffles before `limit`. A row's
-    own `split` is kept; others are split by hash. Raises DataError with file and line.
+    source: a file (.json, .jsonl, .csv, .parquet; .txt has one prompt a line), a folder of text
+    files (one prompt each), `bundled`, a hub data set `OWNER/NAME`, or one of the published sets by
+    name (`prompt_sets.PROMPT_SETS`), `NAME:FILE` for a local copy of its rows.
+
+    fields: which field of the rows is the `prompt`, `domain`, `split` or `images`; `field_name` is
+    short for the first (default: the first there of `messages`, `prompt`, `question`, `problem`,
+    `instruction`, `text`, `input`). A row's own split is kept; others are split by hash. plain:
+    texts are fed as they are, not as a user's message. image_dir: where embedded images are saved.
+    seed shuffles before `limit`. counts: gets rows, duplicates, filtered and unusable.
+
+    Raises DataError with file and line, InputError for options that cannot be.
     """
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise InputError(
             f"validation {validation} and test {test} are shares of the prompts: each from 0, "
             "together below 1"
         )
+    names = {**dict(fields or {}), **({"prompt": field_name} if field_name else {})}
+    if unknown := [name for name in names if name not in FIELDS]:
+        raise InputError(f"no prompt has a {unknown[0]!r}; fields are mapped for {FIELDS}")
+    counts = Counter() if counts is None else counts
     found: dict[str, Prompt] = {}
-    for where, row in _read_rows(source, hub_split):
-        prompt = _to_prompt(row, where, field_name, domain)
-        if "split" not in row:
+    for prompt, pinned in _iterate(source, names, domain, hub_split, plain, image_dir, counts):
+        if not pinned:
             prompt = replace(prompt, split=split_of(prompt.prompt_hash, validation, test))
-        if keep(prompt):
-            found.setdefault(prompt.prompt_hash, prompt)
+        if not keep(prompt):
+            counts["filtered"] += 1
+        elif found.setdefault(prompt.prompt_hash, prompt) is not prompt:
+            counts["duplicates"] += 1
+        elif seed is None and len(found) == limit:
+            break
     if not found:
-        raise DataError(f"{source} holds no prompts")
+        why = ", ".join(f"{n} {what}" for what, n in counts.items())
+        raise DataError(f"{source} holds no prompts" + (f" ({why})" if why else ""))
     prompts = list(found.values())
     if seed is not None:
         random.Random(seed).shuffle(prompts)
@@ -110,36 +139,124 @@ def split_of(prompt_hash: str, validation: float, test: float) -> Split:
     return "validation" if at < test + validation else "train"
 
 
-def _to_prompt(row: dict[str, Any], where: str, name: str | None, domain: str | None) -> Prompt:
-    names = [name] if name else [n for n in TEXT_FIELDS if n in row]
-    if not names or names[0] not in row:
+def shard_of(prompts: list[Prompt], index: int, count: int) -> list[Prompt]:
+    """The `index`-th (from 0) of `count` disjoint parts, for several processes or machines."""
+    if not 0 <= index < count:
+        raise InputError(f"shard {index}/{count}: the first number is from 0, below the second")
+    return [p for p in prompts if int(p.prompt_hash, 16) % count == index]
+
+
+def _iterate(
+    source: str,
+    names: Mapping[str, str],
+    domain: str | None,
+    hub_split: str,
+    plain: bool,
+    image_dir: Path | None,
+    counts: Counter[str],
+) -> Iterator[tuple[Prompt, bool]]:
+    """(prompt, whether its row pins its split) for every row."""
+    source = str(BUNDLED) if source == "bundled" else source
+    published = find_prompt_set(source)
+    if published is None and "/" not in source and not Path(source).exists() and "." not in source:
+        raise DataError(
+            f"{source}: no such file, and not one of the known sets: {', '.join(PROMPT_SETS)}"
+        )
+    form, schema = None, ""
+    rows = read_rows(source, hub_split)
+    if published is not None:
+        form, domain = published, domain or published.domain
+        rows = published.read_rows(source)
+    base = Path(source).parent
+    for where, row in rows:
+        counts["rows"] += 1
+        if form is not None:
+            filled = form.fill(row, where)
+            if filled is None:
+                counts["unusable"] += 1
+                continue
+            row = filled
+        name = _prompt_field(row, where, names.get("prompt"), schema)
+        schema = name
+        yield (
+            _to_prompt(row, where, name, names, domain, plain, base, image_dir),
+            names.get("split", "split") in row,
+        )
+
+
+def _prompt_field(row: dict[str, Any], where: str, name: str | None, schema: str) -> str:
+    """The field that holds the prompt: the one of the rows before, where there were any."""
+    there = [n for n in ((name,) if name else TEXT_FIELDS) if n in row]
+    if schema and schema not in row:
+        raise DataError(
+            f"{where}: mixed schema: the rows before have the prompt in {schema!r}; the fields "
+            f"here are {', '.join(map(str, row)) or '(none)'}"
+        )
+    if not there:
         raise DataError(
             f"{where}: no prompt: looked for {name or ', '.join(TEXT_FIELDS)}; the fields are "
-            f"{', '.join(row) or '(none)'}"
+            f"{', '.join(map(str, row)) or '(none)'}"
         )
-    value = row[names[0]]
-    split = row.get("split", "train")
-    if split not in ("train", "validation", "test"):
+    return schema or there[0]
+
+
+def _to_prompt(
+    row: dict[str, Any],
+    where: str,
+    name: str,
+    names: Mapping[str, str],
+    domain: str | None,
+    plain: bool,
+    base: Path,
+    image_dir: Path | None,
+) -> Prompt:
+    value = row[name]
+    split = row.get(names.get("split", "split"), "train")
+    if split not in get_args(Split):
         raise DataError(f"{where}: split is {split!r}; allowed: train, validation, test")
-    rest = {k: v for k, v in row.items() if k not in (names[0], "split", "domain", "images")}
+    image_field = names.get("images") or ("images" if "images" in row else "image")
+    images = row.get(image_field) or []
+    used = {name, names.get("split", "split"), names.get("domain", "domain"), image_field}
     common: dict[str, Any] = {
-        "domain": domain or str(row.get("domain", "unknown")),
+        "domain": domain or str(row.get(names.get("domain", "domain"), "unknown")),
         "split": split,
-        "images": tuple(row.get("images") or ()),
-        "metadata": rest,
+        "images": tuple(
+            resolve_image(image, base, image_dir, where)
+            for image in (images if isinstance(images, list) else [images])
+        ),
+        "metadata": _to_json({k: v for k, v in row.items() if k not in used}),
     }
+    if name == "messages" and isinstance(value, str):  # a CSV cell
+        with suppress(ValueError):
+            value = json.loads(value)
     if isinstance(value, list):
-        for message in value:
-            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-                raise DataError(f"{where}: a message needs role and content; got {message!r}")
-        if not value:
-            raise DataError(f"{where}: messages are empty")
-        return Prompt(messages=value, **common)
+        return Prompt(messages=_check_messages(value, where), **common)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {names[0]} must be text or messages; got {value!r}")
-    if names[0] == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():
+        raise DataError(f"{where}: {name} must be text or messages; got {value!r:.80}")
+    if name == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():
         value = f"{value}\n\n{row['input']}"
+    if plain:
+        return Prompt(prompt_text=value, **common)
     return Prompt.from_text(value, **common)
+
+
+def _check_messages(messages: list[Any], where: str) -> list[dict[str, Any]]:
+    """Chat messages as they are. DataError for what is none."""
+    if not messages:
+        raise DataError(f"{where}: messages are empty")
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise DataError(f"{where}: a message needs role and content; got {message!r:.80}")
+        if unknown := message.keys() - MESSAGE_KEYS:
+            raise DataError(
+                f"{where}: a message has the unknown key {sorted(unknown)[0]!r}; allowed: "
+                f"{', '.join(sorted(MESSAGE_KEYS))}"
+            )
+        if message["role"] not in ROLES:
+            raise DataError(f"{where}: role is {message['role']!r}; allowed: {', '.join(ROLES)}")
+    if not any(_content_text(m["content"]).strip() for m in messages):
+        raise DataError(f"{where}: the messages hold no text")
+    return messages
 
 
 def _content_text(content: Any) -> str:
@@ -149,80 +266,6 @@ def _content_text(content: Any) -> str:
     return " ".join(str(p.get("text", "")) for p in parts if isinstance(p, dict))
 
 
-def _read_rows(source: str, hub_split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place for error messages, row) of a source."""
-    path = Path(source)
-    readers: dict[str, Callable[[Path], Iterable[tuple[str, Any]]]] = {
-        ".jsonl": lambda p: ((f"{p}:{n}", row) for n, row in read_jsonl(p)),
-        ".json": _read_json_rows,
-        ".csv": _read_csv_rows,
-        ".parquet": _read_parquet_rows,
-        ".txt": _read_text_rows,
-    }
-    if path.suffix in readers:
-        if not path.is_file():
-            raise DataError(f"no prompt file {path}")
-        rows = readers[path.suffix](path)
-    elif path.exists() or source.count("/") != 1:
-        raise DataError(
-            f"{source}: not a prompt file; known are {', '.join(readers)} and hub names OWNER/NAME"
-        )
-    else:
-        rows = _read_hub_rows(source, hub_split)
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object, got {type(row).__name__}")
-        yield where, row
-
-
-def _read_json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    data = read_json(path)
-    if not isinstance(data, list):
-        raise DataError(f"{path}: expected a list of objects, got {type(data).__name__}")
-    yield from ((f"{path}[{i}]", row) for i, row in enumerate(data))
-
-
-def _read_csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        try:
-            for row in (reader := csv.DictReader(file, strict=True)):
-                where = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():
-                    raise DataError(f"{where}: not as many columns as the header has")
-                yield where, row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: not CSV: {error}") from None
-
-
-def _read_parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        index = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                yield f"{path}[{index}]", row
-                index += 1
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not Parquet: {error}") from None
-
-
-def _read_text_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            yield f"{path}:{number}", {"prompt": line}
-
-
-def _read_hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(
-            f"{name} is a hub name, and reading it needs the package `datasets`: pip install datasets"
-        ) from None
-    rows = datasets.load_dataset(name, split=split, streaming=True)
-    yield from (
-        (f"{name}[{i}]", json.loads(json.dumps(row, default=str))) for i, row in enumerate(rows)
-    )
+def _to_json(row: dict[str, Any]) -> dict[str, Any]:
+    """Metadata that a JSON line can hold (dates of a Parquet file become text)."""
+    return json.loads(json.dumps(row, default=str))  # type: ignore[no-any-return]

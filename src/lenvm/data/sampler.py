@@ -1,254 +1,225 @@
-"""Trajectories from OpenAI-compatible servers: n completions per prompt, appended as they arrive.
+"""n completions per prompt, from one or several completers, into a trajectory file.
 
-Several endpoints work in parallel on one queue; one that stops answering is set aside and named. A
-request that keeps failing is written to `OUTPUT.failed.jsonl`, counted, and tried again by the next
-run. What is in the file already is never asked for twice.
+Which completions are missing follows from the file alone, so that a run that was killed at any
+moment goes on where it stopped: nothing finished is lost, nothing is written twice. Requests are
+made as they are needed and records are written as they come, so memory does not grow with either.
+A request that fails is tried again, then recorded beside the output as failed and counted. An
+endpoint that only fails is set aside and named, and the others take over its requests (`pool`).
 """
 
 import asyncio
-import json
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from lenvm.data.completers import (
+    Completer,
+    HttpCompleter,
+    SampleRequest,
+    ServerKind,
+    TextEncoder,
+    check_images,
+    connect_all,
+)
+from lenvm.data.pool import Pool, SampleReport, failures_path
 from lenvm.data.prompts import Prompt
-from lenvm.data.trajectory import Trajectory
-from lenvm.errors import DataError, EndpointError, InputError
+from lenvm.errors import DataError, InputError
 from lenvm.files import JsonlWriter, claim, read_jsonl
-from lenvm.model.tokenization import encode_prompt, load_tokenizer
 
-Wire = Literal["lenvm", "vllm", "sglang"]
 Progress = Callable[[str, int, int], None]
-GIVE_UP_AFTER = 3
-"""Failures in a row after which an endpoint is set aside."""
+Control = Mapping[str, Any] | None
 
 
 def sample_from_endpoints(
     prompts: Sequence[Prompt],
-    output: Path,
+    path: Path,
     *,
     endpoints: Sequence[str],
+    model: str | None = None,
+    n: int = 1,
+    sampling: Mapping[str, Any] | None = None,
+    controls: Sequence[Control] = (),
+    encoder: TextEncoder | None = None,
+    server: ServerKind | None = None,
+    concurrency: int = 64,
+    api_key: str = "none",
+    timeout_s: float = 3600.0,
+    progress: Progress = lambda *_: None,
+    **options: Any,
+) -> SampleReport:
+    """Append the missing ones of n completions per prompt, from OpenAI-compatible servers.
+
+    sampling: temperature, top_p, top_k, min_p, seed, max_tokens and whatever else the server takes.
+    controls: length controls (JSON objects, None for unguided) cycled over a prompt's completions.
+    encoder re-tokenises for servers without token ids. `options` go to `run_sampling`.
+
+    Raises InputError where `path` holds a run with other settings, EndpointError where no endpoint
+    is left (what was finished stays), DataError where the disk is full.
+    """
+    if not endpoints:
+        raise InputError("no endpoint: give at least one, such as http://127.0.0.1:8000/v1")
+
+    async def run() -> SampleReport:
+        completers = [
+            HttpCompleter(
+                url,
+                model,
+                api_key=api_key,
+                encoder=encoder,
+                server=server,
+                max_connections=concurrency,
+                timeout_s=timeout_s,
+            )
+            for url in dict.fromkeys(endpoints)
+        ]
+        try:
+            name, dead = await connect_all(completers)
+            return await run_sampling(
+                prompts,
+                path,
+                [c for c in completers if c.name not in dead],
+                model=name,
+                n=n,
+                sampling=sampling or {},
+                controls=controls,
+                concurrency=concurrency,
+                progress=progress,
+                set_aside=dead,
+                **options,
+            )
+        finally:
+            for completer in completers:
+                await completer.close()
+
+    return asyncio.run(run())
+
+
+async def run_sampling(
+    prompts: Sequence[Prompt],
+    path: Path,
+    completers: Sequence[Completer],
+    *,
     model: str,
     n: int = 1,
-    sampling: dict[str, Any],
-    tokenizer: str | None = None,
+    sampling: Mapping[str, Any],
+    controls: Sequence[Control] = (),
     concurrency: int = 64,
-    controls: Sequence[dict[str, Any]] = (),
-    wire: Wire = "lenvm",
-    api_key: str = "none",
-    timeout_s: float = 600.0,
+    per_request: int = 16,
+    retries: int = 4,
+    backoff_s: float = 0.5,
+    patience_s: float = 30.0,
+    strict: bool = False,
     progress: Progress = lambda *_: None,
-) -> str:
-    """Append the missing completions to `output`; returns one line about what happened.
+    set_aside: Mapping[str, str] | None = None,
+) -> SampleReport:
+    """`sample_from_endpoints` over any completers.
 
-    sampling: temperature, top_p, top_k, min_p, seed, max_tokens. tokenizer: needed for servers that
-    return no token ids. Raises InputError where `output` holds a run with other settings, and
-    EndpointError when no endpoint is left.
+    concurrency: requests in flight, over all completers; per_request: most completions in one;
+    retries: of a request; patience_s: how long a completer may do nothing but fail; strict: token
+    ids that disagree with the server's count end the run with a DataError.
     """
-    run = _Run(prompts, output, endpoints, model, n, sampling, tokenizer, controls, wire, progress)
-    asyncio.run(run.work(concurrency, api_key, timeout_s))
-    return run.report()
+    if n < 1 or concurrency < 1 or per_request < 1 or not prompts:
+        raise InputError(
+            f"{len(prompts)} prompts, n {n}, concurrency {concurrency}, per_request {per_request}: "
+            "each must be at least 1"
+        )
+    check_images(list(prompts))
+    controls = list(controls) or [None]
+    config = sampling_config(prompts, model=model, n=n, sampling=sampling, controls=controls)
+    claim(path, "trajectories", config)
+    failures = failures_path(path)
+    failures.unlink(missing_ok=True)
+    report = SampleReport(path, set_aside=dict(set_aside or {}))
+    with JsonlWriter(path) as writer:
+        done = find_done(path)
+        report.num_before = sum(mask.bit_count() for mask in done.values())
+        requests = plan_requests(
+            prompts, done, n=n, sampling=sampling, controls=controls, per_request=per_request
+        )
+        total = len({p.prompt_hash for p in prompts}) * n
+        pool = Pool(
+            requests=requests,
+            writer=writer,
+            report=report,
+            model=model,
+            retries=retries,
+            backoff_s=backoff_s,
+            patience_s=patience_s,
+            strict=strict,
+            progress=lambda: progress(
+                "sample completions", report.num_before + report.num_written, total
+            ),
+        )
+        begun = time.monotonic()
+        try:
+            await pool.run(completers, concurrency)
+        finally:
+            report.seconds = time.monotonic() - begun
+            report.num_mismatched = sum(c.num_mismatched for c in completers)
+    return report
 
 
-def count_done(path: Path) -> Counter[str]:
-    """Finished completions per prompt hash, in one pass, without keeping the records."""
-    done: Counter[str] = Counter()
-    if path.exists():
-        done.update(str(row.get("prompt_hash")) for _, row in read_jsonl(path))
+def sampling_config(
+    prompts: Sequence[Prompt],
+    *,
+    model: str,
+    n: int,
+    sampling: Mapping[str, Any],
+    controls: Sequence[Control],
+) -> dict[str, Any]:
+    """What a trajectory file is made with: a second run must agree on all of it."""
+    hashes = "\n".join(p.prompt_hash for p in prompts)
+    return {
+        "model": model,
+        "n": n,
+        "sampling": {k: v for k, v in sampling.items() if v is not None},
+        "controls": [c and dict(c) for c in controls],
+        "num_prompts": len(prompts),
+        "prompts_hash": hashlib.sha256(hashes.encode()).hexdigest()[:16],
+    }
+
+
+def find_done(path: Path) -> dict[str, int]:
+    """Prompt hash -> bit mask of the sample indices that the file holds."""
+    done: dict[str, int] = {}
+    for number, row in read_jsonl(path):
+        try:
+            done[row["prompt_hash"]] = done.get(row["prompt_hash"], 0) | 1 << row["sample_index"]
+        except (KeyError, TypeError):
+            raise DataError(f"{path}:{number}: not a trajectory") from None
     return done
 
 
-class _Run:
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        output: Path,
-        endpoints: Sequence[str],
-        model: str,
-        n: int,
-        sampling: dict[str, Any],
-        tokenizer: str | None,
-        controls: Sequence[dict[str, Any]],
-        wire: Wire,
-        progress: Progress,
-    ) -> None:
-        for url in endpoints:
-            if not url.startswith(("http://", "https://")):
-                raise InputError(f"endpoint {url!r}: expected a URL such as http://HOST:PORT/v1")
-        config: dict[str, Any] = {
-            "model": model,
-            "n": n,
-            "sampling": {k: v for k, v in sampling.items() if v is not None},
-            "controls": list(controls),
-        }
-        claim(output, "trajectories", config)
-        self.output, self.model, self.n, self.controls = output, model, n, list(controls)
-        self.sampling, self.wire, self.progress = config["sampling"], wire, progress
-        self.endpoints = list(endpoints)
-        self.tokenizer = load_tokenizer(tokenizer) if tokenizer else None
-        done = count_done(output)
-        self.queue = [(p, done[p.prompt_hash]) for p in prompts if done[p.prompt_hash] < n]
-        self.queue.reverse()
-        self.pending = len(self.queue)
-        self.total = len(prompts) * n
-        self.finished = self.before = sum(min(n, done[p.prompt_hash]) for p in prompts)
-        self.counts: Counter[str] = Counter()
-        self.set_aside: dict[str, str] = {}
-
-    async def work(self, concurrency: int, api_key: str, timeout_s: float) -> None:
-        from openai import AsyncOpenAI
-
-        failed_path = self.output.with_name(self.output.name + ".failed.jsonl")
-        with JsonlWriter(self.output) as writer, JsonlWriter(failed_path) as failed:
-            async with AsyncExitStack() as clients, asyncio.TaskGroup() as tasks:
-                for url in self.endpoints:
-                    client = await clients.enter_async_context(
-                        AsyncOpenAI(base_url=url, api_key=api_key, timeout=timeout_s, max_retries=2)
-                    )
-                    for _ in range(max(1, concurrency // len(self.endpoints))):
-                        tasks.create_task(self._worker(url, client, writer, failed))
-        if not failed_path.stat().st_size:
-            failed_path.unlink()
-        if self.pending:
-            raise EndpointError(
-                "no endpoint answers: "
-                + "; ".join(f"{url}: {why}" for url, why in self.set_aside.items())
-                + f". {self.finished} of {self.total} completions are kept in {self.output}; "
-                "start the server and run the same command again"
-            )
-
-    async def _worker(
-        self, url: str, client: Any, writer: JsonlWriter, failed: JsonlWriter
-    ) -> None:
-        from openai import APIConnectionError, OpenAIError
-
-        in_a_row = 0
-        while self.pending and url not in self.set_aside:
-            if not self.queue:  # what others hold may come back, when their endpoint fails
-                await asyncio.sleep(0.02)
-                continue
-            prompt, first = self.queue.pop()
-            try:
-                rows = await self._complete(client, prompt, first)
-            except APIConnectionError as error:
-                in_a_row += 1
-                self.queue.append((prompt, first))
-                if in_a_row >= GIVE_UP_AFTER:
-                    self.set_aside[url] = str(error.__cause__ or error)
-                await asyncio.sleep(0.1 * in_a_row)
-            except (OpenAIError, DataError) as error:
-                self.pending -= 1
-                self.counts["failed"] += self.n - first
-                failed.write({"prompt_hash": prompt.prompt_hash, "error": str(error)})
-            else:
-                in_a_row = 0
-                self.pending -= 1
-                writer.write_lines(rows)
-                self.finished += len(rows)
-                self.progress("sample completions", self.finished, self.total)
-
-    async def _complete(self, client: Any, prompt: Prompt, first: int) -> list[bytes]:
-        """JSON lines of the missing completions of a prompt, from one request."""
-        control = self.controls[first % len(self.controls)] if self.controls else None
-        wanted = 1 if self.controls else self.n - first
-        fields: dict[str, Any] = {
-            key: self.sampling[key]
-            for key in ("temperature", "top_p", "max_tokens")
-            if key in self.sampling
-        }
-        if "seed" in self.sampling:
-            fields["seed"] = self.sampling["seed"] + first
-        extra = {k: self.sampling[k] for k in ("top_k", "min_p") if self.sampling.get(k)}
-        fields["extra_body"] = {
-            **extra,
-            "return_token_ids": True,
-            **(_control_field(control, self.wire) if control else {}),
-        }
-        if isinstance(prompt.conversation, str):
-            made = await client.completions.create(
-                model=self.model, prompt=prompt.conversation, n=wanted, **fields
-            )
-        else:
-            made = await client.chat.completions.create(
-                model=self.model, messages=prompt.conversation, n=wanted, **fields
-            )
-        rows = [
-            self._to_line(prompt, made, choice, first + i, control)
-            for i, choice in enumerate(made.choices)
-        ]
-        if self.controls and first + 1 < self.n:
-            self.queue.append((prompt, first + 1))
-            self.pending += 1
-        return rows
-
-    def _to_line(
-        self, prompt: Prompt, made: Any, choice: Any, index: int, control: dict[str, Any] | None
-    ) -> bytes:
-        message = getattr(choice, "message", None)
-        text = (message.content if message is not None else choice.text) or ""
-        usage = made.usage.model_dump() if made.usage else {}
-        prompt_ids, ids = self._token_ids(prompt, made, choice, text, usage)
-        trajectory = Trajectory(
-            schema="lenvm.trajectory/1",
-            id=f"{prompt.prompt_hash}-{index}",
-            prompt_hash=prompt.prompt_hash,
-            sample_index=index,
-            domain=prompt.domain,
-            split=prompt.split,
-            messages=prompt.messages,
-            prompt_text=prompt.prompt_text,
-            prompt_token_ids=prompt_ids,
-            completion_token_ids=ids,
-            completion_text=text,
-            finish_reason=str(choice.finish_reason),
-            usage={"prompt_tokens": len(prompt_ids), "completion_tokens": len(ids)},
-            sampling=self.sampling,
-            length_control=control,
-            model=self.model,
-            images=list(prompt.images),
-            metadata=prompt.metadata,
-        )
-        return json.dumps(trajectory.to_json(), ensure_ascii=False, separators=(",", ":")).encode(
-            "utf-8", "surrogatepass"
-        )
-
-    def _token_ids(
-        self, prompt: Prompt, made: Any, choice: Any, text: str, usage: dict[str, Any]
-    ) -> tuple[list[int], list[int]]:
-        """Token ids as the server saw them; re-tokenised where it keeps them to itself."""
-        extra = choice.model_extra or {}
-        ids = extra.get("token_ids")
-        prompt_ids = extra.get("prompt_token_ids") or (made.model_extra or {}).get(
-            "prompt_token_ids"
-        )
-        if ids and prompt_ids:
-            return prompt_ids, ids
-        if self.tokenizer is None:
-            raise DataError(
-                "the server returns no token ids; name the model's tokenizer with --tokenizer"
-            )
-        self.counts["re-tokenised"] += 1
-        prompt_ids = prompt_ids or encode_prompt(self.tokenizer, prompt.conversation)
-        ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        if choice.finish_reason == "stop":
-            ids.append(self.tokenizer.eos_token_id)
-        if len(made.choices) == 1 and usage.get("completion_tokens") not in (None, len(ids)):
-            self.counts["of another length than usage says"] += 1
-        return prompt_ids, ids
-
-    def report(self) -> str:
-        parts = [f"{self.output}: {self.finished - self.before} completions added to {self.before}"]
-        parts += [f"{count} {what}" for what, count in self.counts.items()]
-        parts += [f"set aside {url} ({why})" for url, why in self.set_aside.items()]
-        return "; ".join(parts)
+def plan_requests(
+    prompts: Sequence[Prompt],
+    done: Mapping[str, int],
+    *,
+    n: int,
+    sampling: Mapping[str, Any],
+    controls: Sequence[Control],
+    per_request: int,
+) -> Iterator[SampleRequest]:
+    """Requests for what is missing, lazily. With a seed, each has its own: a function of the seed,
+    the prompt and the first sample index."""
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.prompt_hash in seen:
+            continue
+        seen.add(prompt.prompt_hash)
+        mask = done.get(prompt.prompt_hash, 0)
+        for offset, control in enumerate(controls):
+            missing = [i for i in range(offset, n, len(controls)) if not mask >> i & 1]
+            for start in range(0, len(missing), per_request):
+                indices = tuple(missing[start : start + per_request])
+                values = dict(sampling)
+                if values.get("seed") is not None:
+                    values["seed"] = derive_seed(values["seed"], prompt.prompt_hash, indices[0])
+                yield SampleRequest(prompt, indices, values, control)
 
 
-def _control_field(control: dict[str, Any], wire: Wire) -> dict[str, Any]:
-    """The control as the server takes it."""
-    if wire == "vllm":
-        return {"vllm_xargs": {"lenvm": json.dumps(control)}}
-    if wire == "sglang":
-        return {"custom_params": {"lenvm": control}}
-    return {"length": control}
+def derive_seed(seed: int, prompt_hash: str, index: int) -> int:
+    """A 31-bit seed for one request."""
+    digest = hashlib.sha256(f"{seed}/{prompt_hash}/{index}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1

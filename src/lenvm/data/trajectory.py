@@ -5,6 +5,7 @@ whether the length is known ("stop": the completion ended by itself, its last to
 token) or only a lower bound (anything else: censored).
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -12,7 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lenvm.errors import DataError
-from lenvm.files import read_jsonl
+from lenvm.files import read_lines
 
 SCHEMA = "lenvm.trajectory/1"
 
@@ -71,21 +72,42 @@ class Trajectory(BaseModel):
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(by_alias=True, exclude_none=True)
 
+    def to_json_line(self) -> bytes:
+        """The line of a trajectory file, without its newline."""
+        return self.model_dump_json(by_alias=True, exclude_none=True).encode()
+
 
 def read_trajectories(*paths: Path) -> Iterator[Trajectory]:
-    """Stream the trajectories of JSONL files in order. DataError names file, line and field."""
+    """Stream the trajectories of JSONL files in order. DataError names file, line and field.
+
+    An unfinished last line (its writer was killed) is passed over.
+    """
     for path in paths:
         empty = True
-        for number, row in read_jsonl(path):
+        for number, line in read_lines(path):
             empty = False
-            found = row.get("schema")
-            if found != SCHEMA:
-                raise DataError(f"{path}:{number}: schema is {found!r}, expected {SCHEMA!r}")
             try:
-                yield Trajectory.model_validate(row)
+                trajectory = Trajectory.model_validate_json(line)
             except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(str(part) for part in first["loc"])
-                raise DataError(f"{path}:{number}: {where}: {first['msg']}") from None
+                if not line.endswith(b"\n") and error.errors()[0]["type"] == "json_invalid":
+                    break
+                raise DataError(f"{path}:{number}: {_describe(error, line)}") from None
+            if "schema_" not in trajectory.model_fields_set:
+                raise DataError(f"{path}:{number}: schema is None, expected {SCHEMA!r}")
+            yield trajectory
         if empty:
             raise DataError(f"{path} holds no trajectories")
+
+
+def _describe(error: ValidationError, line: bytes) -> str:
+    """The first problem of a row, another schema before all others."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return f"not JSON: {first['msg'].removeprefix('Invalid JSON: ')}"
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        return f"expected a JSON object, got {type(row).__name__}"
+    if row.get("schema") != SCHEMA:
+        return f"schema is {row.get('schema')!r}, expected {SCHEMA!r}"
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]

@@ -35,8 +35,9 @@ def rollout(
     """Append the missing ones of n completions per prompt and control; returns how many were there.
 
     After `submit_for_s` seconds no new completion is begun, and those begun are finished, so that
-    long answers are not left out; a later call goes on. `controls` are cycled over the n completions of a prompt (on-policy refinement samples under
-    mixed targets). Raises InputError where `path` holds a run with other settings.
+    long answers are not left out; a later call goes on. `controls` are cycled over a prompt's
+    completions (on-policy refinement samples under mixed targets). Raises InputError where
+    `path` holds a run with other settings.
     """
     config = {
         "model": model,

@@ -1,9 +1,17 @@
-"""Candidates: the few next tokens that guidance chooses among, per row.
+"""Candidates: the few next tokens that guidance chooses among, per row, and the way back to logits.
 
-Truncation of softmax(logits / temperature) by top-k, top-p and min-p. Rows with a length goal also
-carry their ending tokens with their true probability: a rule must always be able to end the answer.
+Candidates pass top-k, top-p and min-p of softmax(logits / temperature). A goal in tokens adds two
+states to that: where the answer may not end yet, its ending tokens (EOS and stop tokens) are taken
+out before the truncation, so that something else is always left to choose; where it must end now,
+nothing but its ending tokens is left, each with its true probability, however small. In between an
+ending is a candidate like any other token. (Were it always one, a penalty on every longer candidate
+would end an answer at a token that the generator gives a chance of one in a billion.)
 
-Shape legend: R rows, V vocabulary, K candidates, E ending tokens.
+All of it is tensor code without a host synchronisation or a data-dependent shape. A row's
+candidates depend on that row alone.
+
+Shape legend: R guided rows, B rows of an engine's batch, V vocabulary, K candidates, E ending
+tokens, M tokens with a temperature factor.
 """
 
 from dataclasses import dataclass
@@ -14,8 +22,8 @@ from torch import Tensor
 
 @dataclass
 class Candidates:
-    """ids [R, K] int64 (-1 where `mask` is False); log_probs [R, K] fp32, normalised over the
-    candidates, -inf where masked; is_ending [R, K]: generating it ends the completion."""
+    """ids [R, K] int64, most likely first, -1 where `mask` [R, K] is False; log_probs [R, K] fp32,
+    normalised over the row, -inf where masked; is_ending [R, K]: the token ends the completion."""
 
     ids: Tensor
     log_probs: Tensor
@@ -23,42 +31,112 @@ class Candidates:
     is_ending: Tensor
 
 
-def build_candidates(
-    logits_RV: Tensor,
-    *,
-    temperature_R: Tensor,
-    top_k_R: Tensor,
-    top_p_R: Tensor,
-    min_p_R: Tensor,
-    ending_ids_RE: Tensor,
-    keep_endings_R: Tensor,
-    max_candidates: int,
-) -> Candidates:
-    """Candidates of each row, most likely first, then ending tokens that truncation left out.
+@dataclass
+class Truncation:
+    """Per-row sampling parameters, [R] each, and the ending tokens.
 
-    top_k_R in 1 .. max_candidates; temperature 0 is read as 1 (greedy rows choose among the
-    guided distribution at temperature 1); ending_ids_RE is padded with -1.
+    temperature 0 (greedy) is read as 1: the rule sees the generator's own distribution, and the
+    sampler takes the most likely guided candidate.
     """
-    temperature = torch.where(temperature_R > 0, temperature_R, 1.0).unsqueeze(-1)
-    log_probs_RV = (logits_RV.float() / temperature).log_softmax(-1)
-    top, ids = log_probs_RV.topk(min(max_candidates, log_probs_RV.shape[-1]), dim=-1)
-    rank = torch.arange(top.shape[-1], device=top.device)
-    mass = top.exp()
-    keep = (rank < top_k_R.unsqueeze(-1)) & (mass.cumsum(-1) - mass < top_p_R.unsqueeze(-1))
-    keep &= mass >= min_p_R.unsqueeze(-1) * mass[:, :1]
-    keep = (keep | (rank == 0)) & (top > -torch.inf)
-    is_end = ending_ids_RE >= 0
-    ending = ending_ids_RE.clamp(min=0)
-    present = ((ids.unsqueeze(-1) == ending.unsqueeze(1)) & keep.unsqueeze(-1)).any(1)
-    ending_log_probs = log_probs_RV.gather(-1, ending)
-    extra = is_end & ~present & keep_endings_R.unsqueeze(-1) & (ending_log_probs > -torch.inf)
-    ids = torch.cat([ids, ending], -1)
-    mask = torch.cat([keep, extra], -1)
-    log_probs = torch.cat([top, ending_log_probs], -1).masked_fill(~mask, -torch.inf)
-    found = (ids.unsqueeze(-1) == ending.unsqueeze(1)) & is_end.unsqueeze(1)
+
+    temperature: Tensor
+    top_k: Tensor
+    """1 .. max_candidates."""
+    top_p: Tensor
+    min_p: Tensor
+    ending_ids: Tensor
+    """[R, E] int64, padded with -1 at the end of a row; E >= 1."""
+    max_candidates: int
+    """Largest top_k of the rows: the static K."""
+    factor_ids: Tensor | None = None
+    """[R, M] tokens with a temperature factor of their own, -1 pads. None: no row has any."""
+    factors: Tensor | None = None
+    """[R, M]: p(x) becomes p(x)^(1 / factor), so a factor above 1 makes the token likelier."""
+
+
+def build_candidates(
+    logits_RV: Tensor, truncation: Truncation, *, may_end_R: Tensor, must_end_R: Tensor
+) -> Candidates:
+    """Candidates of each row. A row keeps at least one, whatever the parameters.
+
+    may_end_R, must_end_R: bool. A ban on ending is void where nothing else has a finite logit, an
+    order to end where no ending token has one.
+    """
+    scaled = _restrict(logits_RV.float(), truncation.ending_ids, may_end_R, must_end_R)
+    peak = scaled.amax(-1, keepdim=True)
+    temperature = torch.where(truncation.temperature > 0, truncation.temperature, 1.0)
+    # the peak first: no temperature, however small, then overflows
+    scaled = (scaled - peak.masked_fill(peak == -torch.inf, 0.0)) / temperature.unsqueeze(-1)
+    top, ids = scaled.topk(min(truncation.max_candidates, scaled.shape[-1]), dim=-1)
+    top = torch.cat([top[:, :1].clamp(min=-1e30), top[:, 1:]], -1)  # a row of -inf keeps one
+    log_probs = top - scaled.logsumexp(-1, keepdim=True).clamp(min=-1e30)
+    mask = _keep(log_probs, truncation)
+    log_probs = _apply_factors(log_probs, ids, truncation).masked_fill(~mask, -torch.inf)
+    is_ending = (ids.unsqueeze(-1) == truncation.ending_ids.unsqueeze(1)).any(-1)
     return Candidates(
         ids=ids.masked_fill(~mask, -1),
         log_probs=log_probs.log_softmax(-1),
         mask=mask,
-        is_ending=found.any(-1) & mask,
+        is_ending=is_ending & mask,
     )
+
+
+def write_back(
+    candidates: Candidates, logits_BV: Tensor, *, rows_R: Tensor, temperature_R: Tensor
+) -> None:
+    """Put guided log-probabilities into an engine's logits, in place; -inf outside the candidates.
+
+    Other rows stay as they are, bit for bit. The engine divides by `temperature_R` afterwards, so
+    what is written is multiplied by it; 0 (the engine takes the largest) counts as 1.
+    """
+    temperature = torch.where(temperature_R > 0, temperature_R, 1.0).unsqueeze(-1)
+    scaled = (candidates.log_probs * temperature).to(logits_BV.dtype)
+    # pads repeat the first candidate, which is always real
+    ids = torch.where(candidates.mask, candidates.ids, candidates.ids[:, :1])
+    scaled = torch.where(candidates.mask, scaled, scaled[:, :1])
+    guided = logits_BV.new_full((len(ids), logits_BV.shape[-1]), -torch.inf)
+    logits_BV.index_copy_(0, rows_R, guided.scatter_(-1, ids, scaled))
+
+
+def entropy(log_probs_RK: Tensor) -> Tensor:
+    """Entropy of each row in nats: [R]."""
+    total: Tensor = torch.special.entr(log_probs_RK.exp()).sum(-1)
+    return total
+
+
+def _restrict(
+    logits_RV: Tensor, ending_ids_RE: Tensor, may_end_R: Tensor, must_end_R: Tensor
+) -> Tensor:
+    """Logits with the ending tokens, or everything else, at -inf where a row asks for it."""
+    is_ending = ending_ids_RE >= 0
+    # pads write what the row's first ending writes; a row without one writes token 0 unchanged
+    index = torch.where(is_ending, ending_ids_RE, ending_ids_RE[:, :1].clamp(min=0))
+    own = logits_RV.gather(-1, index)
+    can_end = ((own > -torch.inf) & is_ending).any(-1)
+    must_end = (must_end_R & can_end).unsqueeze(-1)
+    banned = is_ending[:, :1] & ~may_end_R.unsqueeze(-1) & ~must_end
+    restricted = logits_RV.masked_fill(must_end, -torch.inf)
+    restricted.scatter_(-1, index, own.masked_fill(banned, -torch.inf))
+    possible = restricted.amax(-1, keepdim=True) > -torch.inf
+    return torch.where(possible, restricted, logits_RV)
+
+
+def _keep(log_probs_RK: Tensor, truncation: Truncation) -> Tensor:
+    """Which of the sorted candidates pass all three tests, and are possible at all: bool [R, K]."""
+    rank = torch.arange(log_probs_RK.shape[-1], device=log_probs_RK.device)
+    mass = log_probs_RK.exp()
+    before = mass.cumsum(-1) - mass
+    top_p = truncation.top_p.unsqueeze(-1)
+    keep = rank < truncation.top_k.unsqueeze(-1)
+    keep &= (before < top_p) | (top_p >= 1.0)  # rounding must not cut where nothing is to be cut
+    keep &= mass >= truncation.min_p.unsqueeze(-1) * mass[:, :1]
+    return (keep & (log_probs_RK > -torch.inf)) | (rank == 0)
+
+
+def _apply_factors(log_probs_RK: Tensor, ids_RK: Tensor, truncation: Truncation) -> Tensor:
+    if truncation.factor_ids is None or truncation.factors is None:
+        return log_probs_RK
+    match = ids_RK.unsqueeze(-1) == truncation.factor_ids.unsqueeze(1)
+    # at most one entry a token matches
+    factor = torch.where(match, truncation.factors.unsqueeze(1) - 1.0, 0.0).sum(-1) + 1.0
+    return log_probs_RK / factor

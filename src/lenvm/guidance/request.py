@@ -2,31 +2,51 @@
 
 The `length` object of our server, `custom_params.lenvm` (SGLang), `vllm_xargs.lenvm` (vLLM, a JSON
 string) and the flags of `lenvm generate` are all this. Lengths are generated tokens, the ending
-token counted, as `usage.completion_tokens` reports them.
+token counted, as `usage.completion_tokens` reports them. docs/control.md is the table for users.
 """
 
+import functools
 import json
+from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lenvm.errors import ControlError
 
-RuleName = Literal["conditional", "soft", "hard"]
+BUILT_IN_RULES = ("conditional", "soft", "expected", "hard")
+RULE_GROUP = "lenvm.rules"
+"""Entry points of this group are rules that a request may name."""
 MAX_LENGTH = 131_072
 MAX_CANDIDATES = 256
+MAX_FACTORS = 64
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_LENGTH)]
+Value = Annotated[float, Field(gt=0, lt=1)]
+
+
+@functools.cache
+def installed_rules() -> dict[str, EntryPoint]:
+    """Rules that installed packages offer, by name. What is installed decides, never the client."""
+    return {entry.name: entry for entry in entry_points(group=RULE_GROUP)}
 
 
 class LengthControl(BaseModel):
     """What a request asks of its length, and how hard to push.
 
-    Exactly one goal: `equal_to`; `at_most` and/or `at_least` (both = an interval); or `tilt`.
+    Exactly one goal: a length (`equal_to`; `at_most` and/or `at_least`), a value (`value_*`, the
+    same three), or a change without a target (`tilt`, `tilt_logit`, `expected_scale`).
     Validation raises ControlError with field, value and allowed range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
     equal_to: Tokens | None = None
     """Generate this many tokens."""
@@ -34,17 +54,43 @@ class LengthControl(BaseModel):
     """Generate no more than this many tokens."""
     at_least: Tokens | None = None
     """Generate no fewer than this many tokens."""
+    remaining: bool = False
+    """The length goal is the number of tokens still to come, the same at every step."""
+    value_equal_to: Value | None = None
+    """Hold the answer where u = -V is this (0 = at its end, 1 = endlessly far), at every step."""
+    value_at_most: Value | None = None
+    """Hold u at this or below."""
+    value_at_least: Value | None = None
+    """Hold u at this or above."""
     tilt: Annotated[float, Field(ge=-10_000, le=10_000)] | None = None
     """Scale s of p(x) exp(-s u(x)), u = -V: s > 0 shortens, s < 0 lengthens."""
+    tilt_logit: Annotated[float, Field(ge=-1000, le=1000)] | None = None
+    """Scale s of p(x) exp(-s z(x)), z the logit of u: the same sign as `tilt`."""
+    expected_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Tilt every step until E[u] is changed by this factor: below 1 shortens, 1 changes nothing."""
+    expected_mode: Literal["mul", "linear", "exp", "length_mul"] = "mul"
+    """What `expected_scale` multiplies: E[u], the way to the furthest candidate (linear, exp), or
+    the length that E[u] stands for."""
 
-    rule: RuleName | None = None
-    """How a goal acts; None takes the best that the value model allows (conditional, else soft)."""
+    rule: str | None = None
+    """How a goal acts: conditional, soft, expected, hard, or one that is installed (entry point
+    group lenvm.rules). None takes the best the value model allows: conditional, else soft."""
+    strict: bool | None = None
+    """Keep the promise of a goal in tokens: no end before the least length, an end forced at the
+    greatest. False leaves the end to the rule and the generator. None: yes, but for the hard rule,
+    which is the paper's as published."""
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """`equal_to` T counts as met within T (1 +- tolerance)."""
     strength: Annotated[float, Field(ge=0, le=10_000)] = 100.0
     """Soft rule: p(x) exp(-strength |u(x) - u*|)."""
     evidence: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Conditional: p(x) P(length in interval | x)^evidence. 1 is Bayes' rule, 0 the generator."""
+    horizon: Annotated[float, Field(ge=1)] | None = 256.0
+    """Conditional: further than this many tokens from the end, the evidence is weakened by horizon
+    over distance, because the value model's noise grows against what one token can tell. None:
+    Bayes' rule at any distance."""
+    gamma: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Discount at which u is read. None = the checkpoint's; others need the distribution head."""
 
     top_k: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = 15
     """At most this many candidates are scored at a step."""
@@ -54,15 +100,49 @@ class LengthControl(BaseModel):
     """Candidates have at least this fraction of the most likely token's probability."""
     min_entropy: Annotated[float, Field(ge=0)] = 0.0
     """Act only where the candidates' entropy (nats) is at least this; leave other tokens alone."""
+    min_value: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Act only where the candidates' E[u] is at least this; leave the text before its end alone."""
+    token_temperature: dict[int, Annotated[float, Field(gt=0, le=100)]] | None = None
+    """Token id -> factor on its own temperature: p(x)^(1 / factor), above 1 makes it likelier."""
+
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, rule: str | None) -> str | None:
+        if rule is None or rule in BUILT_IN_RULES or rule in installed_rules():
+            return rule
+        installed = ", ".join(sorted(installed_rules())) or "none"
+        raise ValueError(f"{', '.join(BUILT_IN_RULES)}; installed rules: {installed}")
+
+    @field_validator("token_temperature", mode="before")
+    @classmethod
+    def _token_ids(cls, value: Any) -> Any:
+        """JSON has text keys only; token ids are numbers."""
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MAX_FACTORS:
+            raise ValueError(f"at most {MAX_FACTORS} tokens")
+        ids = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in value.items()}
+        if any(not isinstance(k, int) or isinstance(k, bool) or k < 0 for k in ids):
+            raise ValueError("an object of token ids (numbers from 0) to factors")
+        return ids
 
     @model_validator(mode="after")
     def _one_goal(self) -> Self:
-        interval = self.at_most is not None or self.at_least is not None
-        goals = [self.equal_to is not None, interval, self.tilt is not None]
-        if sum(goals) != 1:
-            raise ValueError("exactly one of equal_to, at_most/at_least, tilt")
-        if self.at_most is not None and self.at_least is not None and self.at_least > self.at_most:
-            raise ValueError(f"at_least {self.at_least} is over at_most {self.at_most}")
+        intervals = ((self.at_least, self.at_most), (self.value_at_least, self.value_at_most))
+        goals = [self.equal_to, self.value_equal_to, self.tilt, self.tilt_logit]
+        goals += [self.expected_scale, *(low if high is None else high for low, high in intervals)]
+        if sum(goal is not None for goal in goals) != 1:
+            raise ValueError(
+                "exactly one of equal_to, at_most/at_least, value_equal_to, "
+                "value_at_most/value_at_least, tilt, tilt_logit, expected_scale"
+            )
+        for name, (low, high) in zip(("at_least", "value_at_least"), intervals, strict=True):
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"{name} {low} is over {name.replace('least', 'most')} {high}")
+        if self.rule is not None and not self.has_target:
+            raise ValueError("rule goes with a length or a value to meet, not with a tilt or scale")
+        if self.remaining and not self.counts_tokens:
+            raise ValueError("remaining goes with equal_to, at_most or at_least")
         return self
 
     @classmethod
@@ -73,7 +153,7 @@ class LengthControl(BaseModel):
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise ControlError(
                     "(whole)", value, 'a JSON object such as {"equal_to": 128}'
                 ) from None
@@ -89,8 +169,19 @@ class LengthControl(BaseModel):
                 allowed = "one of the fields " + ", ".join(cls.model_fields)
             raise ControlError(field, first["input"], allowed) from None
 
+    @property
+    def counts_tokens(self) -> bool:
+        """The goal is a number of tokens, in total or still to come."""
+        return not (self.equal_to is None and self.at_most is None and self.at_least is None)
+
+    @property
+    def has_target(self) -> bool:
+        """There is a length or a value to meet, so a rule decides how."""
+        values = (self.value_equal_to, self.value_at_most, self.value_at_least)
+        return self.counts_tokens or any(value is not None for value in values)
+
     def interval(self) -> tuple[int, int]:
-        """[least, most] allowed total lengths; (1, MAX_LENGTH) for tilt."""
+        """[least, most] allowed lengths in tokens; (1, MAX_LENGTH) where there is no such goal."""
         if self.equal_to is not None:
             slack = int(self.tolerance * self.equal_to)
             return max(1, self.equal_to - slack), min(MAX_LENGTH, self.equal_to + slack)

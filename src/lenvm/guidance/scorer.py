@@ -25,6 +25,21 @@ class CandidateScorer:
         self.gamma = model.config.gamma
         self.decoder = RaggedDecoder(model.backbone, head=model.head, **options)
 
+    @property
+    def has_distribution(self) -> bool:
+        """Whether beliefs know interval probabilities and any gamma."""
+        return self.model.config.head == "distribution"
+
+    @property
+    def max_candidates(self) -> int:
+        """Candidates of a row that one call takes."""
+        return self.decoder.max_candidates
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the value model knows: ids below this."""
+        return self.decoder.vocab_size
+
     @torch.inference_mode()
     def add(self, requests: Mapping[str, Sequence[int]]) -> LengthBelief:
         """Prefill prompts: belief at each prompt boundary, over [R]."""

@@ -4,128 +4,165 @@ An engine adds requests, hands over the logits of those with a control each step
 candidates it gets back, and commits what it drew. Requests without control may be added too: they
 are only tracked (their values are reported), and take no part in `step`.
 
+Nothing here waits for the device: parameters stay there while the same requests step together, and
+what is reported (`remaining`, `values`, `prediction`) is fetched when asked for.
+
+Errors: a `RequestError` names the requests that cannot go on. The others are unharmed: the engine
+fails the named ones, removes them, and calls again.
+
 Shape legend: R rows of a step, V vocabulary, K candidates.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lenvm.errors import InputError
-from lenvm.guidance.candidates import Candidates, build_candidates
-from lenvm.guidance.request import MAX_CANDIDATES, LengthControl
-from lenvm.guidance.rules import RuleParams, apply_rules, entropy
-from lenvm.guidance.scorer import CandidateScorer
+from lenvm.errors import InputError, LenVMError, RequestError
+from lenvm.guidance.candidates import Candidates, Truncation, build_candidates, write_back
+from lenvm.guidance.params import Guided as Guided
+from lenvm.guidance.params import RuleParams, build_truncation, pad, rule_name, widest
+from lenvm.guidance.rules import RULES, RuleFailure, apply_rules, find_rule
+from lenvm.guidance.scoring import Scorer, to_score
 from lenvm.model.head import LengthBelief
 
 
-@dataclass(frozen=True)
-class Guided:
-    """A request as guidance sees it. `control` None = tracked only.
+@dataclass
+class _Reading:
+    """Values [R] and remaining lengths [R] of some requests, on the device."""
 
-    Truncation of the request and of the control both apply. `generated_token_ids` resumes one.
-    """
-
-    prompt_token_ids: Sequence[int]
-    control: LengthControl | None = None
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    stop_token_ids: Sequence[int] = ()
-    generated_token_ids: Sequence[int] = ()
+    values: Tensor
+    lengths: Tensor
 
 
 @dataclass
 class _State:
     guided: Guided
+    endings: tuple[int, ...]
     num_generated: int
-    prediction: float
-    remaining: float
-    scored: dict[int, float] = field(default_factory=dict)
-    """Predicted remaining of the candidates of the current step, by token id."""
+    start: tuple[_Reading, int]
+    """The belief at `add`, and the request's row in it."""
+    now: tuple[_Reading, int]
+
+
+@dataclass
+class _Batch:
+    """Device tensors of requests that step together; reused while they do."""
+
+    request_ids: tuple[str, ...]
+    truncation: Truncation
+    params: RuleParams
+
+
+@dataclass
+class _Step:
+    """What the last `step` scored; `rows` shrinks as requests commit."""
+
+    rows: dict[str, int]
+    peeked: bool
+    """The scorer still holds every candidate of these rows: commit needs to read nothing back."""
+    scored_ids: Tensor
+    values: Tensor
+    lengths: Tensor
 
 
 class GuidanceSession:
     """State of many requests over one scorer. Errors of one request harm no other."""
 
-    def __init__(self, scorer: CandidateScorer, *, eos_token_ids: Sequence[int]) -> None:
-        self.scorer = scorer
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        eos_token_ids: Sequence[int],
+        gamma: float | None = None,
+        count_candidates: bool = False,
+    ) -> None:
+        """gamma: discount for controls that name none; None = the checkpoint's.
+
+        count_candidates: tell the scorer how many candidates are real, so that it does no work on
+        padding; on a GPU that is one wait a step.
+        """
+        self.scorer, self.count_candidates = scorer, count_candidates
+        self.gamma = scorer.gamma if gamma is None else gamma
         self.eos_token_ids = tuple(eos_token_ids)
         self._states: dict[str, _State] = {}
+        self._batch: _Batch | None = None
+        self._step: _Step | None = None
 
-    def add(self, requests: Mapping[str, Guided]) -> None:
-        """Start requests: prefill of their prompts, and of what a resumed one has generated."""
-        for request_id, guided in requests.items():
-            self.check(request_id, guided)
-        belief = self.scorer.add(
-            {r: [*g.prompt_token_ids, *g.generated_token_ids] for r, g in requests.items()}
-        )
-        for (request_id, guided), remaining in zip(
-            requests.items(), belief.length().tolist(), strict=True
-        ):
-            done = len(guided.generated_token_ids)
-            self._states[request_id] = _State(guided, done, remaining + done, remaining)
+    # -- requests ---------------------------------------------------------------------------------
 
     def check(self, request_id: str, guided: Guided) -> None:
-        """InputError where the value model cannot serve the control."""
+        """RequestError where the value model cannot serve the control. Runs before admission."""
         control = guided.control
-        if control is None or control.rule != "conditional":
+        if control is None:
             return
-        if self.scorer.model.config.head != "distribution":
-            raise InputError(
-                f"request {request_id!r}: rule 'conditional' needs a value model with the "
-                "distribution head; this one has the scalar head: use rule 'soft' or 'hard'"
+        rule = rule_name(control, has_distribution=self.scorer.has_distribution)
+        other_gamma = control.gamma not in (None, self.scorer.gamma)
+        width = widest(guided, self.scorer.vocab_size)
+        fault = None
+        if rule == "conditional" and not self.scorer.has_distribution:
+            fault = (
+                "rule 'conditional' needs a value model with the distribution head; this one has "
+                "the scalar head: use rule 'soft', 'expected' or 'hard'"
             )
+        elif other_gamma and not self.scorer.has_distribution:
+            fault = (
+                f"gamma {control.gamma} needs a value model with the distribution head; this one "
+                f"knows gamma {self.scorer.gamma} only"
+            )
+        elif width > self.scorer.max_candidates:
+            fault = (
+                f"top_k {width} is over the {self.scorer.max_candidates} candidates that this "
+                "scorer takes: lower top_k, or start the engine with more max_candidates"
+            )
+        elif control.token_temperature and max(control.token_temperature) >= self.scorer.vocab_size:
+            fault = (
+                f"token_temperature names token {max(control.token_temperature)}; ids go from 0 "
+                f"to {self.scorer.vocab_size - 1}"
+            )
+        if fault:
+            raise RequestError([request_id], InputError(fault))
+        if rule not in RULES:
+            try:
+                find_rule(rule)
+            except InputError as error:
+                raise RequestError([request_id], error) from error
 
-    def step(self, request_ids: Sequence[str], logits_RV: Tensor) -> Candidates:
-        """The guided distribution over candidates of each row. logits: the generator's own.
+    def add(self, requests: Mapping[str, Guided]) -> None:
+        """Start requests: prefill of their prompts, and of what a resumed one has generated.
 
-        Raises InputError for an unknown request or one without control.
+        Requests with the same tokens share one prefill. RequestError names those that cannot be
+        added; then none is.
         """
-        states = [self._state(r) for r in request_ids]
-        controls = [_control(r, s) for r, s in zip(request_ids, states, strict=True)]
-        for state in states:
-            state.scored = {}
-        candidates = self._candidates(states, logits_RV)
-        params = RuleParams.build(
-            controls,
-            [s.num_generated for s in states],
-            has_distribution=self.scorer.model.config.head == "distribution",
-            device=logits_RV.device,
-        )
-        worth = self._worth_scoring(candidates, params)
-        if not bool(worth.any()):
-            ones = torch.zeros((*candidates.ids.shape, self.scorer.model.head.num_outputs))
-            belief: LengthBelief = self.scorer.model.belief(ones.to(logits_RV.device))
-        else:
-            scored_ids = candidates.ids.masked_fill(candidates.is_ending | ~worth.unsqueeze(-1), -1)
-            belief = self._score(request_ids, scored_ids, worth)
-            self._remember(states, scored_ids, belief)
-        belief = belief.with_terminal(candidates.is_ending)
-        params.min_entropy = torch.where(worth, params.min_entropy, torch.inf)
-        candidates.log_probs = apply_rules(candidates, belief, params, self.scorer.gamma)
-        return candidates
-
-    def commit(self, request_ids: Sequence[str], token_ids: Sequence[int]) -> None:
-        """Append the drawn tokens. What was not scored in `step` is forwarded now."""
-        rows = [(r, int(t)) for r, t in zip(request_ids, token_ids, strict=True)]
-        kept = [(r, t) for r, t in rows if t in self._state(r).scored]
-        new = [(r, t) for r, t in rows if t not in self._state(r).scored]
-        if kept:
-            self.scorer.commit([r for r, _ in kept], [t for _, t in kept])
-            for request_id, token in kept:
-                self._states[request_id].remaining = self._states[request_id].scored[token]
-        if new:
-            belief = self.scorer.extend({r: [t] for r, t in new})
-            for (request_id, token), remaining in zip(new, belief.length().tolist(), strict=True):
-                ends = token in self._endings(self._states[request_id])
-                self._states[request_id].remaining = 0.0 if ends else remaining
-        for request_id, _ in rows:
-            self._states[request_id].num_generated += 1
-            self._states[request_id].scored = {}
+        for request_id, guided in requests.items():
+            self.check(request_id, guided)
+            if request_id in self._states:
+                fault = InputError("it is already there; remove it first")
+                raise RequestError([request_id], fault)
+        prefixes = {r: (*g.prompt_token_ids, *g.generated_token_ids) for r, g in requests.items()}
+        firsts: dict[tuple[int, ...], str] = {}
+        for request_id, prefix in prefixes.items():
+            firsts.setdefault(prefix, request_id)
+        added: list[str] = []
+        try:
+            belief = self.scorer.add({r: list(p) for p, r in firsts.items()})
+            added += firsts.values()
+            for request_id, prefix in prefixes.items():
+                if firsts[prefix] != request_id:
+                    self.scorer.fork(firsts[prefix], request_id)
+                    added.append(request_id)
+        except LenVMError as error:
+            self.scorer.remove(added)
+            raise self._blame(requests, error, lambda r: self._try_add(r, prefixes[r])) from error
+        reading = _Reading(self._value(belief), belief.length())
+        row = {prefix: index for index, prefix in enumerate(firsts)}
+        for request_id, guided in requests.items():
+            eos = () if guided.ignore_eos else self.eos_token_ids
+            endings = tuple(dict.fromkeys((*eos, *guided.stop_token_ids)))
+            here = (reading, row[prefixes[request_id]])
+            done = len(guided.generated_token_ids)
+            self._states[request_id] = _State(guided, endings, done, here, here)
 
     def remove(self, request_ids: Sequence[str]) -> None:
         """Forget requests and their KV."""
@@ -134,77 +171,217 @@ class GuidanceSession:
         self.scorer.remove(request_ids)
         for request_id in request_ids:
             del self._states[request_id]
+            if self._step is not None:
+                self._step.rows.pop(request_id, None)
+        self._forget_batch(request_ids)
+
+    # -- one token --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, request_ids: Sequence[str], logits_RV: Tensor) -> Candidates:
+        """The guided distribution over candidates of each row. logits: the generator's own.
+
+        May be called again for other rows or logits before `commit`; nothing is kept but the
+        scores of the last call. RequestError for an unknown request or one without control.
+        """
+        if len(request_ids) != len(logits_RV):
+            raise InputError(f"{len(request_ids)} requests, but {len(logits_RV)} rows of logits")
+        batch = self._batch_of(request_ids)
+        may_end, must_end = batch.params.endings()
+        candidates = build_candidates(
+            logits_RV[:, : self.scorer.vocab_size],
+            batch.truncation,
+            may_end_R=may_end,
+            must_end_R=must_end,
+        )
+        scored_ids = to_score(candidates, batch.params)
+        num = int((scored_ids >= 0).sum()) if self.count_candidates else None
+        try:
+            belief = self.scorer.score(request_ids, scored_ids, num_candidates=num)
+        except LenVMError as error:
+            rows = {r: scored_ids[i : i + 1] for i, r in enumerate(request_ids)}
+            raise self._blame(
+                request_ids, error, lambda r: self.scorer.score([r], rows[r])
+            ) from error
+        belief = belief.with_terminal(candidates.is_ending)
+        self._step = _Step(
+            rows={r: i for i, r in enumerate(request_ids)},
+            peeked=batch.params.scores_all,
+            scored_ids=scored_ids,
+            values=self._value(belief),
+            lengths=belief.length(),
+        )
+        candidates.log_probs = self._apply_rules(candidates, belief, batch)
+        return candidates
+
+    @torch.no_grad()
+    def commit(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> None:
+        """Append the drawn tokens. Rows that did not step, or drew what was not scored (only
+        where a gate was shut), are forwarded now, so that the KV is always complete."""
+        if not request_ids:
+            return
+        for request_id in request_ids:
+            self._state(request_id)
+        stepped = self._step.rows if self._step is not None else {}
+        if all(r in stepped for r in request_ids):
+            self._commit_scored(request_ids, token_ids_R)
+        else:
+            tokens = torch.as_tensor(token_ids_R)
+            known = [i for i, r in enumerate(request_ids) if r in stepped]
+            if known:
+                self._commit_scored([request_ids[i] for i in known], tokens[known])
+            new = [i for i, r in enumerate(request_ids) if r not in stepped]
+            self._commit_new([request_ids[i] for i in new], tokens[new])
+        for request_id in request_ids:
+            self._states[request_id].num_generated += 1
+        if self._batch is not None:
+            if tuple(request_ids) == self._batch.request_ids:
+                self._batch.params = self._batch.params.advanced()
+            else:
+                self._forget_batch(request_ids)
+
+    def write_back(
+        self,
+        request_ids: Sequence[str],
+        candidates: Candidates,
+        logits_BV: Tensor,
+        rows_R: Tensor | None = None,
+    ) -> None:
+        """Put what `step` gave for these requests into the engine's logits, in place.
+
+        rows_R: their rows of the engine's batch, int64 (None: the first R). Other rows stay bit for
+        bit as they are. The engine still divides by its temperature; that is compensated.
+        """
+        batch = self._batch_of(request_ids)
+        if rows_R is None:
+            rows_R = torch.arange(len(request_ids), device=logits_BV.device)
+        write_back(candidates, logits_BV, rows_R=rows_R, temperature_R=batch.truncation.temperature)
+
+    # -- what is reported (each call waits for the device) ----------------------------------------
 
     def remaining(self, request_ids: Sequence[str]) -> list[float]:
-        """Predicted tokens still to come (median or the scalar head's length), without control."""
-        return [self._state(r).remaining for r in request_ids]
+        """Predicted tokens still to come (median or the scalar head's length), without control.
+
+        0 after an ending token. Where a shut gate let a token be drawn that was not scored, it is
+        that of the row's likeliest candidate.
+        """
+        return self._read(request_ids, lambda reading: reading.lengths)
+
+    def values(self, request_ids: Sequence[str]) -> list[float]:
+        """V of the state that each request is in, at the session's gamma."""
+        return self._read(request_ids, lambda reading: reading.values)
 
     def prediction(self, request_id: str) -> float:
-        """Predicted length at the prompt boundary."""
-        return self._state(request_id).prediction
+        """Predicted length at the prompt boundary; of a resumed request, where it was resumed."""
+        state = self._state(request_id)
+        reading, row = state.start
+        return float(reading.lengths[row]) + len(state.guided.generated_token_ids)
 
     # -- inside -----------------------------------------------------------------------------------
 
     def _state(self, request_id: str) -> _State:
         if request_id not in self._states:
-            raise InputError(f"no request {request_id!r}: never added, or removed")
+            fault = InputError("no such request: never added, or removed")
+            raise RequestError([request_id], fault)
         return self._states[request_id]
 
-    def _endings(self, state: _State) -> tuple[int, ...]:
-        return (*self.eos_token_ids, *state.guided.stop_token_ids)
+    def _read(
+        self, request_ids: Sequence[str], tensor_of: Callable[[_Reading], Tensor]
+    ) -> list[float]:
+        places = [self._state(r).now for r in request_ids]
+        fetched = {id(reading): reading for reading, _ in places}
+        lists = {key: tensor_of(reading).tolist() for key, reading in fetched.items()}
+        return [lists[id(reading)][row] for reading, row in places]
 
-    def _candidates(self, states: list[_State], logits_RV: Tensor) -> Candidates:
-        device, vocabulary = logits_RV.device, logits_RV.shape[-1]
-        endings = [self._endings(s) for s in states]
-        most = max(len(e) for e in endings)
-        limits = [_truncation(s.guided, vocabulary) for s in states]
-        top_k, top_p, min_p = zip(*limits, strict=True)
-        goal = [_control("", s).tilt is None for s in states]
-        return build_candidates(
-            logits_RV,
-            temperature_R=torch.tensor([s.guided.temperature for s in states], device=device),
-            top_k_R=torch.tensor(top_k, device=device),
-            top_p_R=torch.tensor(top_p, device=device),
-            min_p_R=torch.tensor(min_p, device=device),
-            ending_ids_RE=torch.tensor(
-                [[*e, *[-1] * (most - len(e))] for e in endings], device=device
-            ),
-            keep_endings_R=torch.tensor(goal, device=device),
-            max_candidates=max(top_k),
+    def _value(self, belief: LengthBelief) -> Tensor:
+        return belief.value(None if self.gamma == self.scorer.gamma else self.gamma)
+
+    def _batch_of(self, request_ids: Sequence[str]) -> _Batch:
+        """Parameters on the device, made anew only where other requests step together."""
+        key = tuple(request_ids)
+        if self._batch is not None and self._batch.request_ids == key:
+            return self._batch
+        states = [self._state(r) for r in key]
+        if len(set(key)) != len(key):
+            raise InputError("a request is named twice in one step")
+        if tracked := [r for r, s in zip(key, states, strict=True) if s.guided.control is None]:
+            fault = InputError("it has no length control: it is only tracked")
+            raise RequestError(tracked, fault)
+        device = states[0].now[0].lengths.device
+        params = RuleParams.build(
+            [s.guided.control for s in states],
+            [s.num_generated for s in states],
+            has_distribution=self.scorer.has_distribution,
+            gamma=self.gamma,
+            device=device,
         )
-
-    def _worth_scoring(self, candidates: Candidates, params: RuleParams) -> Tensor:
-        """Rows in which the rule can change anything: [R]."""
-        several = candidates.mask.sum(-1) > 1
-        open_ = entropy(candidates.log_probs) >= params.min_entropy
-        return several & open_ & (params.code > 0)
-
-    def _score(self, request_ids: Sequence[str], ids_RK: Tensor, worth: Tensor) -> LengthBelief:
-        """Score the rows that are worth it, in columns that are used; the rest reads as zeros."""
-        rows = worth.nonzero().squeeze(-1)
-        columns = (ids_RK[rows] >= 0).any(0).nonzero().squeeze(-1)
-        raw = self.scorer.score_raw(
-            [request_ids[i] for i in rows.tolist()], ids_RK[rows][:, columns]
+        truncation = build_truncation(
+            [s.guided for s in states],
+            [s.endings for s in states],
+            self.scorer.vocab_size,
+            device,
         )
-        full = raw.new_zeros(*ids_RK.shape, raw.shape[-1])
-        full[rows.unsqueeze(-1), columns] = raw
-        return self.scorer.model.belief(full)
+        self._batch = _Batch(key, truncation, params)
+        return self._batch
 
-    def _remember(self, states: list[_State], ids_RK: Tensor, belief: LengthBelief) -> None:
-        ids, lengths = ids_RK.tolist(), belief.length().tolist()
-        for state, row, remaining in zip(states, ids, lengths, strict=True):
-            state.scored = {t: n for t, n in zip(row, remaining, strict=True) if t >= 0}
+    def _forget_batch(self, request_ids: Sequence[str]) -> None:
+        if self._batch is not None and not set(request_ids).isdisjoint(self._batch.request_ids):
+            self._batch = None
 
+    def _apply_rules(self, candidates: Candidates, belief: LengthBelief, batch: _Batch) -> Tensor:
+        try:
+            return apply_rules(candidates, belief, batch.params)
+        except RuleFailure as error:
+            controls = {r: self._states[r].guided.control for r in batch.request_ids}
+            own = [r for r, c in controls.items() if c is not None and c.rule == error.rule]
+            raise RequestError(own, error) from error
 
-def _control(request_id: str, state: _State) -> LengthControl:
-    if state.guided.control is None:
-        raise InputError(f"request {request_id!r} has no length control: it is only tracked")
-    return state.guided.control
+    def _commit_scored(self, request_ids: Sequence[str], tokens_R: Tensor | Sequence[int]) -> None:
+        step = self._step
+        assert step is not None
+        self.scorer.commit(request_ids, tokens_R, peeked=step.peeked)
+        rows = [step.rows.pop(r) for r in request_ids]
+        tokens = torch.as_tensor(tokens_R).to(step.scored_ids.device, non_blocking=True)
+        scored, values, lengths = step.scored_ids, step.values, step.lengths
+        if rows != list(range(len(scored))):
+            index = torch.tensor(rows, device=scored.device)
+            scored, values, lengths = scored[index], values[index], lengths[index]
+        # the first column (the likeliest candidate) where the token was not scored
+        column = (scored == tokens.unsqueeze(-1)).int().argmax(-1, keepdim=True)
+        reading = _Reading(*(x.gather(-1, column).squeeze(-1) for x in (values, lengths)))
+        self._point(request_ids, reading)
 
+    def _commit_new(self, request_ids: Sequence[str], tokens_R: Tensor) -> None:
+        states = [self._states[r] for r in request_ids]
+        device = states[0].now[0].lengths.device
+        tokens = tokens_R.to(device, non_blocking=True)
+        if self._step is not None:
+            self._step.peeked = False  # the scorer holds the candidates of one call only
+        belief = self.scorer.score(
+            request_ids, tokens.unsqueeze(-1), num_candidates=len(request_ids)
+        )
+        self.scorer.commit(request_ids, tokens, peeked=True)
+        ended = (pad([s.endings for s in states], device) == tokens.unsqueeze(-1)).any(-1)
+        belief = belief.with_terminal(ended.unsqueeze(-1))
+        self._point(request_ids, _Reading(self._value(belief)[:, 0], belief.length()[:, 0]))
 
-def _truncation(guided: Guided, vocabulary: int) -> tuple[int, float, float]:
-    """(top_k, top_p, min_p): the tighter of the request's and the control's."""
-    control = guided.control
-    assert control is not None
-    top_k = min(guided.top_k or MAX_CANDIDATES, control.top_k, vocabulary)
-    return top_k, min(guided.top_p, control.top_p), max(guided.min_p, control.min_p)
+    def _point(self, request_ids: Sequence[str], reading: _Reading) -> None:
+        for row, request_id in enumerate(request_ids):
+            self._states[request_id].now = (reading, row)
+
+    def _try_add(self, request_id: str, token_ids: Sequence[int]) -> None:
+        self.scorer.add({request_id: list(token_ids)})
+        self.scorer.remove([request_id])
+
+    def _blame(
+        self, request_ids: Iterable[str], error: LenVMError, attempt: Callable[[str], object]
+    ) -> RequestError:
+        """Whose fault an error of a batch is: those that fail alone; all, where none does."""
+        guilty, cause = [], error
+        for request_id in request_ids:
+            try:
+                attempt(request_id)
+            except LenVMError as own:
+                guilty.append(request_id)
+                cause = own
+        return RequestError(guilty or list(request_ids), cause)

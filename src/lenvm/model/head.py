@@ -11,6 +11,7 @@ Parameter names are those of the published system: `fc` is the hidden layer, `su
 Both run in fp32 whatever the backbone's type (paper, App. D).
 """
 
+import copy
 import math
 from typing import Literal, Protocol
 
@@ -109,14 +110,36 @@ class LengthBins:
         self.lower = torch.tensor([1, *(e + 1 for e in edges[:-1])])
         self.upper = torch.tensor(edges)
         self.width = self.upper - self.lower + 1
+        self._on: dict[torch.device, LengthBins] = {}
 
     def __len__(self) -> int:
         return len(self.upper)
 
+    def on(self, device: torch.device) -> "LengthBins":
+        """The same bins with their tables on `device`, copied there once: a copy at every step
+        would wait for the device and could not be captured in a CUDA graph."""
+        if device == self.upper.device:
+            return self
+        if device not in self._on:
+            bins = copy.copy(self)
+            with torch.inference_mode(False):  # what is kept must serve training too
+                for name in ("lower", "upper", "width"):
+                    setattr(bins, name, getattr(self, name).to(device))
+            self._on[device] = bins
+        return self._on[device]
+
+    def values(self, gamma: float) -> Tensor:
+        """E[V | bin] = mean over the bin's lengths of -(1 - gamma^n), exact: [K] fp32."""
+        rate = returns.log_discount(gamma)
+        lower, width = self.lower.double(), self.width.double()
+        # mean of gamma^n over a bin = gamma^lower (1 - gamma^width) / (width (1 - gamma))
+        mean = torch.exp(-rate * lower) * torch.expm1(-rate * width) / (width * math.expm1(-rate))
+        return (mean - 1.0).float()
+
     def index(self, remaining: Tensor) -> Tensor:
         """Bin of each length (any shape, clamped to 1 .. MAX_REMAINING), int64."""
         return torch.searchsorted(
-            self.upper.to(remaining.device), remaining.clamp(1, MAX_REMAINING)
+            self.on(remaining.device).upper, remaining.clamp(1, MAX_REMAINING)
         )
 
 
@@ -132,7 +155,7 @@ class DistributionBelief:
         self.gamma, self.bins, self.is_terminal = gamma, bins, is_terminal
 
     def value(self, gamma: float | None = None) -> Tensor:
-        table = self._bin_values(gamma or self.gamma).to(self.log_probs.device)
+        table = self.bins.on(self.log_probs.device).values(gamma or self.gamma)
         return self._mask((self.log_probs.exp() @ table).clamp(max=0.0))
 
     def length(self) -> Tensor:
@@ -141,8 +164,9 @@ class DistributionBelief:
 
     def mean(self) -> Tensor:
         """E[remaining], exact given the bins: no Jensen bias."""
-        centre = ((self.bins.lower + self.bins.upper).double() / 2).float()
-        return self._mask(self.log_probs.exp() @ centre.to(self.log_probs.device))
+        bins = self.bins.on(self.log_probs.device)
+        centre = ((bins.lower + bins.upper).double() / 2).float()
+        return self._mask(self.log_probs.exp() @ centre)
 
     def quantile(self, q: float) -> Tensor:
         if not 0.0 < q < 1.0:
@@ -152,17 +176,17 @@ class DistributionBelief:
         index = (cdf < q).sum(-1, keepdim=True).clamp(max=len(self.bins) - 1)
         before = cdf.gather(-1, index) - probs.gather(-1, index)
         inside = ((q - before) / probs.gather(-1, index).clamp(min=1e-30)).clamp(0.0, 1.0)
-        width = self.bins.width.to(index.device)[index]
-        lower = self.bins.lower.to(index.device)[index]
+        bins = self.bins.on(index.device)
+        width, lower = bins.width[index], bins.lower[index]
         tokens = lower + (inside * width).ceil().clamp(min=1).to(torch.int64) - 1
         return self._mask(tokens.squeeze(-1).float())
 
     def log_interval(self, low: Tensor, high: Tensor) -> Tensor:
         device = self.log_probs.device
+        bins = self.bins.on(device)
         low, high = low.to(device).unsqueeze(-1), high.to(device).unsqueeze(-1)
-        lower, upper = self.bins.lower.to(device), self.bins.upper.to(device)
-        overlap = torch.minimum(upper, high) - torch.maximum(lower, low) + 1
-        share = (overlap.clamp(min=0) / self.bins.width.to(device)).log()
+        overlap = torch.minimum(bins.upper, high) - torch.maximum(bins.lower, low) + 1
+        share = (overlap.clamp(min=0) / bins.width).log()
         inside = torch.logsumexp(self.log_probs + share, -1)
         # torch.logsumexp of a row of -inf is -inf, as wanted
         if self.is_terminal is not None:
@@ -176,14 +200,6 @@ class DistributionBelief:
         belief.log_probs, belief.gamma, belief.bins = self.log_probs, self.gamma, self.bins
         belief.is_terminal = is_terminal
         return belief
-
-    def _bin_values(self, gamma: float) -> Tensor:
-        """E[V | bin] = mean over the bin's lengths of -(1 - gamma^n), exact: [K] fp32."""
-        rate = returns.log_discount(gamma)
-        lower, width = self.bins.lower.double(), self.bins.width.double()
-        # mean of gamma^n over a bin = gamma^lower (1 - gamma^width) / (width (1 - gamma))
-        mean = torch.exp(-rate * lower) * torch.expm1(-rate * width) / (width * math.expm1(-rate))
-        return (mean - 1.0).float()
 
     def _mask(self, x: Tensor) -> Tensor:
         return x if self.is_terminal is None else x.masked_fill(self.is_terminal, 0.0)

@@ -1,4 +1,4 @@
-"""Predictions as numbers: what `lenvm predict`, `lenvm values` and the server's endpoints return."""
+"""Predictions as numbers: what `lenvm predict`, `lenvm values` and a server return."""
 
 from collections.abc import Sequence
 from typing import Any

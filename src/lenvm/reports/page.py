@@ -66,7 +66,7 @@ def figure(svg: str, caption: str) -> str:
 
 def _number(x: object) -> str:
     if x is None:
-        return "–"
+        return "-"
     if isinstance(x, float):
         return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
     return escape(x)
@@ -88,7 +88,8 @@ class Chart:
             self.parts.append(
                 f'<line class="axis" x1="{self.LEFT}" x2="{self.width - self.RIGHT}" '
                 f'y1="{self.y(y):.1f}" y2="{self.y(y):.1f}"/>'
-                f'<text x="{self.LEFT - 8}" y="{self.y(y) + 4:.1f}" text-anchor="end">{y:.0f}</text>'
+                f'<text x="{self.LEFT - 8}" y="{self.y(y) + 4:.1f}" text-anchor="end">'
+                f"{y:.0f}</text>"
             )
             x = self.x_end * i / 4
             self.parts.append(

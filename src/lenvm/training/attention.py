@@ -3,11 +3,14 @@
 On CUDA in bf16 or fp16 one flash-attention call over all sequences; else one SDPA call each.
 """
 
+import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lenvm.errors import TrainingError
 
 NAME = "lenvm_packed"
 
@@ -38,7 +41,7 @@ def packed_attention(
         return _flash(query, key, value, scaling, sliding_window, cu_seqlens, max_length), None
     bounds = cu_seqlens.tolist()
     outs = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         part = slice(start, end)
         window = sliding_window is not None and end - start > sliding_window
         mask = _window_mask(end - start, sliding_window, query.device) if window else None
@@ -71,17 +74,25 @@ def _flash(
     cu_seqlens: Tensor,
     max_length: int | None,
 ) -> Tensor:
+    import inspect
+
     from torch.nn.attention.varlen import varlen_attn
 
+    known = inspect.signature(varlen_attn).parameters  # torch 2.11 and 2.13 differ
     group = query.shape[1] // key.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     longest = max_length or int(cu_seqlens.diff().max())
     left = -1 if window is None else window - 1
-    out = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(left, 0)
-    )
+    options: dict[str, Any] = {"scale": scaling} if "scale" in known else {}
+    if "window_size" in known:
+        options["window_size"] = (left, 0)
+    elif window is None:
+        options["is_causal"] = True
+    else:
+        raise TrainingError("sliding-window attention needs a newer torch (2.13 has it)")
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     assert isinstance(out, Tensor)
     return out.unsqueeze(0)
 

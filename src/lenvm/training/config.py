@@ -11,7 +11,7 @@ from lenvm.model.head import HeadName
 
 
 class TrainingConfig(BaseModel):
-    """What to train, on what, and how. InputError names the field, the value and what is allowed."""
+    """What to train, on what, and how. `parse` names a bad field, its value and what is allowed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

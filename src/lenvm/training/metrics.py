@@ -1,8 +1,8 @@
 """How good a value model is: token-level and prompt-level errors on held-out trajectories.
 
-Prompt level (paper, Eq. 13-15): of N completions of a prompt, u_i = 1 - gamma^(L_i), the true length
-is L_GT = ln(1 - mean u) / ln gamma, and MRE = mean |L_hat - L_GT| / L_GT over prompts. The constant
-predictor says the same u for every prompt: the mean over the training prompts.
+Prompt level (paper, Eq. 13-15): of N completions of a prompt, u_i = 1 - gamma^(L_i), the true
+length is L_GT = ln(1 - mean u) / ln gamma, and MRE = mean |L_hat - L_GT| / L_GT over prompts. The
+constant predictor says the same u for every prompt: the mean over the training prompts.
 """
 
 import math

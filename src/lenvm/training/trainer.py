@@ -1,4 +1,4 @@
-"""Training: trajectories -> a value model. A subclass of transformers.Trainer; no logits, no padding.
+"""Trajectories -> a value model: a subclass of transformers.Trainer; no logits, no padding.
 
 With `trainable = "last"` the frozen layers are run once over the data and their output is kept, so
 that every epoch costs the upper layers alone.
@@ -41,7 +41,7 @@ Datasets = dict[str, "torch.utils.data.Dataset[dict[str, Tensor]]"]
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run did. num_tokens: tokens per epoch, prompts included; losses are means per state."""
+    """What a run did. num_tokens: of an epoch, prompts included; losses are means per state."""
 
     num_sequences: int
     num_tokens: int

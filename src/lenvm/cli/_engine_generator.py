@@ -1,0 +1,87 @@
+"""The in-process engine as an evaluation's generator: no server, the same records."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lenvm.engines.sampling import SamplingParams
+from lenvm.engines.transformers import Completion, Request, TransformersEngine
+from lenvm.evals.generator import Feature, GenerationRequest, GenerationResponse, OnResponse
+from lenvm.model.tokenization import encode_prompt
+
+
+class EngineGenerator:
+    """A `lenvm.evals.generator.Generator` over a `TransformersEngine`. `model` labels results."""
+
+    def __init__(self, engine: TransformersEngine, model: str) -> None:
+        self.engine, self.model = engine, model
+
+    @property
+    def max_length(self) -> int:
+        config: Any = self.engine.generator.config.get_text_config()
+        return min(self.engine.max_tokens, int(config.max_position_embeddings))
+
+    def lacks(self, feature: Feature) -> str | None:
+        value_model = self.engine.value_model
+        if feature in ("control", "conditional") and value_model is None:
+            return "no value model is loaded (--lenvm)"
+        if feature == "conditional" and value_model.config.head != "distribution":  # type: ignore[union-attr]
+            return "the value model has no distribution head"
+        if feature in ("eos_bias", "eos_decay"):
+            return f"the in-process engine has no {feature.replace('_', ' ')}"
+        return None
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.engine.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def generate(self, requests: Iterable[GenerationRequest], on_response: OnResponse) -> None:
+        started: dict[str, float] = {}
+
+        def fitting() -> Iterator[Request]:
+            """Engine requests; those that can never run are answered with an error at once."""
+            for request in requests:
+                converted = self._convert(request)
+                need = len(converted.prompt_token_ids) + request.max_tokens
+                if need > self.max_length:
+                    on_response(GenerationResponse(request.id, error=self._too_long(need)))
+                    continue
+                started[request.id] = time.perf_counter()
+                yield converted
+
+        for completion in self.engine.generate(fitting()):
+            latency = time.perf_counter() - started.pop(completion.request.id)
+            on_response(_to_response(completion, latency))
+
+    def _too_long(self, need: int) -> str:
+        return f"prompt and max_tokens need {need} tokens, the limit is {self.max_length}"
+
+    def _convert(self, request: GenerationRequest) -> Request:
+        tokenizer, sampling = self.engine.tokenizer, request.sampling
+        ids = encode_prompt(tokenizer, [dict(m) for m in request.messages])
+        if request.answer_prefix:
+            ids += tokenizer(request.answer_prefix, add_special_tokens=False).input_ids
+        return Request(
+            id=request.id,
+            prompt_token_ids=tuple(ids),
+            sampling=SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                seed=sampling.seed,
+                max_tokens=request.max_tokens,
+            ),
+            control=request.control,
+        )
+
+
+def _to_response(completion: Completion, latency_s: float) -> GenerationResponse:
+    return GenerationResponse(
+        id=completion.request.id,
+        text=completion.text,
+        num_tokens=len(completion.token_ids),
+        num_prompt_tokens=len(completion.request.prompt_token_ids),
+        finish_reason=completion.finish_reason or "",
+        mean_log_prob=sum(completion.log_probs) / len(completion.log_probs),
+        latency_s=latency_s,
+    )

@@ -1,0 +1,345 @@
+"""Where completions come from: the `Completer` seam and its HTTP implementation.
+
+A completer turns one `SampleRequest` (a prompt, n completions) into n `Sampled` with token ids.
+`HttpCompleter` speaks to any OpenAI-compatible server through the openai client and knows what each
+kind of server calls its extensions. It neither retries nor schedules: `sampler` does. What goes
+wrong is a `CompletionError` that says whether trying again, or elsewhere, can help.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from lenvm.data.images import to_wire_messages
+from lenvm.data.prompts import Prompt
+from lenvm.errors import EndpointError, InputError
+
+ServerKind = Literal["vllm", "sglang", "lenvm", "openai"]
+SERVER_KINDS: tuple[ServerKind, ...] = ("vllm", "sglang", "lenvm", "openai")
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """n completions of one prompt in one request."""
+
+    prompt: Prompt
+    indices: tuple[int, ...]
+    """Sample indices of the completions, one each."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """temperature, top_p, top_k, min_p, seed, max_tokens and what else the server takes."""
+    control: Mapping[str, Any] | None = None
+    """A LengthControl as JSON object, or None."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One completion with the token ids that the model saw and wrote, the ending token included."""
+
+    text: str
+    finish_reason: str
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    usage: dict[str, int] | None = None
+    """prompt_tokens, completion_tokens as the server counted; None where it did not say."""
+
+
+class CompletionError(Exception):
+    """A request that did not succeed.
+
+    "refused": the request is at fault, trying again is no use; "transient": it may succeed later;
+    "unreachable": the server did not answer at all; "closed": the endpoint cannot serve this run.
+    """
+
+    def __init__(
+        self, kind: Literal["refused", "transient", "unreachable", "closed"], message: str
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Completer(Protocol):
+    """A source of completions: an HTTP endpoint, or a model in this process."""
+
+    name: str
+    num_mismatched: int
+    """Requests whose token ids and the server's own count disagree."""
+
+    async def complete(self, request: SampleRequest) -> list[Sampled]:
+        """As many completions as `request.indices`. Raises CompletionError."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class TextEncoder(Protocol):
+    """Re-tokenises where a server returns text alone."""
+
+    eos_token_id: int
+
+    def encode_prompt(self, conversation: str | list[dict[str, Any]]) -> list[int]: ...
+
+    def encode_text(self, text: str) -> list[int]: ...
+
+
+class HttpCompleter:
+    """Completions of one OpenAI-compatible endpoint."""
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str | None = None,
+        *,
+        api_key: str = "none",
+        encoder: TextEncoder | None = None,
+        server: ServerKind | None = None,
+        max_connections: int = 256,
+        timeout_s: float = 3600.0,
+    ) -> None:
+        """base_url: http://HOST:PORT/v1; model None takes the one that is served; server None asks
+        the server itself, and takes one that does not say for a common one with extensions."""
+        self.name = normalise_url(base_url)
+        self.model, self.server = model, server
+        self.encoder, self.num_mismatched = encoder, 0
+        self._asks_for_ids = True
+        self._client = _open_client(self.name, api_key, max_connections, timeout_s)
+
+    async def connect(self) -> str:
+        """Ask which models are served; returns the model's name. Raises CompletionError."""
+        try:
+            cards = (await self._call("GET", "/models", None)).get("data")
+        except CompletionError as error:
+            if self.model is not None and str(error).startswith("HTTP 404"):
+                return self.model  # a server that lists no models: the name is taken as given
+            raise
+        if not isinstance(cards, list) or not all(isinstance(c, dict) for c in cards):
+            raise CompletionError("closed", f"{self.name}/models is not a list of models")
+        names = [str(card.get("id")) for card in cards]
+        if self.model is None:
+            if len(names) != 1:
+                raise InputError(
+                    f"{self.name} serves {len(names)} models ({', '.join(names)}); name one of them"
+                )
+            self.model = names[0]
+        elif self.model not in names:
+            raise CompletionError(
+                "closed", f"serves {', '.join(names) or 'nothing'}, not {self.model}"
+            )
+        if self.server is None:
+            owner = next((str(c.get("owned_by")) for c in cards if c.get("id") == self.model), "")
+            self.server = next((kind for kind in SERVER_KINDS if kind == owner), None)
+        return self.model
+
+    async def complete(self, request: SampleRequest) -> list[Sampled]:
+        asks = self._asks_for_ids
+        path, body = self._build_body(request)
+        try:
+            answer = await self._call("POST", path, body)
+        except CompletionError as error:
+            if not (error.kind == "refused" and asks and _names_extension(error)):
+                raise
+            self._asks_for_ids = False  # a server that takes no extensions: re-tokenise instead
+            path, body = self._build_body(request)
+            answer = await self._call("POST", path, body)
+        return self._read(request, answer)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        import openai
+
+        try:
+            if method == "GET":
+                answer = await self._client.get(path, cast_to=object, options={"timeout": 30.0})
+            else:
+                answer = await self._client.post(path, cast_to=object, body=body)
+        except openai.APIConnectionError as error:
+            causes = _find_causes(error)
+            if any(isinstance(cause, TimeoutError) for cause in causes):
+                raise CompletionError("transient", "no answer within the time limit") from None
+            cause = next((c for c in causes if isinstance(c, OSError)), causes[-1])
+            raise CompletionError("unreachable", str(cause) or type(cause).__name__) from None
+        except openai.APIStatusError as error:
+            said = error.body.get("message") if isinstance(error.body, dict) else None
+            raise _status_error(error.status_code, str(said or error.message)) from None
+        except (ValueError, openai.APIError) as error:
+            raise CompletionError("transient", f"the answer is not JSON: {error}") from None
+        if not isinstance(answer, dict):
+            raise CompletionError("transient", f"the answer is not a JSON object: {answer!r:.80}")
+        return answer
+
+    def _build_body(self, request: SampleRequest) -> tuple[str, dict[str, Any]]:
+        body: dict[str, Any] = {"model": self.model, "n": len(request.indices)}
+        body.update((k, v) for k, v in request.sampling.items() if v is not None)
+        if body.get("top_k", 1) < 1:
+            del body["top_k"]
+        if not body.get("min_p", 1):
+            del body["min_p"]
+        if request.control is not None:
+            body.update(to_wire_control(request.control, self.server))
+        prompt = request.prompt
+        if self._asks_for_ids:
+            chat = prompt.messages is not None
+            body.update(_token_id_fields(self.server, chat=chat))
+        if prompt.messages is None:
+            return "/completions", {**body, "prompt": prompt.prompt_text}
+        return "/chat/completions", {**body, "messages": to_wire_messages(prompt)}
+
+    def _read(self, request: SampleRequest, answer: dict[str, Any]) -> list[Sampled]:
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or len(choices) != len(request.indices):
+            found = len(choices) if isinstance(choices, list) else "no"
+            raise CompletionError(
+                "transient", f"asked for {len(request.indices)} completions, got {found}"
+            )
+        usage = answer.get("usage") or {}
+        encoder = self.encoder
+        sampled: list[tuple[str, str, list[int], list[int]]] = []
+        for choice in choices:
+            message = choice.get("message") or {}
+            text = choice.get("text", message.get("content")) or ""
+            text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+            reason = str(choice.get("finish_reason"))
+            ids = _completion_ids(choice)
+            prompt_ids = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
+            if encoder is None and (ids is None or prompt_ids is None):
+                raise CompletionError(
+                    "closed",
+                    "the server returns no token ids; name its tokenizer (--tokenizer), or use a "
+                    "server that returns them (vLLM 0.11 on, SGLang 0.5.13 on)",
+                )
+            if ids is None and encoder is not None:
+                ids = encoder.encode_text(text) + [encoder.eos_token_id] * (reason == "stop")
+            if prompt_ids is None and encoder is not None:
+                prompt_ids = encoder.encode_prompt(request.prompt.conversation)
+            if not ids or not prompt_ids:
+                raise CompletionError("transient", "a completion without a token")
+            sampled.append((text, reason, prompt_ids, ids))
+        agrees = usage.get("completion_tokens") == sum(len(s[3]) for s in sampled)
+        self.num_mismatched += not agrees
+        counts = _split_usage(usage, [len(s[3]) for s in sampled], agrees=agrees)
+        return [
+            Sampled(text, reason, prompt_ids, ids, count)
+            for (text, reason, prompt_ids, ids), count in zip(sampled, counts, strict=True)
+        ]
+
+
+def normalise_url(url: str) -> str:
+    """http://HOST:PORT with /v1 where no path is given. InputError for what is no HTTP address."""
+    if not url.startswith(("http://", "https://")) or len(url.split("/")[2]) == 0:
+        raise InputError(f"endpoint {url!r}: expected an address such as http://127.0.0.1:8000/v1")
+    url = url.rstrip("/")
+    return url if url.count("/") > 2 else url + "/v1"
+
+
+def to_wire_control(control: Mapping[str, Any], server: ServerKind | None) -> dict[str, Any]:
+    """The request field that carries a length control to a server of that kind."""
+    if server == "vllm":
+        return {"vllm_xargs": {"lenvm": json.dumps(dict(control))}}
+    if server == "sglang":
+        return {"custom_params": {"lenvm": dict(control)}}
+    return {"length": dict(control)}
+
+
+def _token_id_fields(server: ServerKind | None, *, chat: bool) -> dict[str, Any]:
+    """What asks a server of that kind for token ids."""
+    if server == "openai":
+        return {}
+    if server == "sglang" and chat:
+        return {"logprobs": True, "return_meta_info": True, "return_prompt_token_ids": True}
+    return {"return_token_ids": True}
+
+
+def _completion_ids(choice: dict[str, Any]) -> list[int] | None:
+    """Token ids of a choice in vLLM's form, or in SGLang's (log-probs of meta_info)."""
+    if choice.get("token_ids") is not None:
+        return list(choice["token_ids"])
+    triples = (choice.get("meta_info") or {}).get("output_token_logprobs")
+    return None if triples is None else [int(triple[1]) for triple in triples]
+
+
+def _split_usage(
+    usage: Mapping[str, Any], lengths: list[int], *, agrees: bool
+) -> list[dict[str, int] | None]:
+    """The server's count for each completion: it counts a request as a whole."""
+    prompt = usage.get("prompt_tokens")
+    if prompt is None or (not agrees and len(lengths) > 1):
+        return [None] * len(lengths)
+    counts = lengths if agrees else [int(usage.get("completion_tokens") or 0)]
+    return [{"prompt_tokens": int(prompt), "completion_tokens": count} for count in counts]
+
+
+def _find_causes(error: BaseException) -> list[BaseException]:
+    """What the network said: transports wrap it, and not each names it rightly."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    return causes
+
+
+def _status_error(status: int, message: str) -> CompletionError:
+    if status in (401, 403, 404, 405):
+        return CompletionError("closed", f"HTTP {status}: {message}")
+    if status in (408, 409, 425, 429) or status >= 500:
+        return CompletionError("transient", f"HTTP {status}: {message}")
+    return CompletionError("refused", f"HTTP {status}: {message}")
+
+
+def _names_extension(error: CompletionError) -> bool:
+    fields = ("return_token_ids", "return_meta_info", "return_prompt_token_ids", "logprobs")
+    return any(name in str(error) for name in fields)
+
+
+def _open_client(url: str, api_key: str, max_connections: int, timeout_s: float) -> Any:
+    """An openai client; over aiohttp where that is installed (half the time per request)."""
+    import openai
+
+    limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
+        max_connections=max_connections, max_keepalive_connections=max_connections
+    )
+    timeout = openai.Timeout(timeout_s, connect=10.0)
+    make = openai.DefaultAsyncHttpxClient
+    if find_spec("aiohttp"):
+        make = openai.DefaultAioHttpClient  # type: ignore[assignment]
+    return openai.AsyncOpenAI(
+        base_url=url,
+        api_key=api_key,
+        max_retries=0,
+        timeout=timeout,
+        http_client=make(limits=limits, timeout=timeout),
+    )
+
+
+def check_images(prompts: list[Prompt]) -> None:
+    """Raise InputError for the first image file that is not there, before anything is sent."""
+    for prompt in prompts:
+        for image in prompt.images:
+            if not image.startswith(("http://", "https://", "data:")) and not Path(image).is_file():
+                raise InputError(f"prompt {prompt.prompt_hash}: no image file {image}")
+
+
+async def connect_all(completers: list[HttpCompleter]) -> tuple[str, dict[str, str]]:
+    """Connect to every endpoint: (the model's name, why each dead one is left out, by name).
+
+    Raises EndpointError where none answers, InputError where they serve different models.
+    """
+    dead: dict[str, str] = {}
+    models: dict[str, str] = {}
+    for completer in completers:
+        try:
+            models[completer.name] = await completer.connect()
+        except CompletionError as error:
+            dead[completer.name] = str(error)
+    if not models:
+        rows = "\n".join(f"  {name}: {why}" for name, why in dead.items())
+        raise EndpointError(
+            f"no endpoint can serve this run:\n{rows}\nStart the server, or correct the address "
+            "(http://HOST:PORT/v1) or the model's name, and run the same command again."
+        )
+    if len(set(models.values())) > 1:
+        rows = "\n".join(f"  {name}: {model}" for name, model in models.items())
+        raise InputError(f"the endpoints serve different models:\n{rows}\nName one: --model")
+    return next(iter(models.values())), dead

@@ -1,0 +1,139 @@
+"""Arms: the ways of getting a length that an evaluation compares; `kind` or `kind:number`.
+
+| arm | what it does |
+|---|---|
+| `prompt` | the task as it is; in trade-off: unguided |
+| `countdown` | the prompt asks to count down the words; the counts are stripped from the answer |
+| `concise` | the prompt asks for a short answer |
+| `truncate` | cut off at the target (max_tokens) |
+| `budget:N`, `budget_answer:N` | cut off at N tokens; the latter then asks for the answer at once |
+| `eos_bias:B` | B is added to the logit of the ending token at every step (OpenAI `logit_bias`) |
+| `eos_decay:F` | transformers' ExponentialDecayLengthPenalty, factor F, from half the target |
+| `hard`, `soft:S`, `conditional:E` | LenVM rules; S = strength, E = evidence |
+| `tilt:S` | LenVM tilt with scale S |
+| `at_most:N` | LenVM at most N tokens, by the best rule of the value model |
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lenvm.errors import InputError
+from lenvm.evals.generator import Feature, Generator, Sampling
+from lenvm.guidance.request import MAX_CANDIDATES
+
+DEFAULTS: dict[str, float | None] = {
+    "prompt": None,
+    "countdown": None,
+    "concise": None,
+    "truncate": None,
+    "hard": None,
+    "budget": None,
+    "budget_answer": None,
+    "eos_bias": None,
+    "tilt": None,
+    "at_most": None,
+    "eos_decay": 1.01,
+    "soft": 100.0,
+    "conditional": 1.0,
+}
+NEEDS_NUMBER = {"budget", "budget_answer", "eos_bias", "tilt", "at_most"}
+TAKES_NUMBER = NEEDS_NUMBER | {"eos_decay", "soft", "conditional"}
+LABELS = {
+    "prompt": "prompt only",
+    "countdown": "countdown prompt",
+    "concise": "“be concise” prompt",
+    "truncate": "truncation at the target",
+    "budget": "truncation at {} tokens",
+    "budget_answer": "truncation at {} tokens, forced answer",
+    "eos_bias": "EOS bias {}",
+    "eos_decay": "EOS decay {}",
+    "hard": "LenVM hard",
+    "soft": "LenVM soft, strength {}",
+    "conditional": "LenVM conditional, evidence {}",
+    "tilt": "LenVM tilt {}",
+    "at_most": "LenVM at most {} tokens",
+}
+FEATURES: dict[str, tuple[Feature, ...]] = {
+    "countdown": (),
+    "eos_bias": ("eos_bias",),
+    "eos_decay": ("eos_decay",),
+    "hard": ("control",),
+    "soft": ("control",),
+    "tilt": ("control",),
+    "at_most": ("control",),
+    "conditional": ("control", "conditional"),
+    "budget_answer": ("continue",),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of getting a length. `name` is what results call it."""
+
+    kind: str
+    parameter: float | None = None
+
+    @classmethod
+    def parse(cls, text: str, allowed: Iterable[str]) -> "Arm":
+        """From `kind` or `kind:number`, any float. InputError names what may stand there."""
+        kind, colon, number = text.strip().partition(":")
+        kinds = list(allowed)
+        if kind not in kinds:
+            raise InputError(f"arm is {text!r}; allowed here: {', '.join(kinds)}")
+        if colon and kind not in TAKES_NUMBER:
+            raise InputError(f"arm {kind!r} takes no number; got {text!r}")
+        if not colon:
+            if kind in NEEDS_NUMBER:
+                raise InputError(f"arm {kind!r} needs a number, for example '{kind}:20'")
+            return cls(kind, DEFAULTS[kind])
+        try:
+            value = float(number)
+        except ValueError:
+            value = float("nan")
+        if not abs(value) < float("inf"):
+            raise InputError(f"arm {text!r}: {number!r} is not a number")
+        counts = kind == "at_most" or kind.startswith("budget")
+        if counts and (value < 1 or value != int(value)):
+            raise InputError(f"arm {text!r}: that is a whole number of tokens, at least 1")
+        return cls(kind, value)
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.parameter is None else f"{self.kind}:{self.parameter:g}"
+
+    @property
+    def label(self) -> str:
+        return LABELS[self.kind].format("" if self.parameter is None else f"{self.parameter:g}")
+
+    def why_skipped(self, generator: Generator) -> str | None:
+        """A sentence where the generator cannot run this arm, else None."""
+        for feature in FEATURES.get(self.kind, ()):
+            if (reason := generator.lacks(feature)) is not None:
+                return reason
+        return None
+
+
+def match_truncation(sampling: Sampling) -> dict[str, Any]:
+    """Fields of LengthControl that make a LenVM arm choose among the tokens of every other arm.
+
+    A control scores at most MAX_CANDIDATES tokens: without a `top_k` that is its limit.
+    """
+    return {
+        "top_k": min(sampling.top_k or MAX_CANDIDATES, MAX_CANDIDATES),
+        "top_p": sampling.top_p,
+        "min_p": min(sampling.min_p, 0.999),
+    }
+
+
+def parse_arms(texts: Iterable[str], allowed: Iterable[str]) -> list[Arm]:
+    """Arms in order; InputError for one that is named twice or none at all."""
+    kinds = list(allowed)
+    arms = [Arm.parse(text, kinds) for text in texts]
+    names = [arm.name for arm in arms]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"arms named twice: {', '.join(twice)}")
+    if not arms:
+        raise InputError(f"no arms; choose from {', '.join(kinds)}")
+    return arms

@@ -1,0 +1,1 @@
+"""LIFEBench (arXiv 2505.16234): how well are length instructions followed, at what cost."""

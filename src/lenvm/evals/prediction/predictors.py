@@ -1,0 +1,129 @@
+"""Where predictions come from: a value model in this process, or a server's value endpoints.
+
+A `Predictor` reads token sequences and says what it believes at some of their positions. Beliefs
+are plain numbers: `value` (V), `length` (the point prediction in tokens), and, where the head knows
+them, `mean` and `quantiles` ({"0.025": tokens, ...}).
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from lenvm.errors import EndpointError
+from lenvm.model.value_model import LengthValueModel
+
+Belief = dict[str, Any]
+LEVELS = tuple(round(0.025 * i, 3) for i in range(1, 40))
+
+
+class Predictor(Protocol):
+    """What length-prediction asks of a value model."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def gamma(self) -> float: ...
+
+    @property
+    def head(self) -> str: ...
+
+    def read(
+        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+    ) -> list[list[Belief]]:
+        """Beliefs after the tokens at `positions` (indices into each sequence)."""
+        ...
+
+
+class ValueModelPredictor:
+    """A `LengthValueModel` in this process. `name` is what results call it."""
+
+    def __init__(self, model: LengthValueModel, name: str, *, batch_tokens: int = 8192) -> None:
+        self.model, self.name, self.batch_tokens = model, name, batch_tokens
+
+    @property
+    def gamma(self) -> float:
+        return self.model.config.gamma
+
+    @property
+    def head(self) -> str:
+        return self.model.config.head
+
+    def read(
+        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+    ) -> list[list[Belief]]:
+        import torch
+
+        found = self.model.read(sequences, batch_tokens=self.batch_tokens)
+        picked = [raw[list(p)] for raw, p in zip(found, positions, strict=True)]
+        flat = self._beliefs(torch.cat(picked)) if picked else []
+        ends = torch.tensor([len(p) for p in positions]).cumsum(0).tolist()
+        return [flat[end - len(p) : end] for p, end in zip(positions, ends, strict=True)]
+
+    def _beliefs(self, raw: Any) -> list[Belief]:
+        """raw [N, D] -> N beliefs."""
+        import torch
+
+        belief = self.model.belief(raw)
+        rows: list[Belief] = [
+            {"value": v, "length": n}
+            for v, n in zip(belief.value().tolist(), belief.length().tolist(), strict=True)
+        ]
+        if not belief.has_distribution:
+            return rows
+        means = belief.mean().tolist()  # type: ignore[attr-defined]
+        table = torch.stack([belief.quantile(q) for q in LEVELS], -1).tolist()
+        for row, mean, quantiles in zip(rows, means, table, strict=True):
+            row["mean"] = mean
+            row["quantiles"] = {str(q): n for q, n in zip(LEVELS, quantiles, strict=True)}
+        return rows
+
+
+class EndpointPredictor:
+    """A server's `/v1/length/values`: `{"token_ids": [[...]], "positions": [[...]]}` ->
+    `{"gamma", "head", "model", "values": [[{belief numbers}, ...], ...]}`."""
+
+    def __init__(self, url: str, *, api_key: str = "none", timeout_s: float = 600.0) -> None:
+        self.url, self._api_key, self._timeout_s = url.rstrip("/"), api_key, timeout_s
+        about = self._post([[0]], [[0]])
+        self.name, self.gamma, self.head = about["model"], float(about["gamma"]), about["head"]
+
+    def read(
+        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+    ) -> list[list[Belief]]:
+        reply = self._post([list(s) for s in sequences], [list(p) for p in positions])
+        return [[to_belief(numbers) for numbers in row] for row in reply["values"]]
+
+    def _post(self, token_ids: list[list[int]], positions: list[list[int]]) -> dict[str, Any]:
+        body = {"token_ids": token_ids, "positions": positions}
+        reply = asyncio.run(self._send(body))
+        missing = [k for k in ("gamma", "head", "model", "values") if k not in reply]
+        if missing or [len(r) for r in reply["values"]] != [len(p) for p in positions]:
+            raise EndpointError(
+                f"{self.url}/length/values gives no values for what was asked"
+                + (f": {', '.join(missing)} missing" if missing else "")
+            )
+        return reply
+
+    async def _send(self, body: dict[str, Any]) -> dict[str, Any]:
+        import openai
+
+        from lenvm.evals.client import open_client
+
+        async with open_client(self.url, self._api_key, self._timeout_s, 2) as client:
+            try:
+                return dict(await client.post("/length/values", body=body, cast_to=object))
+            except openai.APIConnectionError as error:
+                raise EndpointError(f"{self.url} does not answer: {error.__cause__}") from None
+            except (openai.APIStatusError, ValueError, TypeError) as error:
+                raise EndpointError(f"{self.url}/length/values failed: {error}") from None
+
+
+def to_belief(numbers: dict[str, Any]) -> Belief:
+    """Belief of a server's numbers: `p10`, `p50`, `p90` become quantiles."""
+    belief: Belief = {k: numbers[k] for k in ("value", "length", "mean") if k in numbers}
+    quantiles = {
+        str(int(k[1:]) / 100): v for k, v in numbers.items() if k[:1] == "p" and k[1:].isdigit()
+    }
+    quantiles |= numbers.get("quantiles", {})
+    return belief | ({"quantiles": quantiles} if quantiles else {})

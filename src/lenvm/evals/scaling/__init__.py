@@ -1,0 +1,1 @@
+"""Scaling and ablations: a TOML grid of trainings, each evaluated the same way."""

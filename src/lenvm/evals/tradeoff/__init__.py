@@ -1,0 +1,1 @@
+"""Trade-off: how much accuracy does a shorter answer cost, arm by arm."""

@@ -1,0 +1,141 @@
+"""Benchmark questions with gold answers, from files of the usual shapes or by name from a hub.
+
+Fields are found by name, whatever their case: the question (`question`, `problem`, `query`,
+`prompt`), the answer (`answer`, `final_answer`, `solution`; GSM8K's stands after `####`), `options`
+or `choices`, `image`, `id` or `unique_id` or `pid`.
+"""
+
+import base64
+import hashlib
+import mimetypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lenvm.data.prompt_sources import read_hub_rows, read_rows
+from lenvm.errors import DataError, InputError
+from lenvm.evals.tradeoff.grader import Kind, gold_letter, guess_kind
+
+QUESTION = ("question", "problem", "query", "prompt")
+ANSWER = ("answer", "final_answer", "expected_answer", "gold", "solution")
+OPTIONS = ("options", "choices")
+NAME = ("id", "unique_id", "pid")
+BENCHMARKS: dict[str, tuple[str, str, str | None]] = {
+    "gsm8k": ("openai/gsm8k", "test", "main"),
+    "math500": ("HuggingFaceH4/MATH-500", "test", None),
+    "aime24": ("HuggingFaceH4/aime_2024", "train", None),
+    "aime25": ("math-ai/aime25", "test", None),
+    "amc23": ("math-ai/amc23", "test", None),
+    "mathvista": ("AI4Math/MathVista", "testmini", None),
+    "mathvision": ("MathLLMs/MathVision", "testmini", None),
+}
+"""Names that stand for hub data sets: (data set, split, configuration)."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question and its gold answer."""
+
+    id: str
+    question: str
+    gold: str
+    kind: Kind
+    options: tuple[str, ...] = ()
+    image: str | None = None
+    """An image file."""
+
+    def prompt(self, *, concise: bool) -> str:
+        """The question, its options, and how the answer is to be given."""
+        parts = [self.question.replace("<image1>", "").strip()]
+        if self.options and any(len(option) > 1 for option in self.options):
+            letters = (chr(ord("A") + i) for i in range(len(self.options)))
+            parts.append("\n".join(f"{a}. {o}" for a, o in zip(letters, self.options, strict=True)))
+        what = "the letter of the right choice" if self.kind == "choice" else "your final answer"
+        how = (
+            "Be concise: reason in as few words as you can"
+            if concise
+            else "Please reason step by step"
+        )
+        parts.append(f"{how}, and put {what} within \\boxed{{}}.")
+        return "\n\n".join(parts)
+
+    def messages(self, *, concise: bool) -> tuple[Mapping[str, Any], ...]:
+        """The chat messages; an image travels inside, as a data URL."""
+        text = self.prompt(concise=concise)
+        if self.image is None:
+            return ({"role": "user", "content": text},)
+        picture = {"type": "image_url", "image_url": {"url": _data_url(self.image)}}
+        return ({"role": "user", "content": [picture, {"type": "text", "text": text}]},)
+
+
+def load_questions(source: str, *, limit: int | None = None) -> list[Question]:
+    """Questions of a file, a name of BENCHMARKS, or a hub data set. DataError names the line."""
+    if source.lower() in BENCHMARKS:
+        rows = read_hub_rows(*BENCHMARKS[source.lower()])
+    else:
+        rows = read_rows(source, "test")
+    base = Path(source).parent
+    found: dict[str, Question] = {}
+    for index, (where, row) in enumerate(rows):
+        if limit is not None and index >= limit:
+            break
+        question = _to_question(where, index, row, base)
+        if question.id in found:
+            raise DataError(f"{where}: id {question.id!r} occurs twice; ids must be unique")
+        found[question.id] = question
+    if not found:
+        raise DataError(f"{source} holds no questions")
+    return list(found.values())
+
+
+def hash_questions(questions: list[Question]) -> str:
+    """16 hex digits over all questions and gold answers."""
+    return hashlib.sha256(repr(questions).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _to_question(where: str, index: int, row: dict[str, Any], base: Path) -> Question:
+    fields = {key.lower(): value for key, value in row.items()}
+    text = _first(fields, QUESTION)
+    gold = _first(fields, ANSWER)
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where}: no question; looked for {', '.join(QUESTION)}")
+    if gold is None or not str(gold).strip():
+        raise DataError(f"{where}: no answer; looked for {', '.join(ANSWER)}")
+    gold = str(gold).rsplit("####", 1)[-1].strip()
+    options = tuple(str(option) for option in _first(fields, OPTIONS) or ())
+    kind = guess_kind(gold, options)
+    if kind == "choice":
+        try:
+            gold = gold_letter(gold, options)
+        except InputError as error:
+            raise DataError(f"{where}: {error}") from None
+    name = _first(fields, NAME)
+    return Question(
+        id=str(name if name is not None else index),
+        question=text,
+        gold=gold,
+        kind=kind,
+        options=options,
+        image=_find_image(where, fields.get("image"), base),
+    )
+
+
+def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
+def _find_image(where: str, value: Any, base: Path) -> str | None:
+    if not value:
+        return None
+    path = base / str(value)
+    if not path.is_file():
+        raise DataError(f"{where}: image {value!r} is not at {path}; leave its question out")
+    return str(path)
+
+
+@cache
+def _data_url(path: str) -> str:
+    kind = mimetypes.guess_type(path)[0] or "image/jpeg"
+    return f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"

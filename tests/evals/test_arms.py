@@ -1,0 +1,61 @@
+"""Arm specifications: what parses, what is refused and how."""
+
+import pytest
+
+from lenvm.errors import InputError
+from lenvm.evals.arms import Arm, parse_arms
+
+KINDS = ["prompt", "soft", "hard", "tilt", "budget", "conditional"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "parameter"),
+    [
+        ("prompt", "prompt", None),
+        ("soft", "soft:100", 100.0),
+        ("soft:30", "soft:30", 30.0),
+        ("tilt:12.5", "tilt:12.5", 12.5),
+        ("tilt:-0.25", "tilt:-0.25", -0.25),
+        ("tilt:0", "tilt:0", 0.0),
+        ("budget:200", "budget:200", 200.0),
+    ],
+)
+def test_arms_parse(text, name, parameter):
+    arm = Arm.parse(text, KINDS)
+    assert (arm.name, arm.parameter) == (name, parameter)
+    assert Arm.parse(arm.name, KINDS) == arm
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "magic",
+        "truncate",
+        "hard:3",
+        "tilt",
+        "tilt:",
+        "tilt:x",
+        "tilt:inf",
+        "budget:0",
+        "budget:1.5",
+    ],
+)
+def test_other_arms_are_refused(text):
+    with pytest.raises(InputError):
+        Arm.parse(text, KINDS)
+
+
+def test_one_arm_twice_is_refused():
+    with pytest.raises(InputError, match=r"twice: soft:100"):
+        parse_arms(["soft", "soft:100"], KINDS)
+
+
+def test_no_arms_are_refused():
+    with pytest.raises(InputError, match="no arms"):
+        parse_arms([], KINDS)
+
+
+def test_labels_name_the_number():
+    assert Arm.parse("tilt:12.5", KINDS).label == "LenVM tilt 12.5"
+    assert Arm.parse("hard", KINDS).label == "LenVM hard"
