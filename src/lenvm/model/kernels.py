@@ -700,21 +700,20 @@ def rotate_and_store(
     )
 
 
-@triton.jit(do_not_specialize=["num_elements"])
-def _silu_mul_kernel(x_ptr, out_ptr, num_elements, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < num_elements
-    at = offs // SIZE * (2 * SIZE) + offs % SIZE
+@triton.jit
+def _silu_mul_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < SIZE
     kind = out_ptr.dtype.element_ty
-    gate = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + at + SIZE, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(x_ptr + token * (2 * SIZE) + offs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + token * (2 * SIZE) + SIZE + offs, mask=mask, other=0.0).to(tl.float32)
     gate = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
-    tl.store(out_ptr + offs, (gate * up).to(kind), mask=mask)
+    tl.store(out_ptr + token * SIZE + offs, (gate * up).to(kind), mask=mask)
 
 
 def silu_mul(x: Tensor, out: Tensor) -> None:
     """out [N, I] = SiLU(x[:, :I]) * x[:, I:], x [N, 2 I]."""
-    block = 1024
-    _silu_mul_kernel[(-(-out.numel() // block),)](
-        x, out, out.numel(), SIZE=out.shape[1], BLOCK=block, num_warps=4
-    )
+    num_tokens, size = out.shape
+    block = min(2048, next_power_of_2(size))
+    _silu_mul_kernel[(num_tokens, -(-size // block))](x, out, SIZE=size, BLOCK=block, num_warps=4)
