@@ -182,6 +182,7 @@ def candidate_attention(
     window: int | None,
     max_candidates: int,
     num_splits: int,
+    max_block: int = 64,
     num_stages: int = 3,
 ) -> None:
     """out[n] = attention of packed token n over its row's prefix and itself.
@@ -189,12 +190,13 @@ def candidate_attention(
     q, out [N, Hq, D]; own_k, own_v [*, Hkv, D] indexed by own_index [N]; k_pages, v_pages
     [P, S, Hkv, D]; table [*, C] int32, of which `rows` [R] names each row's; lengths [R]; first
     [R + 1]: row r owns packed tokens first[r] .. first[r + 1] - 1, at most `max_candidates`.
-    scratch: fp32 [num_splits, N, Hq, D] and [num_splits, N, Hq], unused with one split.
+    max_block: most query rows (candidates x G) of one program; rows with more read their prefix
+    again, from the L2 cache. scratch: fp32 [num_splits, N, Hq, D] and [num_splits, N, Hq], unused with one split.
     """
     num_tokens, num_heads, head_size = q.shape
     page_size, num_kv = k_pages.shape[1], k_pages.shape[2]
     group = num_heads // num_kv
-    block_m = min(128, max(16, next_power_of_2(max_candidates * group)))
+    block_m = min(max_block, max(16, next_power_of_2(max_candidates * group)))
     num_tiles = -(-max_candidates * group // block_m)
     grid = (num_kv, rows.shape[0] * num_tiles, num_splits)
     part, lse = scratch
