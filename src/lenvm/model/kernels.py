@@ -191,7 +191,8 @@ def candidate_attention(
     [P, S, Hkv, D]; table [*, C] int32, of which `rows` [R] names each row's; lengths [R]; first
     [R + 1]: row r owns packed tokens first[r] .. first[r + 1] - 1, at most `max_candidates`.
     max_block: most query rows (candidates x G) of one program; rows with more read their prefix
-    again, from the L2 cache. scratch: fp32 [num_splits, N, Hq, D] and [num_splits, N, Hq], unused with one split.
+    again, from the L2 cache. scratch: fp32 [num_splits, N, Hq, D] and [num_splits, N, Hq], unused
+    with one split.
     """
     num_tokens, num_heads, head_size = q.shape
     page_size, num_kv = k_pages.shape[1], k_pages.shape[2]
