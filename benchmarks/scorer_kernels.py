@@ -3,7 +3,7 @@
     python benchmarks/scorer_kernels.py [--rows 64 --mean 8 --prefix 1024 --shape 0.5b]
 
 Each piece runs for all layers in turn (so that nothing stays in the L2 cache by accident) inside
-one CUDA graph; the figure is microseconds a layer. A guide for tuning, not a result file of its own.
+one CUDA graph; the figure is microseconds a layer. A guide for tuning, not a result file.
 """
 
 import argparse
