@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from evals.stub import Stub, running, say
 from lenvm.cli import _eval_options as options
+from lenvm.cli._eval_length_tokens import _print_summary as print_tokens
 from lenvm.cli.eval import register
 from lenvm.errors import InputError
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
@@ -79,7 +80,7 @@ def test_control_settings_are_read():
 
 def test_intervals_read_well():
     assert options.format_interval({"value": 0.314, "low": 0.2, "high": 0.4}, ".0%") == (
-        "31% [20%, 40%]"
+        "31% [20, 40]"
     )
     assert options.format_interval(None) == "-"
 
@@ -136,6 +137,16 @@ def test_length_tokens_with_a_value_model_folder(value_model, tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["num_tokens"] == 4 * 11
     assert "results in" in call(*arguments, "--no-merge", "--regrade")
+
+
+def test_tokens_that_look_like_markup_are_printed_as_they_are(capsys, tmp_path):
+    row = {"token": "[/b]", "num": 9, "num_events": 3, "event_share": 0.3, "mean_gain": 0.1}
+    lists = ("longer_by_event", "shorter_by_event", "longer_by_mean", "shorter_by_mean")
+    summary = {name: [row] for name in lists}
+    print_tokens({**summary, "notes": ["a [/note]"], "num_failed": 0}, tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out.count("[/b]") == 4
+    assert "a [/note]" in captured.err
 
 
 def test_scaling_trains_and_evaluates_every_cell(tmp_path):

@@ -66,6 +66,19 @@ def test_an_answer_carries_tokens_and_the_mean_log_probability():
     assert found.latency_s > 0
 
 
+def test_log_probabilities_of_a_changed_distribution_are_not_taken_for_the_generators():
+    control = LengthControl.parse({"equal_to": 5})
+    changed = [request("a", control=control), request("b", sampling=Sampling(temperature=0.5))]
+    with running(Stub(plugin="sglang")) as stub:
+        generator = connect(stub.url)
+        found = answers(generator, [*changed, request("c")])
+    assert [found[name].mean_log_prob for name in "abc"] == [None, None, -1.0]
+    with running(Stub(plugin="vllm")) as stub:
+        generator = connect(stub.url)
+        found = answers(generator, changed)
+    assert [found[name].mean_log_prob for name in "ab"] == [-1.0, -1.0]
+
+
 def test_a_failing_request_is_retried_then_an_answer_with_an_error():
     tries = []
 

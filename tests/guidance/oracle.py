@@ -51,6 +51,7 @@ class OracleScorer:
         self.markov, self.has_distribution = markov, head == "distribution"
         self.requests: dict[str, list[int]] = {}
         self.num_scored = self.num_prefilled = 0
+        self.held: dict[str, list[int]] = {}
 
     def belief(self, tokens: Tensor) -> LengthBelief:
         raw = self.raw(tokens)
@@ -59,7 +60,7 @@ class OracleScorer:
         return DistributionBelief(raw, GAMMA, BINS)
 
     def raw(self, tokens: Tensor) -> Tensor:
-        probs = self.markov.after[:, tokens.clamp(min=0)].movedim(0, -1)
+        probs = self.markov.after[:, tokens.clamp(0, self.markov.after.shape[1] - 1)].movedim(0, -1)
         if not self.has_distribution:
             n = torch.arange(1, 201, dtype=torch.float64)
             u = (probs * -torch.expm1(n * torch.tensor(GAMMA).double().log())).sum(-1)
@@ -79,15 +80,29 @@ class OracleScorer:
     def fork(self, parent_id: str, child_id: str) -> None:
         self.requests[child_id] = list(self.requests[parent_id])
 
-    def score(self, request_ids: Sequence[str], candidate_ids_RK: Tensor) -> LengthBelief:
+    def score(
+        self,
+        request_ids: Sequence[str],
+        candidate_ids_RK: Tensor,
+        *,
+        num_candidates: int | None = None,
+    ) -> LengthBelief:
         assert all(r in self.requests for r in request_ids)
         assert candidate_ids_RK.shape[0] == len(request_ids)
+        self.held = dict(zip(request_ids, candidate_ids_RK.tolist(), strict=True))
         self.num_scored += int((candidate_ids_RK >= 0).sum())
         return self.belief(candidate_ids_RK)
 
-    def commit(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> None:
+    def commit(
+        self,
+        request_ids: Sequence[str],
+        token_ids_R: Tensor | Sequence[int],
+        *,
+        peeked: bool = False,
+    ) -> None:
         tokens = torch.as_tensor(token_ids_R).tolist()
         for request_id, token in zip(request_ids, tokens, strict=True):
+            assert not peeked or token in self.held[request_id], "the promise of peeked is broken"
             self.requests[request_id].append(token)
 
     def remove(self, request_ids: Sequence[str]) -> None:

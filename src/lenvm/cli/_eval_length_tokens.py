@@ -67,6 +67,8 @@ def register(group: typer.Typer) -> None:
 
 
 def _print_summary(summary: dict[str, Any], output: Path, rows: int = 15) -> None:
+    from rich.markup import escape
+
     from lenvm.cli._console import print_table
 
     titles = {
@@ -82,7 +84,7 @@ def _print_summary(summary: dict[str, Any], output: Path, rows: int = 15) -> Non
                 ["token", "occurrences", "events", "share", "mean gain"],
                 [
                     [
-                        row["token"],
+                        escape(row["token"]),
                         row["num"],
                         row["num_events"],
                         f"{row['event_share']:.0%}",

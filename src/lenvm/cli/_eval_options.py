@@ -101,7 +101,7 @@ class Access:
             eos_token_ids=eos,
             token_counter=counter,
         )
-        console().print(describe(generator.endpoint))
+        console().print(describe(generator.endpoint), markup=False)
         return generator
 
     def _load_engine(self) -> "Generator":
@@ -153,11 +153,11 @@ def parse_control_settings(text: str | None) -> dict[str, Any]:
 
 
 def format_interval(interval: dict[str, float] | None, style: str = ".1f") -> str:
-    """`62.6 [61.0, 64.1]`: the estimate and its bounds; - where there is none."""
+    """`62.6% [61.0, 64.1]`: the estimate and its bounds; - where there is none."""
     if interval is None:
         return "-"
     value, low, high = (format(interval[k], style) for k in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low.rstrip('%')}, {high.rstrip('%')}]"
 
 
 def print_notes(summary: dict[str, Any], output: Path) -> None:
@@ -165,10 +165,10 @@ def print_notes(summary: dict[str, Any], output: Path) -> None:
     from lenvm.cli._console import console
 
     for note in summary["notes"]:
-        console().print(f"note: {note}")
+        console().print(f"note: {note}", markup=False)
     if summary["num_failed"]:
         console().print(
             f"{summary['num_failed']} of {summary['num_records']} requests failed and score "
             "as failures; run the same command again to retry them"
         )
-    console().print(f"results in {output}")
+    console().print(f"results in {output}", markup=False)

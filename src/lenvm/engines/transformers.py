@@ -88,7 +88,7 @@ class TransformersEngine:
         self.device = next(generator.parameters()).device
         self.eos_token_ids = tuple(eos_token_ids) or (tokenizer.eos_token_id,)
         self.max_requests, self.max_tokens = max_requests, max_tokens
-        budget = {"max_tokens": max_tokens, "max_requests": max_requests}
+        budget: dict[str, Any] = {"max_tokens": max_tokens, "max_requests": max_requests}
         self.decoder = RaggedDecoder(generator.base_model, max_candidates=1, **budget)
         self.lm_head = generator.get_output_embeddings()
         self.session: GuidanceSession | None = None

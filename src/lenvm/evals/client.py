@@ -15,7 +15,7 @@ from typing import Any
 from lenvm.errors import EndpointError, InputError
 from lenvm.evals.generator import Feature, GenerationRequest, GenerationResponse, OnResponse
 from lenvm.evals.probe import Endpoint
-from lenvm.evals.wire import build_body, parse_completion
+from lenvm.evals.wire import build_body, parse_completion, reports_generator
 
 TokenCounter = Callable[[str], int]
 CONNECTIONS_PER_CLIENT = 16
@@ -105,6 +105,8 @@ class HttpGenerator:
         try:
             reply = await client.post("/chat/completions", body=body, cast_to=object)
             fields = parse_completion(reply)
+            if not reports_generator(request, self.endpoint.engine):
+                fields["mean_log_prob"] = None
             self._unreachable = 0
         except openai.APIConnectionError as error:
             self._count_unreachable(error)

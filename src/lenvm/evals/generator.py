@@ -55,7 +55,8 @@ class GenerationResponse:
     finish_reason: str = ""
     """"stop" = ended by itself, "length" = cut off at max_tokens."""
     mean_log_prob: float | None = None
-    """Mean log-probability of the answer's tokens under the generator itself, unguided."""
+    """Mean log-probability of the answer's tokens under the generator itself, unguided; None where
+    the server reports another distribution's, or none."""
     latency_s: float = 0.0
     error: str | None = None
 

@@ -67,6 +67,15 @@ def build_body(
     return body
 
 
+def reports_generator(request: GenerationRequest, engine: Engine) -> bool:
+    """True where the log-probabilities of the answer are the generator's own.
+
+    SGLang computes them after logits processors, biases and the temperature.
+    """
+    changed = request.control is not None or request.eos_bias or request.eos_decay is not None
+    return engine != "sglang" or not (changed or request.sampling.temperature != 1)
+
+
 def parse_completion(body: dict[str, Any]) -> dict[str, Any]:
     """Fields of a GenerationResponse from a chat completion. ValueError for another shape."""
     try:

@@ -71,6 +71,8 @@ class RuleParams:
     """Names of the rules in use."""
     gammas: tuple[float, ...] = ()
     has_value_gate: bool = False
+    scores_all: bool = True
+    """No row is neutral or has an entropy gate: every candidate of every row is scored."""
 
     @classmethod
     def build(
@@ -104,13 +106,14 @@ class RuleParams:
             gates = (control.horizon or math.inf, control.min_entropy, control.min_value)
             floats.append((low, high, scale, *gates))
             total = control.counts_tokens and not control.remaining
-            flags = (total, control.strict, scale == unchanged)
+            strict = name != "hard" if control.strict is None else control.strict
+            flags = (total, strict, scale == unchanged)
             mode = EXPECTED_MODES.index(control.expected_mode)
             integers.append((code, mode, gammas.index(row_gamma), done, *flags))
         low_R, high_R, scale_R, horizon, min_entropy, min_value = (
             torch.tensor(floats, dtype=torch.float32).T.contiguous().to(device, non_blocking=True)
         )
-        code_R, mode_R, gamma_index, done_R, total_R, strict, neutral = (
+        code_R, mode_R, gamma_index, done_R, total_R, strict_R, neutral = (
             torch.tensor(integers, dtype=torch.int64).T.contiguous().to(device, non_blocking=True)
         )
         return cls(
@@ -118,7 +121,7 @@ class RuleParams:
             low=low_R,
             high=high_R,
             is_total=total_R.bool(),
-            strict=strict.bool(),
+            strict=strict_R.bool(),
             scale=scale_R,
             mode=mode_R,
             horizon=horizon,
@@ -130,6 +133,7 @@ class RuleParams:
             rules=rules,
             gammas=gammas,
             has_value_gate=any(c is not None and c.min_value > 0 for c in controls),
+            scores_all=not any(row[4] > 0 for row in floats) and not any(r[-1] for r in integers),
         )
 
     def rest(self) -> tuple[Tensor, Tensor]:

@@ -75,9 +75,10 @@ class LengthControl(BaseModel):
     rule: str | None = None
     """How a goal acts: conditional, soft, expected, hard, or one that is installed (entry point
     group lenvm.rules). None takes the best the value model allows: conditional, else soft."""
-    strict: bool = True
+    strict: bool | None = None
     """Keep the promise of a goal in tokens: no end before the least length, an end forced at the
-    greatest. False leaves the end to the rule and the generator."""
+    greatest. False leaves the end to the rule and the generator. None: yes, but for the hard rule,
+    which is the paper's as published."""
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """`equal_to` T counts as met within T (1 +- tolerance)."""
     strength: Annotated[float, Field(ge=0, le=10_000)] = 100.0

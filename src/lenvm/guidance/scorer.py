@@ -1,27 +1,29 @@
 """CandidateScorer: the value of every candidate next token of every request, one forward a step.
 
-A RaggedDecoder of the value model's backbone, and its head. It knows nothing of ending tokens:
+A RaggedDecoder of the value model's backbone with its head. It knows nothing of ending tokens:
 rules put those to exactly 0 with `LengthBelief.with_terminal`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lenvm.model.head import LengthBelief
 from lenvm.model.ragged import RaggedDecoder
-from lenvm.model.value_model import LengthValueModel
+
+if TYPE_CHECKING:
+    from lenvm.model.value_model import LengthValueModel
 
 
 class CandidateScorer:
     """Beliefs about candidates. Options are those of `RaggedDecoder`; so are the errors."""
 
-    def __init__(self, model: LengthValueModel, **options: Any) -> None:
+    def __init__(self, model: "LengthValueModel", **options: Any) -> None:
         self.model = model.eval()
         self.gamma = model.config.gamma
-        self.decoder = RaggedDecoder(model.backbone, **options)
+        self.decoder = RaggedDecoder(model.backbone, head=model.head, **options)
 
     @property
     def has_distribution(self) -> bool:
@@ -41,27 +43,52 @@ class CandidateScorer:
     @torch.inference_mode()
     def add(self, requests: Mapping[str, Sequence[int]]) -> LengthBelief:
         """Prefill prompts: belief at each prompt boundary, over [R]."""
-        return self.model.belief(self.model.head(self.decoder.add(requests)))
+        return self.model.belief(self.decoder.add(requests))
 
     @torch.inference_mode()
     def extend(self, requests: Mapping[str, Sequence[int]]) -> LengthBelief:
         """Append tokens: belief after each last one, over [R]."""
-        return self.model.belief(self.model.head(self.decoder.extend(requests)))
+        return self.model.belief(self.decoder.extend(requests))
 
     @torch.inference_mode()
-    def score(self, request_ids: Sequence[str], candidate_ids_RK: Tensor) -> LengthBelief:
-        """Belief in the state after each candidate, over [R, K]; -1 pads."""
-        return self.model.belief(self.score_raw(request_ids, candidate_ids_RK))
+    def score(
+        self,
+        request_ids: Sequence[str],
+        candidate_ids_RK: Tensor | Sequence[Sequence[int]],
+        *,
+        num_candidates: int | None = None,
+    ) -> LengthBelief:
+        """Belief in the state after each candidate, over [R, K]; -1 pads and means nothing there.
 
-    @torch.inference_mode()
-    def score_raw(self, request_ids: Sequence[str], candidate_ids_RK: Tensor) -> Tensor:
-        """Raw head outputs after each candidate: [R, K, D] fp32."""
-        raw: Tensor = self.model.head(self.decoder.peek(request_ids, candidate_ids_RK))
-        return raw
+        `num_candidates`: see `RaggedDecoder.peek`."""
+        raw = self.score_raw(request_ids, candidate_ids_RK, num_candidates=num_candidates)
+        return self.model.belief(raw)
 
-    def commit(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> None:
-        """Keep the chosen candidates."""
-        self.decoder.commit(request_ids, token_ids_R)
+    def score_raw(
+        self,
+        request_ids: Sequence[str],
+        candidate_ids_RK: Tensor | Sequence[Sequence[int]],
+        *,
+        num_candidates: int | None = None,
+    ) -> Tensor:
+        """Raw head outputs after each candidate: [R, K, D] fp32, 0 for padding."""
+        return self.decoder.peek(request_ids, candidate_ids_RK, num_candidates=num_candidates)
+
+    def commit(
+        self,
+        request_ids: Sequence[str],
+        token_ids_R: Tensor | Sequence[int],
+        *,
+        peeked: bool = False,
+    ) -> None:
+        """Keep the chosen candidates; see `RaggedDecoder.commit`."""
+        self.decoder.commit(request_ids, token_ids_R, peeked=peeked)
+
+    def step(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> LengthBelief:
+        """Append one token to each request without scoring others: belief after it, over [R].
+
+        For rows whose gate is shut, or which are only tracked."""
+        return self.model.belief(self.decoder.step(request_ids, token_ids_R))
 
     def fork(self, parent_id: str, child_id: str) -> None:
         """A new request with the parent's prefix."""

@@ -122,8 +122,9 @@ class LengthBins:
             return self
         if device not in self._on:
             bins = copy.copy(self)
-            for name in ("lower", "upper", "width"):
-                setattr(bins, name, getattr(self, name).to(device))
+            with torch.inference_mode(False):  # what is kept must serve training too
+                for name in ("lower", "upper", "width"):
+                    setattr(bins, name, getattr(self, name).to(device))
             self._on[device] = bins
         return self._on[device]
 

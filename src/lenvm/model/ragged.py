@@ -5,22 +5,43 @@ Runs any Hugging Face decoder through its own modelling code, generator and valu
 the key and value of the chosen one, so nothing is computed twice. A request's numbers never depend
 on its batch-mates beyond rounding. Checks run before anything is changed: a bad call harms nobody.
 
-Shape legend: R requests of a call, K candidates each, N packed tokens, H hidden size.
+This file is the calls, their checks and the bookkeeping. The forwards are `torch_runner.py`'s, and
+on CUDA `cuda_runner.py`'s (Triton kernels, CUDA graphs, no host sync in a step).
+
+Shape legend: R requests of a call, K candidates each, E outputs: the hidden size, or the head's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lenvm.errors import CapacityError, InputError
 from lenvm.model import attention
-from lenvm.model.attention import CandidatePlan, ExtendPlan, KVStore, Segment
+from lenvm.model.kv_pages import KVPages
+from lenvm.model.support import check_supported
+from lenvm.model.torch_runner import Head, Runner, TorchRunner
 
-CHUNK = 2048
-"""Tokens of one prefill forward: longer prompts are cut into chunks."""
+
+@dataclass
+class _Peek:
+    """The last peek: what a commit can keep."""
+
+    rows: dict[str, int]
+    """Row of each request that nothing has happened to since."""
+    candidates_RK: Tensor
+    host: list[list[int]] | None = None
+    """`candidates_RK` as lists, once read."""
+
+    def holds(self, request_id: str, token: int) -> bool:
+        if request_id not in self.rows:
+            return False
+        if self.host is None:
+            self.host = self.candidates_RK.tolist()
+        return token in self.host[self.rows[request_id]]
 
 
 class RaggedDecoder:
@@ -33,102 +54,169 @@ class RaggedDecoder:
         max_tokens: int = 65_536,
         max_requests: int = 64,
         max_candidates: int = 16,
+        kv_bytes: int | None = None,
+        head: Head | None = None,
+        kernels: Literal["auto", "torch", "triton"] = "auto",
+        cuda_graphs: bool = True,
+        page_size: int | None = None,
     ) -> None:
-        """backbone: a decoder without LM head (`AutoModel`). Raises InputError where its attention
-        is of a kind that cannot be served exactly; the message names it."""
-        self.backbone = backbone
-        self.config = backbone.config.get_text_config()
-        _refuse_unsupported(self.config)
+        """backbone: a decoder without LM head (`AutoModel`).
+
+        `kv_bytes` bounds the KV store in bytes and lowers `max_tokens` to what fits. `head` maps
+        hidden states [N, H] to what the calls return; without one they return hidden states.
+        `kernels` "auto" is Triton on CUDA and torch elsewhere. Raises InputError where the model's
+        attention is of a kind that cannot be served exactly; the message names it.
+        """
+        check_supported(backbone)
         attention.register()
-        self.max_tokens, self.max_requests = max_tokens, max_requests
-        self.max_candidates = max_candidates
-        self.max_positions = int(self.config.max_position_embeddings)
+        config = backbone.config.get_text_config()
         parameter = next(backbone.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        if self.device.type == "cuda":  # cuDNN attention plans anew, 60 ms, for every prompt length
-            torch.backends.cuda.enable_cudnn_sdp(False)
+        self.max_positions = int(config.max_position_embeddings)
         self.vocab_size = int(backbone.get_input_embeddings().num_embeddings)
-        heads = self.config.num_attention_heads
-        self._shape = (
-            int(getattr(self.config, "num_key_value_heads", None) or heads),
-            int(getattr(self.config, "head_dim", None) or self.config.hidden_size // heads),
+        self.max_requests, self.max_candidates = max_requests, max_candidates
+        triton = kernels == "triton" or (kernels == "auto" and self.device.type == "cuda")
+        heads = config.num_attention_heads
+        head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        shape = {
+            "num_layers": int(config.num_hidden_layers),
+            "num_kv_heads": int(getattr(config, "num_key_value_heads", None) or heads),
+            "head_size": head_size,
+            "page_size": page_size or (16 if not triton else 64 if head_size <= 128 else 32),
+        }
+        if kv_bytes is not None:
+            max_tokens = min(max_tokens, _tokens_in(kv_bytes, max_requests, self.dtype, **shape))
+        self.max_tokens = max_tokens
+        self._cache = KVPages(
+            max_tokens=max_tokens,
+            max_requests=max_requests,
+            max_length=self.max_positions,
+            dtype=self.dtype,
+            device=self.device,
+            with_table=triton,
+            **shape,
         )
-        self._store = KVStore(self._allocate(0, 0))
-        self._slots: dict[str, int] = {}
-        self._lengths: dict[str, int] = {}
-        self._free: list[int] = []
-        self._peeked: tuple[dict[str, int], Tensor, CandidatePlan] | None = None
+        self._runner: Runner
+        if triton:
+            if find_spec("triton") is None:
+                raise InputError("the GPU path needs triton (pip install it), or kernels='torch'")
+            from lenvm.model.cuda_runner import CudaRunner
+
+            self._runner = CudaRunner(
+                backbone, head, self._cache, max_candidates=max_candidates, graphs=cuda_graphs
+            )
+        else:
+            self._runner = TorchRunner(backbone, head, self._cache)
+        self._chunk = 2048 if self.device.type == "cpu" else 8192
+        self._peeked = _Peek({}, torch.empty(0, 0))
 
     # -- what is there ----------------------------------------------------------------------------
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._slots
+        return request_id in self._cache
 
     def length(self, request_id: str) -> int:
         """Tokens of the request whose keys and values are kept."""
         self._check_known([request_id])
-        return self._lengths[request_id]
+        return self._cache.length(request_id)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens kept over all requests."""
-        return sum(self._lengths.values())
+        """Tokens stored over all requests; what forks share is counted once."""
+        return self._cache.num_tokens
+
+    @property
+    def num_kv_bytes(self) -> int:
+        """Size of the KV store, all of it allocated at the start."""
+        return self._cache.num_bytes
+
+    def warm_up(self, num_requests: int, num_candidates: int = 1) -> None:
+        """Compile and capture the step of so many requests with so many candidates each; else the
+        first step of a new shape does it. Nothing to do on the CPU."""
+        with torch.inference_mode():
+            self._runner.warm_up(num_requests, num_candidates)
 
     # -- calls ------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def add(self, requests: Mapping[str, Sequence[int]]) -> Tensor:
-        """Prefill new requests: hidden state of each last token, [R, H].
+        """Prefill new requests: output after each last token, [R, E].
 
-        Raises InputError (id already there, empty prompt, token outside the vocabulary) or
-        CapacityError (over `max_requests`, `max_tokens` or the model's positions) before it runs.
+        Equal prompts are run and stored once. Raises InputError (id already there, empty prompt,
+        token outside the vocabulary) or CapacityError (over `max_requests`, `max_tokens` or the
+        model's positions) before it runs.
         """
+        self._raise_defect()
+        first: dict[tuple[int, ...], str] = {}
+        twins: dict[str, str] = {}
         for request_id, token_ids in requests.items():
-            if request_id in self._slots:
+            if request_id in self._cache:
                 raise InputError(f"request {request_id!r} is already there; remove it first")
             self._check_tokens(request_id, token_ids)
-        self._check_room(requests)
-        for request_id in requests:
-            self._slots[request_id] = self._take_slot()
-            self._lengths[request_id] = 0
+            prompt = tuple(token_ids)
+            if first.setdefault(prompt, request_id) != request_id:
+                twins[request_id] = first[prompt]
+        need = {
+            r: len(ids) % self._cache.page_size if r in twins else len(ids)
+            for r, ids in requests.items()
+        }
+        self._check_room(need, {r: len(ids) for r, ids in requests.items()}, len(requests))
+        done: dict[str, Tensor] = {}
         try:
-            return self._append(requests)
+            for request_id in first.values():
+                self._cache.open(request_id)
+            done = self._append({r: requests[r] for r in first.values()})
+            for request_id, parent_id in twins.items():
+                self._cache.fork(parent_id, request_id)
+                done[request_id] = done[parent_id]
         except BaseException:
-            self.remove(list(requests))
+            for request_id in requests:
+                if request_id in self._cache:
+                    self._cache.close(request_id)
             raise
+        return torch.stack([done[r] for r in requests])
 
+    @torch.inference_mode()
     def extend(self, requests: Mapping[str, Sequence[int]]) -> Tensor:
-        """Append tokens to known requests: hidden state of each last token, [R, H]."""
+        """Append tokens to known requests: output after each last token, [R, E]."""
+        self._raise_defect()
         self._check_known(requests)
         for request_id, token_ids in requests.items():
             self._check_tokens(request_id, token_ids)
-        self._check_room(requests)
-        return self._append(requests)
+        self._check_growth({r: len(ids) for r, ids in requests.items()})
+        done = self._append(requests)
+        return torch.stack([done[r] for r in requests])
 
+    @torch.inference_mode()
     def fork(self, parent_id: str, child_id: str) -> None:
-        """A new request with the parent's prefix."""
+        """A new request with the parent's prefix, whose full pages are shared, not copied."""
         self._check_known([parent_id])
-        if child_id in self._slots:
+        if child_id in self._cache:
             raise InputError(f"request {child_id!r} is already there; remove it first")
-        length = self._lengths[parent_id]
-        self._check_room({child_id: range(length)})
-        slot, source = self._take_slot(), self._slots[parent_id]
-        data = self._store.data
-        data[:, :, slot, :, :length] = data[:, :, source, :, :length]
-        self._slots[child_id], self._lengths[child_id] = slot, length
+        self._check_room({child_id: self._cache.copied_by_fork(parent_id)}, {}, 1)
+        self._cache.fork(parent_id, child_id)
 
+    @torch.inference_mode()
     def peek(
-        self, request_ids: Sequence[str], candidate_ids_RK: Tensor | Sequence[Sequence[int]]
+        self,
+        request_ids: Sequence[str],
+        candidate_ids_RK: Tensor | Sequence[Sequence[int]],
+        *,
+        num_candidates: int | None = None,
     ) -> Tensor:
-        """Hidden state of every candidate at its request's next position: [R, K, H].
+        """Output of every candidate at its request's next position: [R, K, E].
 
-        candidate_ids_RK: [R, K] int64, -1 pads (its hidden state is 0). Replaces an earlier peek.
-        Raises InputError for an unknown request, a request named twice or a candidate outside the
-        vocabulary; CapacityError over `max_candidates`, the KV budget or the model's positions.
+        candidate_ids_RK: [R, K] int64, -1 pads (its output is 0). Replaces an earlier peek. Where
+        the ids are on a GPU, `num_candidates` (how many are not -1, if the caller knows) saves the
+        work on padding. Raises InputError for an unknown request, a request named twice or a
+        candidate outside the vocabulary; CapacityError over `max_candidates`, the KV budget or the
+        model's positions. A bad id on a GPU counts as padding and raises at the next call instead.
         """
-        candidates = torch.as_tensor(candidate_ids_RK, dtype=torch.long, device=self.device)
+        self._raise_defect()
+        candidates = torch.as_tensor(candidate_ids_RK, dtype=torch.long)
         self._check_known(request_ids)
-        if len(set(request_ids)) != len(request_ids):
-            raise InputError("a request is named twice in one peek")
+        if not request_ids or len(set(request_ids)) != len(request_ids):
+            raise InputError("a peek names each request once, and at least one")
         if candidates.ndim != 2 or candidates.shape[0] != len(request_ids):
             raise InputError(
                 f"candidates must be [{len(request_ids)}, K]; got {list(candidates.shape)}"
@@ -136,162 +224,102 @@ class RaggedDecoder:
         width = candidates.shape[1]
         if not 1 <= width <= self.max_candidates:
             raise CapacityError(f"{width} candidates a row; allowed are 1 to {self.max_candidates}")
-        outside = (candidates >= self.vocab_size) | (candidates < -1)
-        if bool(outside.any()):
-            row, column = outside.nonzero()[0].tolist()
-            raise InputError(
-                f"request {request_ids[row]!r}: candidate {int(candidates[row, column])} is not a "
-                f"token; ids go from 0 to {self.vocab_size - 1}"
-            )
-        self._check_room(dict.fromkeys(request_ids, (0,)))
-        flat = (candidates.view(-1) >= 0).nonzero().squeeze(-1)
-        lengths = [self._lengths[r] for r in request_ids]
-        slots = [self._slots[r] for r in request_ids]
-        plan = CandidatePlan(
-            store=self._store,
-            slots=torch.tensor(slots, device=self.device),
-            lengths=torch.tensor(lengths, device=self.device),
-            flat=flat,
-            num_candidates=width,
-            single=width == 1 and flat.numel() == len(request_ids),
-            num_slots=max(slots) + 1,
-            max_length=max(lengths),
-        )
-        positions = plan.lengths.repeat_interleave(width)[flat]
-        hidden = self._forward(candidates.view(-1)[flat], positions, plan)
-        self._peeked = ({r: i for i, r in enumerate(request_ids)}, candidates, plan)
-        padded = hidden.new_zeros(candidates.numel(), hidden.shape[-1])
-        padded[flat] = hidden
-        return padded.view(*candidates.shape, -1)
+        if candidates.device.type == "cpu":
+            self._check_candidates(request_ids, candidates)
+            num_candidates = int((candidates >= 0).sum())
+        self._check_growth(dict.fromkeys(request_ids, 1))
+        for request_id in request_ids:
+            self._cache.reserve(request_id, 1)
+        self._peeked = _Peek({}, candidates)
+        if num_candidates == 0:
+            raise InputError("a peek needs at least one candidate that is not padding")
+        out = self._runner.peek(request_ids, candidates, num_candidates)
+        self._peeked.rows = {r: i for i, r in enumerate(request_ids)}
+        return out
 
-    def commit(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> None:
+    @torch.inference_mode()
+    def commit(
+        self,
+        request_ids: Sequence[str],
+        token_ids_R: Tensor | Sequence[int],
+        *,
+        peeked: bool = False,
+    ) -> None:
         """Make one token of each request part of its prefix.
 
         A token that the last `peek` evaluated keeps its key and value; others are forwarded.
+        `peeked` promises that every token was evaluated: then nothing is read back from a GPU, and
+        a broken promise raises InputError at the next call.
         """
+        self._raise_defect()
         self._check_known(request_ids)
-        tokens = torch.as_tensor(token_ids_R, device=self.device)
-        flat = self._find_peeked(request_ids, tokens)
-        others = {
-            r: (t,)
-            for r, t, at in zip(request_ids, tokens.tolist(), flat, strict=True)
-            if at is None
-        }
+        tokens = torch.as_tensor(token_ids_R, dtype=torch.long)
+        if tokens.shape != (len(request_ids),) or len(set(request_ids)) != len(request_ids):
+            raise InputError(
+                f"a commit is one token for each request, named once; got {list(tokens.shape)} "
+                f"tokens for {len(request_ids)} requests"
+            )
+        kept, others = list(range(len(request_ids))), dict[str, Sequence[int]]()
+        if not (peeked and tokens.device.type != "cpu"):
+            pairs = list(zip(request_ids, tokens.tolist(), strict=True))
+            kept = [i for i, (r, token) in enumerate(pairs) if self._peeked.holds(r, token)]
+            others = {r: (token,) for i, (r, token) in enumerate(pairs) if i not in set(kept)}
+        elif missing := [r for r in request_ids if r not in self._peeked.rows]:
+            raise InputError(f"request {missing[0]!r} has no peeked candidates to commit")
         for request_id, token_ids in others.items():
             self._check_tokens(request_id, token_ids)
-        self._check_room(dict.fromkeys(request_ids, (0,)))
-        kept = [(r, at) for r, at in zip(request_ids, flat, strict=True) if at is not None]
-        if kept and self._peeked is not None:
-            index, _, plan = self._peeked
-            if not plan.single:
-                self._keep(plan, [index[r] for r, _ in kept], [at for _, at in kept])
-            for request_id, _ in kept:
-                self._lengths[request_id] += 1
-                del index[request_id]
+        self._check_growth(dict.fromkeys(request_ids, 1))
+        if kept:
+            kept_ids = [request_ids[i] for i in kept]
+            chosen = tokens if len(kept) == len(tokens) else tokens[kept]
+            self._runner.keep(kept_ids, [self._peeked.rows[r] for r in kept_ids], chosen)
+            for request_id in kept_ids:
+                self._cache.advance(request_id, 1)
+                del self._peeked.rows[request_id]
         if others:
             self._append(others)
+
+    def step(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> Tensor:
+        """One token for each request, `peek` and `commit` in one: output after it, [R, E].
+
+        What a generator decodes with. Nothing is read back from a GPU.
+        """
+        tokens = torch.as_tensor(token_ids_R, dtype=torch.long)
+        out = self.peek(request_ids, tokens.unsqueeze(-1), num_candidates=len(request_ids))
+        self.commit(request_ids, tokens, peeked=True)
+        return out[:, 0]
 
     def remove(self, request_ids: Sequence[str]) -> None:
         """Forget requests and free their room. InputError for an unknown one, before any goes."""
         self._check_known(request_ids)
-        for request_id in request_ids:
-            self._free.append(self._slots.pop(request_id))
-            del self._lengths[request_id]
-            if self._peeked is not None:
-                self._peeked[0].pop(request_id, None)
-        self._free.sort(reverse=True)  # low slots first: reading stays dense
+        for request_id in dict.fromkeys(request_ids):
+            self._cache.close(request_id)
+            self._peeked.rows.pop(request_id, None)
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _append(self, requests: Mapping[str, Sequence[int]]) -> Tensor:
-        """Forward new tokens of known requests in packed chunks; hidden of each last token."""
-        for request_id in requests:
-            if self._peeked is not None:
-                self._peeked[0].pop(request_id, None)
+    def _append(self, requests: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Forward new tokens of known requests in packed chunks; output after each last token."""
         last: dict[str, Tensor] = {}
-        for chunk in _chunks(requests, CHUNK):
-            segments: list[Segment] = []
-            tokens: list[int] = []
-            positions: list[int] = []
+        for chunk in _chunks(requests, self._chunk):
             for request_id, token_ids in chunk:
-                start = self._lengths[request_id]
-                segments.append(
-                    Segment(self._slots[request_id], start, len(token_ids), len(tokens))
-                )
-                tokens.extend(token_ids)
-                positions.extend(range(start, start + len(token_ids)))
-            self._grow(max(s.start + s.length for s in segments))
-            hidden = self._forward(
-                torch.tensor(tokens, device=self.device),
-                torch.tensor(positions, device=self.device),
-                ExtendPlan(self._store, segments),
-            )
-            for (request_id, token_ids), segment in zip(chunk, segments, strict=True):
-                self._lengths[request_id] += len(token_ids)
-                last[request_id] = hidden[segment.offset + segment.length - 1]
-        return torch.stack([last[r] for r in requests])
+                self._peeked.rows.pop(request_id, None)
+                self._cache.reserve(request_id, len(token_ids))
+            outs = self._runner.extend(chunk)
+            for (request_id, token_ids), out in zip(chunk, outs, strict=True):
+                self._cache.advance(request_id, len(token_ids))
+                last[request_id] = out
+        return last
 
-    @torch.inference_mode()
-    def _forward(
-        self, tokens_N: Tensor, positions_N: Tensor, plan: ExtendPlan | CandidatePlan
-    ) -> Tensor:
-        """Hidden states of packed tokens: [N, H]."""
-        with _ragged_attention(self.backbone):
-            out = self.backbone(
-                input_ids=tokens_N.unsqueeze(0),
-                position_ids=positions_N.unsqueeze(0),
-                use_cache=False,
-                plan=plan,
-            )
-        hidden: Tensor = out.last_hidden_state[0]
-        return hidden
+    # -- checks -----------------------------------------------------------------------------------
 
-    def _find_peeked(self, request_ids: Sequence[str], tokens_R: Tensor) -> list[int | None]:
-        """Place of each token among the packed candidates of the last peek; None: not there."""
-        if self._peeked is None:
-            return [None] * len(request_ids)
-        index, candidates, plan = self._peeked
-        rows = [index.get(r) for r in request_ids]
-        at = torch.tensor([row or 0 for row in rows], device=self.device)
-        match = candidates[at] == tokens_R.unsqueeze(-1)
-        padded = at * plan.num_candidates + match.int().argmax(-1)
-        place = torch.where(match.any(-1), torch.searchsorted(plan.flat, padded), -1).tolist()
-        return [
-            None if row is None or flat < 0 else flat for row, flat in zip(rows, place, strict=True)
-        ]
-
-    def _keep(self, plan: CandidatePlan, rows: list[int], flat: list[int]) -> None:
-        """Copy chosen candidates from the stash into the store."""
-        slots, lengths = plan.slots[rows], plan.lengths[rows]
-        chosen = torch.stack([layer[:, flat] for layer in plan.stash])  # [L, 2, R, Hkv, D]
-        self._store.data[:, :, slots, :, lengths] = chosen.permute(2, 0, 1, 3, 4)
-
-    def _allocate(self, num_slots: int, capacity: int) -> Tensor:
-        num_kv, size = self._shape
-        shape = (self.config.num_hidden_layers, 2, num_slots, num_kv, capacity, size)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    def _take_slot(self) -> int:
-        if not self._free:
-            data = self._store.data
-            old, new = data.shape[2], min(self.max_requests, max(4, data.shape[2] * 2))
-            self._store.data = self._allocate(new, self._store.capacity)
-            self._store.data[:, :, :old] = data
-            self._free = list(range(new - 1, old - 1, -1))
-        return self._free.pop()
-
-    def _grow(self, length: int) -> None:
-        """Room for `length` tokens in every slot."""
-        if length <= self._store.capacity:
-            return
-        data = self._store.data
-        capacity = min(self.max_positions, max(length, 2 * data.shape[4], 128))
-        self._store.data = self._allocate(data.shape[2], capacity)
-        self._store.data[:, :, :, :, : data.shape[4]] = data
+    def _raise_defect(self) -> None:
+        if defect := self._runner.find_defect():
+            raise InputError(defect)
 
     def _check_known(self, request_ids: Sequence[str] | Mapping[str, Any]) -> None:
         for request_id in request_ids:
-            if request_id not in self._slots:
+            if request_id not in self._cache:
                 raise InputError(f"no request {request_id!r}: never added, or removed")
 
     def _check_tokens(self, request_id: str, token_ids: Sequence[int]) -> None:
@@ -304,26 +332,62 @@ class RaggedDecoder:
                 f"vocabulary; ids go from 0 to {self.vocab_size - 1}"
             )
 
-    def _check_room(self, requests: Mapping[str, Sequence[int]]) -> None:
-        num_new = sum(r not in self._slots for r in requests)
-        if len(self._slots) + num_new > self.max_requests:
-            raise CapacityError(
-                f"{len(self._slots)} + {num_new} requests are over the limit of {self.max_requests}"
+    def _check_candidates(self, request_ids: Sequence[str], candidates: Tensor) -> None:
+        outside = (candidates >= self.vocab_size) | (candidates < -1)
+        if bool(outside.any()):
+            row, column = outside.nonzero()[0].tolist()
+            raise InputError(
+                f"request {request_ids[row]!r}: candidate {int(candidates[row, column])} is not a "
+                f"token; ids go from 0 to {self.vocab_size - 1}"
             )
-        total = self.num_tokens + sum(len(ids) for ids in requests.values())
-        if total > self.max_tokens:
+
+    def _check_growth(self, growth: Mapping[str, int]) -> None:
+        lengths = {r: self._cache.length(r) + n for r, n in growth.items()}
+        self._check_room(growth, lengths, 0)
+
+    def _check_room(
+        self, new_tokens: Mapping[str, int], lengths: Mapping[str, int], num_new: int
+    ) -> None:
+        """CapacityError unless `new_tokens` more, up to `lengths`, and `num_new` requests fit."""
+        if len(self._cache) + num_new > self.max_requests:
             raise CapacityError(
-                f"{total} tokens over all requests exceed the KV budget of {self.max_tokens}"
+                f"{len(self._cache)} + {num_new} requests are over the limit of {self.max_requests}"
             )
-        for request_id, token_ids in requests.items():
-            length = self._lengths.get(request_id, 0) + len(token_ids)
+        for request_id, length in lengths.items():
             if length > self.max_positions:
                 raise CapacityError(
                     f"request {request_id!r} would have {length} tokens; the model has "
                     f"{self.max_positions} positions"
                 )
-            if request_id in self._slots:
-                self._grow(length)
+        total = self.num_tokens + sum(new_tokens.values())
+        if total > self.max_tokens:
+            largest = max(new_tokens, key=lambda r: new_tokens[r])
+            raise CapacityError(
+                f"{total} tokens over all requests exceed the KV budget of {self.max_tokens}; the "
+                f"largest new part is {new_tokens[largest]} tokens of request {largest!r}. Remove "
+                "requests, or give a larger budget"
+            )
+
+
+def _tokens_in(
+    kv_bytes: int,
+    max_requests: int,
+    dtype: torch.dtype,
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    head_size: int,
+    page_size: int,
+) -> int:
+    """Tokens that a KV store of so many bytes holds for certain."""
+    page_bytes = num_layers * 2 * num_kv_heads * head_size * page_size * dtype.itemsize
+    num_pages = kv_bytes // page_bytes - max_requests - 1
+    if num_pages < 1:
+        raise CapacityError(
+            f"kv_bytes {kv_bytes} is under {(max_requests + 2) * page_bytes}, the least for "
+            f"{max_requests} requests; give more, or lower max_requests"
+        )
+    return num_pages * page_size
 
 
 def _chunks(
@@ -342,31 +406,3 @@ def _chunks(
             room -= len(part)
     if chunk:
         yield chunk
-
-
-@contextmanager
-def _ragged_attention(backbone: Any) -> Iterator[None]:
-    """The backbone with our attention, for one forward; it is left as it was."""
-    configs = {id(c): c for c in (backbone.config, backbone.config.get_text_config())}.values()
-    before = [c._attn_implementation for c in configs]
-    for config in configs:
-        config._attn_implementation = attention.NAME
-    try:
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
-
-
-def _refuse_unsupported(config: Any) -> None:
-    name = config.model_type
-    if getattr(config, "attn_logit_softcapping", None):
-        raise InputError(f"{name}: attention with soft-capped logits is not supported")
-    kinds = set(getattr(config, "layer_types", None) or []) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if kinds:
-        raise InputError(f"{name}: layers of type {', '.join(sorted(kinds))} are not supported")
-    if name in {"gpt_oss", "mamba", "mamba2", "rwkv", "jamba", "t5", "bart"}:
-        raise InputError(f"{name}: this kind of attention (sinks, state space) is not supported")

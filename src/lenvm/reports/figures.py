@@ -21,14 +21,14 @@ def draw_demo(folder: Path, path: Path) -> None:
     summary = read_json(folder / "summary.json")
     traces = [row for _, row in read_jsonl(folder / "traces.jsonl")]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=[1.7, 1])
-    _draw_curve(left, traces[0])
+    _draw_curve(left, max(traces, key=lambda t: len(t["tokens"])))  # the longest one
     equal = summary["equal_to"]
     arms = {"without control": equal["unguided"], "with control": equal["guided"]}
     right.bar(list(arms), [a["length_score"] for a in arms.values()], color=[GREY, BLUE], width=0.6)
     for i, arm in enumerate(arms.values()):
         right.text(i, arm["length_score"] + 1.5, f"{arm['length_score']:.0f}", ha="center")
     right.set_ylim(0, 105)
-    right.set_title(f"Length score, {' and '.join(map(str, equal['targets']))} tokens asked for")
+    right.set_title(f"Length score at {' and '.join(map(str, equal['targets']))} tokens")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

@@ -251,6 +251,17 @@ def test_the_loss_of_quality_is_paired_with_the_prompt_arm(file, tmp_path):
     assert loss == {k: pytest.approx(0.25) for k in ("value", "low", "high")}
 
 
+def test_arms_without_log_probabilities_of_the_generator_say_so(file, tmp_path):
+    with running(Stub(plugin="sglang")) as stub:
+        summary = run_lifebench(config(file, "prompt", "hard"), connect(stub.url), tmp_path / "o")
+    assert summary["notes"] == [
+        "hard: the server reports no log-probabilities of the generator itself"
+    ]
+    assert arm(summary, "hard")["quality"]["log_prob"] is None
+    assert arm(summary, "hard")["quality"]["log_prob_loss"] is None
+    assert arm(summary, "prompt")["quality"]["log_prob"]["value"] == -1
+
+
 def test_a_judge_rates_through_its_own_endpoint_once_per_answer(file, tmp_path):
     def judge_answer(body):
         assert "Task" in body["messages"][0]["content"]

@@ -171,6 +171,10 @@ def summarise(
             }
         )
     notes = [f"{name} did not run: {reason}" for name, reason in skipped.items() if reason]
+    for name in skipped:
+        answers = [g for g in grades if g["arm"] == name and not g["failed"]]
+        if answers and all(g["log_prob"] is None for g in answers):
+            notes.append(f"{name}: the server reports no log-probabilities of the generator itself")
     return write_results(
         folder,
         EVALUATION,

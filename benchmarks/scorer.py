@@ -1,0 +1,535 @@
+"""Figures of the candidate scorer: its step against the floor, the published way, the naive one.
+
+    python benchmarks/scorer.py                                   # GPU, about 5 minutes
+    python benchmarks/scorer.py --check --models qwen.gguf        # truth with real weights first
+    python benchmarks/scorer.py --device cpu --models FOLDER      # 2 CPU cores
+
+Models are random weights of a shape (`--shapes 0.5b 1.5b`: Qwen2.5's) or real ones. Ceilings (copy
+bandwidth, matrix product) are measured in the same run. The floor of a step is the larger of
+(weights + prefix keys and values + candidates' own) / bandwidth and FLOPs / rate; the serial floor
+takes the larger for each stage (each matrix product, each attention), because a layer's stages wait
+for one another. The JSON is written after each point, so a run that is cut keeps what it has.
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
+
+from lenvm.guidance.scorer import CandidateScorer  # noqa: E402
+from lenvm.model.head import ValueHead  # noqa: E402
+from scorer_baselines import TwoForward, naive  # noqa: E402
+
+SHAPES = {
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 500,
+    },
+}
+HEADLINE = {"model": "0.5b", "batch": 64, "candidates": 8, "prefix": 1024}
+
+
+class BenchmarkModel(nn.Module):
+    """A backbone with a scalar head, as `CandidateScorer` takes it."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        from types import SimpleNamespace
+
+        self.backbone = backbone
+        self.config = SimpleNamespace(gamma=0.997, head="scalar")
+        like = next(backbone.parameters())
+        torch.manual_seed(1)
+        self.head = ValueHead(backbone.config.hidden_size).to(like.device)
+
+    def belief(self, raw: Tensor) -> Any:
+        return self.head.belief(raw, self.config.gamma)
+
+    @torch.inference_mode()
+    def spread_z(self) -> None:
+        """Scale the head so that z has a standard deviation of 2 over random tokens."""
+        device = next(self.parameters()).device
+        vocabulary = self.backbone.get_input_embeddings().num_embeddings
+        ids = torch.randint(vocabulary, (4, 128), device=device)
+        z = self.head(self.backbone(input_ids=ids, use_cache=False).last_hidden_state)
+        self.head.summary.weight.mul_(2.0 / z.std())
+        z = self.head(self.backbone(input_ids=ids, use_cache=False).last_hidden_state)
+        self.head.summary.bias.sub_(z.mean())
+
+
+def load(name: str, device: str, dtype: torch.dtype) -> BenchmarkModel:
+    """Random weights of a shape, or a GGUF file or a folder."""
+    from transformers import AutoModel, Qwen2Config
+
+    if name in SHAPES:
+        config = Qwen2Config(
+            **{
+                "vocab_size": 151_936,
+                "max_position_embeddings": 32_768,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+                "tie_word_embeddings": True,
+                **SHAPES[name],
+            }
+        )
+        torch.manual_seed(0)
+        with torch.device(device):
+            backbone = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    else:
+        path = Path(name)
+        source = (
+            {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+            if path.suffix == ".gguf"
+            else {"pretrained_model_name_or_path": name}
+        )
+        backbone = AutoModel.from_pretrained(**source, dtype=dtype).to(device)
+    return BenchmarkModel(backbone.eval())
+
+
+# -- clocks and ceilings ---------------------------------------------------------------------------
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_ms(call: Callable[[], Any], device: str, repeats: int, rounds: int = 5) -> float:
+    """Median over rounds of the time of one call, in runs of `repeats` without a sync between."""
+    call()
+    synchronize(device)
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        synchronize(device)
+        times.append((time.perf_counter() - start) / repeats * 1e3)
+    return statistics.median(times)
+
+
+def measure_ceilings(device: str) -> dict[str, float]:
+    """bytes/s of a copy (read + written), FLOP/s of a matrix product in bf16 and in fp32."""
+    size, side = (2**30, 8192) if device == "cuda" else (2**26, 1024)
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    copy_ms = time_ms(lambda: target.copy_(source), device, 20)
+    ceilings = {"bytes_per_s": 2 * size / copy_ms * 1e3}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        a = torch.randn(side, side, device=device, dtype=dtype)
+        out = torch.empty_like(a)
+        ms = time_ms(lambda a=a, out=out: torch.mm(a, a, out=out), device, 5, 3)
+        ceilings[f"{name}_flop_per_s"] = 2 * side**3 / ms * 1e3
+    return ceilings
+
+
+# -- floor -----------------------------------------------------------------------------------------
+
+
+def compute_floors(
+    model: BenchmarkModel, lengths: list[int], counts: list[int], ceilings: dict[str, float]
+) -> dict[str, float]:
+    """Times below which no schedule (`floor_ms`), and no serial one, runs a step; bytes, FLOPs."""
+    config = model.backbone.config
+    size = next(model.backbone.parameters()).element_size()
+    rate = ceilings["bf16_flop_per_s" if size == 2 else "fp32_flop_per_s"]
+    bandwidth = ceilings["bytes_per_s"]
+    tokens = sum(counts)
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    products = [
+        module.weight.numel()
+        for name, module in model.backbone.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    products_s = sum(max(n * size / bandwidth, 2 * n * tokens / rate) for n in products)
+    kv_bytes = 2 * layers * config.num_key_value_heads * head_size * size
+    prefix_bytes = (sum(lengths) + tokens) * kv_bytes
+    pairs = sum(k * (t + 1) for k, t in zip(counts, lengths, strict=True))
+    attention_flop = 4 * layers * heads * head_size * pairs
+    head_params = sum(p.numel() for p in model.head.parameters())
+    head_flop = 2 * head_params * tokens
+    head_s = max(head_params * 4 / bandwidth, head_flop / ceilings["fp32_flop_per_s"])
+    num_bytes = sum(products) * size + head_params * 4 + prefix_bytes
+    flop = 2 * sum(products) * tokens + attention_flop
+    compute_s = flop / rate + head_flop / ceilings["fp32_flop_per_s"]
+    attention_s = max(prefix_bytes / bandwidth, attention_flop / rate)
+    return {
+        "floor_ms": max(num_bytes / bandwidth, compute_s) * 1e3,
+        "floor_serial_ms": (products_s + attention_s + head_s) * 1e3,
+        "bytes": num_bytes,
+        "flop": flop + head_flop,
+    }
+
+
+# -- a point ---------------------------------------------------------------------------------------
+
+
+class Steady:
+    """`batch` requests with random keys and values of `prefix` tokens, stepped over and over."""
+
+    def __init__(self, scorer: CandidateScorer, batch: int, prefix: int, mean: int) -> None:
+        self.scorer, self.decoder = scorer, scorer.decoder
+        self.batch, self.prefix = batch, prefix
+        cache = self.decoder._cache
+        self.ids = [f"r{i}" for i in range(batch)]
+        for request_id in self.ids:
+            cache.open(request_id)
+            cache.reserve(request_id, prefix)
+            cache.advance(request_id, prefix)
+        self.counts = draw_counts(batch, mean)
+        width = max(self.counts)
+        device = self.decoder.device
+        ids = torch.randint(self.decoder.vocab_size, (8, batch, width), device=device)
+        columns = torch.arange(width, device=device)
+        counts = torch.tensor(self.counts, device=device).unsqueeze(-1)
+        self.candidates = list(ids.masked_fill(columns >= counts, -1))
+        self.chosen = [c[:, 0].clone() for c in self.candidates]
+        self.num_steps = 0
+
+    def step(self) -> None:
+        i = self.num_steps % len(self.candidates)
+        self.decoder.peek(self.ids, self.candidates[i], num_candidates=sum(self.counts))
+        self.decoder.commit(self.ids, self.chosen[i], peeked=True)
+        self.num_steps += 1
+
+    def step_and_read(self) -> None:
+        """With the one host sync that an engine needs: reading the chosen tokens."""
+        self.step()
+        self.chosen[self.num_steps % len(self.chosen)].tolist()
+
+    def close(self) -> None:
+        self.scorer.remove(self.ids)
+
+
+def draw_counts(batch: int, mean: int) -> list[int]:
+    """Ragged numbers of candidates, 1 to 2 mean - 1, of exactly the given mean."""
+    generator = torch.Generator().manual_seed(batch * 1000 + mean)
+    half = torch.randint(1, 2 * mean, (batch // 2,), generator=generator).tolist()
+    return [*half, *[2 * mean - n for n in half], *[mean] * (batch % 2)]
+
+
+@contextlib.contextmanager
+def counted_syncs(device: str) -> Iterator[list[Any]]:
+    """Host syncs that torch makes inside, as the warnings it gives for them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        found: list[Any] = []
+        try:
+            yield found
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        found += [w for w in caught if "synchroniz" in str(w.message)]
+
+
+def count_syncs(steady: Steady, device: str, num_steps: int = 10) -> float:
+    with counted_syncs(device) as found:
+        for _ in range(num_steps):
+            steady.step_and_read()
+    return len(found) / num_steps
+
+
+def measure_naive(
+    model: BenchmarkModel, prefix: int, num_sequences: int, device: str, max_tokens: int
+) -> tuple[float, bool]:
+    """ms of a full forward of every candidate; scaled up from a part where it is a large work."""
+    part = max(1, min(num_sequences, max_tokens // (prefix + 1)))
+    vocabulary = model.backbone.get_input_embeddings().num_embeddings
+    sequences = torch.randint(vocabulary, (part, prefix + 1), device=device)
+    ms = time_ms(lambda: naive(model.backbone, model.head, sequences), device, 1, 2)
+    return ms * num_sequences / part, part < num_sequences
+
+
+def measure_point(
+    scorer: CandidateScorer,
+    name: str,
+    batch: int,
+    mean: int,
+    prefix: int,
+    ceilings: dict[str, float],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    device, model = arguments.device, scorer.model
+    point: dict[str, Any] = {"model": name, "batch": batch, "candidates": mean, "prefix": prefix}
+    steady = Steady(scorer, batch, prefix, mean)
+    try:
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        repeats = 20 if device == "cuda" else 3
+        point["step_ms"] = time_ms(steady.step, device, repeats, 5 if device == "cuda" else 3)
+        point["step_with_sync_ms"] = time_ms(steady.step_and_read, device, repeats, 3)
+        point["host_syncs_per_step"] = count_syncs(steady, device)
+        if device == "cuda":
+            point["graph_ms"] = time_graph(scorer)
+            point["peak_bytes"] = torch.cuda.max_memory_allocated()
+            weights = sum(p.numel() * p.element_size() for p in model.parameters())
+            point["formula_bytes"] = weights + scorer.decoder.num_kv_bytes
+            point["memory_over_formula"] = point["peak_bytes"] / point["formula_bytes"]
+        point |= compute_floors(model, [prefix] * batch, steady.counts, ceilings)
+        point["ratio"] = point["step_ms"] / point["floor_ms"]
+        point["ratio_serial"] = point["step_ms"] / point["floor_serial_ms"]
+    finally:
+        steady.close()
+    if not arguments.no_baselines and mean > 1:
+        two = TwoForward(model.backbone, model.head, batch, prefix, max(steady.counts))
+        vocabulary = scorer.decoder.vocab_size
+        chosen = torch.randint(vocabulary, (batch,), device=device)
+        candidates = torch.randint(vocabulary, (batch, two.width), device=device)
+        point["two_forward_ms"] = time_ms(lambda: two.step(chosen, candidates), device, 2, 3)
+        del two
+        point["speedup_over_two_forward"] = point["two_forward_ms"] / point["step_ms"]
+        most = 65_536 if device == "cuda" else 2_048
+        ms, scaled = measure_naive(model, prefix, sum(steady.counts), device, most)
+        point |= {
+            "naive_ms": ms,
+            "naive_scaled": scaled,
+            "speedup_over_naive": ms / point["step_ms"],
+        }
+    return point
+
+
+def time_graph(scorer: CandidateScorer) -> float:
+    """Time of the last step's graph alone, replayed: no host work, no packing."""
+    runner: Any = scorer.decoder._runner
+    step = runner._steps[runner._last[1]]
+    return time_ms(step.run, "cuda", 20, 3)
+
+
+# -- the run ---------------------------------------------------------------------------------------
+
+
+def describe(arguments: argparse.Namespace) -> dict[str, Any]:
+    import transformers
+
+    found: dict[str, Any] = {
+        "command": "python " + " ".join(sys.argv),
+        "commit": arguments.commit or _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    if arguments.device == "cuda":
+        import triton
+
+        found |= {
+            "device": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "triton": triton.__version__,
+        }
+    return found
+
+
+def _commit() -> str | None:
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    points = result["points"]
+    at = [p for p in points if all(p.get(k) == v for k, v in result["headline_point"].items())]
+    checks = result.get("model_checks", [])
+    result["headline"] = {
+        "ratio_to_floor": at[0].get("ratio") if at else None,
+        "ratio_to_serial_floor": at[0].get("ratio_serial") if at else None,
+        "speedup_over_two_forward": at[0].get("speedup_over_two_forward") if at else None,
+        "speedup_over_naive": at[0].get("speedup_over_naive") if at else None,
+        "host_syncs_per_step": max((p["host_syncs_per_step"] for p in points), default=None),
+        "max_error_z_bf16": max(
+            (c["max_error_z"] for c in checks if c["dtype"] == "bfloat16"), default=None
+        ),
+        "max_memory_over_formula": max(
+            (p["memory_over_formula"] for p in points if "memory_over_formula" in p), default=None
+        ),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
+
+
+def show(result: dict[str, Any]) -> None:
+    names = (
+        "step_ms",
+        "step_with_sync_ms",
+        "graph_ms",
+        "floor_ms",
+        "ratio",
+        "ratio_serial",
+        "two_forward_ms",
+        "naive_ms",
+    )
+    print(f"{'model':>6} {'B':>4} {'K':>3} {'T':>5} " + " ".join(f"{n[:9]:>9}" for n in names))
+    for p in result["points"]:
+        cells = " ".join(f"{p[n]:9.3f}" if n in p else f"{'-':>9}" for n in names)
+        name = Path(p["model"]).name[:6]
+        print(f"{name:>6} {p['batch']:4d} {p['candidates']:3d} {p['prefix']:5d} {cells}")
+    print(json.dumps(result["headline"]))
+
+
+def grid(arguments: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """(batch, mean candidates, prefix), headline first; one candidate a row is plain decoding."""
+    head = (HEADLINE["batch"], HEADLINE["candidates"], HEADLINE["prefix"])
+    points = [
+        (b, k, t)
+        for t in arguments.prefixes
+        for b in arguments.batches
+        for k in ([1, *arguments.candidates] if t == 1024 else arguments.candidates)
+    ]
+    return sorted(points, key=lambda p: p != head)
+
+
+def run_model(
+    name: str,
+    result: dict[str, Any],
+    arguments: argparse.Namespace,
+    deadline: float,
+) -> None:
+    dtype = getattr(torch, arguments.dtype)
+    model = load(name, arguments.device, dtype)
+    room = max(b * (t + 400) for b, _, t in grid(arguments))
+    scorer = CandidateScorer(
+        model,
+        max_tokens=max(room, 33_000),
+        max_requests=max(arguments.batches),
+        max_candidates=2 * max(arguments.candidates),
+        cuda_graphs=not arguments.no_graphs,
+        kernels=arguments.kernels,
+    )
+    scorer.decoder._cache.data.normal_(std=0.5)
+    runner: Any = scorer.decoder._runner
+    print(f"{name}: fused layers {getattr(runner, 'is_fused', None)}", flush=True)
+    if arguments.check or arguments.check_only:
+        from scorer_truth import check_model
+
+        model.spread_z()
+        for prefixes in (
+            ([3, 64, 100, 700], [8000, 1]) if arguments.device == "cuda" else ([5, 40],)
+        ):
+            found = check_model(scorer, prefixes, 5) | {"model": name, "dtype": arguments.dtype}
+            print(found, flush=True)
+            result["model_checks"].append(found)
+            write(result, arguments.out)
+    for batch, mean, prefix in [] if arguments.check_only else grid(arguments):
+        if time.monotonic() > deadline:
+            result["stopped_early"] = True
+            break
+        try:
+            point = measure_point(scorer, name, batch, mean, prefix, result["ceilings"], arguments)
+        except Exception as error:  # one point that fails must not cost the others
+            traceback.print_exc()
+            result["failures"].append(
+                {
+                    "model": name,
+                    "batch": batch,
+                    "candidates": mean,
+                    "prefix": prefix,
+                    "error": repr(error),
+                }
+            )
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                torch.cuda.empty_cache()
+        else:
+            result["points"].append(point)
+        write(result, arguments.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--shapes", nargs="*", default=None, help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--models", nargs="*", default=[], help="GGUF files or folders")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--candidates", type=int, nargs="+", default=[2, 8, 16])
+    parser.add_argument("--prefixes", type=int, nargs="+", default=[1024, 256, 4096])
+    parser.add_argument("--check", action="store_true", help="truth first")
+    parser.add_argument("--check-only", action="store_true", help="truth, and no figures")
+    parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--budget-s", type=float, default=270.0)
+    parser.add_argument("--commit", default=None)
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    if arguments.out is None:
+        name = "scorer_h200.json" if arguments.device == "cuda" else "scorer_cpu.json"
+        arguments.out = ROOT / "benchmarks" / "results" / name
+    shapes = arguments.shapes
+    if shapes is None:
+        shapes = [] if arguments.models else ["0.5b", "1.5b"]
+    deadline = time.monotonic() + arguments.budget_s
+    headline = dict(HEADLINE)
+    if arguments.device == "cpu" or not shapes:
+        headline = {
+            "batch": arguments.batches[0],
+            "candidates": arguments.candidates[0],
+            "prefix": arguments.prefixes[0],
+        }
+    result: dict[str, Any] = {
+        "schema": "lenvm.benchmark.scorer/1",
+        **describe(arguments),
+        "ceilings": measure_ceilings(arguments.device),
+        "headline_point": headline,
+        "model_checks": [],
+        "failures": [],
+        "points": [],
+    }
+    print(json.dumps(result["ceilings"]), flush=True)
+    if arguments.check or arguments.check_only:
+        from scorer_truth import check_families
+
+        result["family_checks"] = check_families(arguments.device)
+        for record in result["family_checks"]:
+            print(record, flush=True)
+        write(result, arguments.out)
+    for name in [*arguments.models, *shapes]:
+        run_model(name, result, arguments, deadline)
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
+    show(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What guidance asks of a scorer, and which candidates of a step are worth asking for.
+
+`CandidateScorer` is the scorer of a value model; tests have one that knows the truth.
+
+Shape legend: R rows of a step, K candidates.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lenvm.errors import InputError
+from lenvm.guidance.candidates import Candidates, entropy
+from lenvm.guidance.params import Guided, RuleParams, rule_name, widest
+from lenvm.guidance.rules import find_rule
+from lenvm.model.head import LengthBelief
+
+
+class Scorer(Protocol):
+    """What guidance asks of `CandidateScorer`. It knows nothing of ending tokens."""
+
+    @property
+    def gamma(self) -> float: ...
+    @property
+    def has_distribution(self) -> bool: ...
+    @property
+    def max_candidates(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+    def add(self, requests: Mapping[str, Sequence[int]]) -> LengthBelief: ...
+    def fork(self, parent_id: str, child_id: str) -> None: ...
+    def score(
+        self,
+        request_ids: Sequence[str],
+        candidate_ids_RK: Tensor,
+        *,
+        num_candidates: int | None = None,
+    ) -> LengthBelief: ...
+    def commit(
+        self,
+        request_ids: Sequence[str],
+        token_ids_R: Tensor | Sequence[int],
+        *,
+        peeked: bool = False,
+    ) -> None: ...
+    def remove(self, request_ids: Sequence[str]) -> None: ...
+
+
+def to_score(candidates: Candidates, params: RuleParams) -> Tensor:
+    """Ids to score, [R, K], -1 elsewhere. Where no rule can change anything (one candidate, a shut
+    gate, a scale of zero) the likeliest candidate is fed alone: mostly it is what is drawn, and
+    then its KV is there; another one is forwarded at commit."""
+    several = (candidates.mask.sum(-1) > 1) & ~params.neutral
+    several &= entropy(candidates.log_probs) >= params.min_entropy
+    first = torch.arange(candidates.ids.shape[-1], device=candidates.ids.device) == 0
+    return candidates.ids.masked_fill(~(several.unsqueeze(-1) | first), -1)
+
+
+def find_fault(guided: Guided, scorer: Scorer) -> str | None:
+    """Why this scorer cannot serve a request's control; None where it can."""
+    control = guided.control
+    if control is None:
+        return None
+    rule = rule_name(control, has_distribution=scorer.has_distribution)
+    if rule == "conditional" and not scorer.has_distribution:
+        return (
+            "rule 'conditional' needs a value model with the distribution head; this one has the "
+            "scalar head: use rule 'soft', 'expected' or 'hard'"
+        )
+    if control.gamma not in (None, scorer.gamma) and not scorer.has_distribution:
+        return (
+            f"gamma {control.gamma} needs a value model with the distribution head; this one "
+            f"knows gamma {scorer.gamma} only"
+        )
+    width = widest(guided, scorer.vocab_size)
+    if width > scorer.max_candidates:
+        return (
+            f"top_k {width} is over the {scorer.max_candidates} candidates that this scorer "
+            "takes: lower top_k, or start the engine with more max_candidates"
+        )
+    if control.token_temperature and max(control.token_temperature) >= scorer.vocab_size:
+        return (
+            f"token_temperature names token {max(control.token_temperature)}; ids go from 0 to "
+            f"{scorer.vocab_size - 1}"
+        )
+    try:
+        find_rule(rule)
+    except InputError as error:
+        return str(error)
+    return None

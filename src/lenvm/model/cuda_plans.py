@@ -1,0 +1,119 @@
+"""Attention plans on the GPU: which kernel reads what, for a prefill and for a candidate step.
+
+Shape legend: L layers, P pages, S tokens of a page, N packed tokens, R rows (requests), Hq query
+heads, Hkv key heads, D head size.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lenvm.model import kernels
+
+
+class CudaPlan(Protocol):
+    """Keys and values are stored first, then attended to."""
+
+    def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the keys and values of the packed tokens go: k, v [*, Hkv, D], index [N] int64."""
+
+    def attend_stored(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
+        """q [N, Hq, D] contiguous -> [N, Hq, D], once keys and values are at their destination."""
+
+
+class _StoreFirst:
+    """`AttentionPlan` for the model's own modelling code, over a `CudaPlan`."""
+
+    def attend(
+        self: CudaPlan,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        k_to, v_to, index = self.destination(layer)
+        k_to.index_copy_(0, index, k)
+        v_to.index_copy_(0, index, v)
+        return self.attend_stored(layer, q.contiguous(), scale, window)
+
+
+@dataclass
+class CudaExtend(_StoreFirst):
+    """Prefill or append."""
+
+    data: Tensor
+    """[L, 2, P, S, Hkv, D]"""
+    write_slots: Tensor
+    """[N] int64"""
+    table: Tensor
+    blocks: Tensor
+    """[B, 4] int32, as `kernels.causal_attention` reads them."""
+
+    def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = self.data[layer].flatten(1, 2)
+        return k, v, self.write_slots
+
+    def attend_stored(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
+        out = torch.empty_like(q)
+        k, v = self.data[layer]
+        kernels.causal_attention(q, k, v, self.table, self.blocks, out, scale=scale, window=window)
+        return out
+
+
+@dataclass
+class CudaCandidates(_StoreFirst):
+    """One position for every row; reads everything that changes between steps from the device."""
+
+    data: Tensor
+    """[L, 2, P, S, Hkv, D]"""
+    table: Tensor
+    rows: Tensor
+    """[R] row of `table` of each row."""
+    lengths: Tensor
+    """[R] prefix lengths."""
+    first: Tensor
+    """[R + 1] where each row's packed candidates begin."""
+    index: Tensor
+    """[N] where own keys and values go: slots of the store, or places of the stash."""
+    stash: Tensor | None
+    """[L, 2, N, Hkv, D]; None where there is one candidate a row, which goes to the store."""
+    max_candidates: int
+    num_splits: int
+    num_heads: int
+    _scratch: tuple[Tensor, Tensor] | None = None
+
+    def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = self.data[layer].flatten(1, 2) if self.stash is None else self.stash[layer]
+        return k, v, self.index
+
+    def attend_stored(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
+        if self._scratch is None:
+            shape = (self.num_splits if self.num_splits > 1 else 0, *q.shape)
+            part = torch.empty(shape, dtype=torch.float32, device=q.device)
+            self._scratch = part, torch.empty(shape[:-1], dtype=torch.float32, device=q.device)
+        own_k, own_v, index = self.destination(layer)
+        k, v = self.data[layer]
+        out = torch.empty_like(q)
+        kernels.candidate_attention(
+            q,
+            own_k,
+            own_v,
+            index,
+            k,
+            v,
+            self.table,
+            self.rows,
+            self.lengths,
+            self.first,
+            out,
+            self._scratch,
+            scale=scale,
+            window=window,
+            max_candidates=self.max_candidates,
+            num_splits=self.num_splits,
+        )
+        return out

@@ -1,0 +1,287 @@
+"""CudaRunner: the forwards of a RaggedDecoder on the GPU, from CUDA graphs and without host syncs.
+
+A step is: one small copy to the device (rows, lengths, slots), one kernel that packs the
+candidates, one graph, one gather. Whatever changes between steps is read from device memory, so a
+graph serves every batch of its bucket (rows, packed candidates, candidates a row); graphs are
+captured when a bucket is first met, or by `warm_up`.
+
+Shape legend: R requests of a call, K candidates each, N packed tokens, H hidden size, E outputs.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lenvm.model import kernels
+from lenvm.model.cuda_plans import CudaCandidates, CudaExtend
+from lenvm.model.fused_layers import fuse_layers
+from lenvm.model.kernels import CAUSAL_BLOCK, NO_ROW
+from lenvm.model.kv_pages import KVPages
+from lenvm.model.torch_runner import Head, run_backbone
+
+MAX_SPLITS = 32
+"""Most parts that one request's prefix is read in."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Static shape of a step: what a graph is captured for."""
+
+    num_rows: int
+    num_tokens: int
+    width: int
+    single: bool
+    """One candidate a row: its key and value go to the store at once."""
+
+
+@dataclass
+class _Step:
+    out: Tensor
+    """[N + 1, E]; the last row is 0 and stands for padding."""
+    run: Callable[[], None]
+
+
+@dataclass
+class _Watch:
+    """A defect flag on its way to the host."""
+
+    is_done: Callable[[], bool]
+    flag: Tensor
+    request_ids: list[str]
+    what: str
+
+
+class CudaRunner:
+    """Runner over Triton kernels. `graphs` False runs them one by one."""
+
+    def __init__(
+        self, backbone: Any, head: Head | None, cache: KVPages, *, max_candidates: int, graphs: bool
+    ) -> None:
+        self.head, self.cache = head, cache
+        self.device = cache.data.device
+        self.graphs = graphs and self.device.type == "cuda"
+        config = backbone.config.get_text_config()
+        self.num_heads = int(config.num_attention_heads)
+        self.vocab_size = int(backbone.get_input_embeddings().num_embeddings)
+        self._forward: Callable[[Tensor, Tensor, Any], Tensor]
+        fused = fuse_layers(backbone)
+        self.is_fused = fused is not None
+        self._forward = fused or (lambda *args: run_backbone(backbone, *args))
+        most = cache.max_requests * max_candidates
+        num_layers, _, _, _, num_kv, head_size = cache.data.shape
+        self._tokens, self._positions, self._slots = torch.zeros(
+            3, most, dtype=torch.long, device=self.device
+        )
+        self._places = torch.arange(most, device=self.device)
+        self._meta = torch.zeros(  # table rows, lengths, next slots
+            3, cache.max_requests, dtype=torch.int32, device=self.device
+        )
+        self._first = self._meta.new_zeros(cache.max_requests + 1)
+        self._defect = self._meta.new_full((2,), NO_ROW)
+        shape = (num_layers, 2, most if max_candidates > 1 else 1, num_kv, head_size)
+        self._stash = torch.zeros(shape, dtype=cache.data.dtype, device=self.device)
+        self._steps: dict[Bucket, _Step] = {}
+        self._pool: Any = torch.cuda.graph_pool_handle() if self.graphs else None
+        self._last: tuple[list[str], Bucket] | None = None
+        self._watches: deque[_Watch] = deque()
+        self._num_units = _count_units(self.device)
+
+    # -- the runner's calls -----------------------------------------------------------------------
+
+    def extend(self, requests: Sequence[tuple[str, Sequence[int]]]) -> Tensor:
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        blocks: list[tuple[int, int, int, int]] = []
+        last = []
+        for request_id, token_ids in requests:
+            start, row = self.cache.length(request_id), self.cache.row(request_id)
+            count = len(token_ids)
+            for i in range(0, count, CAUSAL_BLOCK):
+                blocks.append((row, len(tokens) + i, start + i, min(CAUSAL_BLOCK, count - i)))
+            tokens += token_ids
+            positions += range(start, start + count)
+            slots += self.cache.slots(request_id, start, start + count)
+            last.append(len(tokens) - 1)
+        numbers = self._upload([tokens, positions, slots], torch.long)
+        plan = CudaExtend(
+            self.cache.data, numbers[2], self.cache.table(), self._upload(blocks, torch.int32)
+        )
+        hidden = self._forward(numbers[0], numbers[1], plan)
+        ends = hidden.index_select(0, self._upload(last, torch.long))
+        return ends if self.head is None else self.head(ends)
+
+    def peek(
+        self, request_ids: Sequence[str], candidates_RK: Tensor, num_candidates: int | None
+    ) -> Tensor:
+        num_rows, width = candidates_RK.shape
+        count = num_candidates or num_rows * width
+        on_device = candidates_RK.device.type == self.device.type
+        bucket = self._bucket(num_rows, min(count, num_rows * width), width)
+        cache = self.cache
+        meta = [
+            [cache.row(r) for r in request_ids],
+            [cache.length(r) for r in request_ids],
+            [cache.next_slot(r) for r in request_ids],
+        ]
+        rest = [0] * (cache.max_requests - num_rows)
+        meta = [[*numbers, *rest] for numbers in meta]
+        self._meta.copy_(self._pin(meta, torch.int32), non_blocking=True)
+        cache.table()
+        candidates = candidates_RK
+        if not on_device:
+            candidates = self._pin(candidates_RK, torch.long).to(self.device, non_blocking=True)
+        packed_RK = torch.empty((num_rows, width), dtype=torch.long, device=self.device)
+        kernels.pack_candidates(
+            candidates,
+            self._meta[1],
+            self._meta[2],
+            self._tokens[: bucket.num_tokens],
+            self._positions,
+            self._slots,
+            self._first,
+            packed_RK,
+            self._defect,
+            vocab_size=self.vocab_size,
+        )
+        step = self._step(bucket)
+        step.run()
+        self._last = list(request_ids), bucket
+        if on_device:
+            self._watch("a candidate is not a token, or is over num_candidates")
+        out = step.out.index_select(0, packed_RK.view(-1))
+        return out.view(num_rows, width, -1)
+
+    def keep(self, request_ids: Sequence[str], rows: Sequence[int], token_ids: Tensor) -> None:
+        assert self._last is not None
+        bucket = self._last[1]
+        if bucket.single:
+            return
+        slots = [self.cache.next_slot(r) for r in request_ids]
+        places = self._upload([list(rows), slots], torch.int32)
+        on_device = token_ids.device.type == self.device.type
+        if not on_device:
+            token_ids = self._pin(token_ids, torch.long).to(self.device, non_blocking=True)
+        kernels.keep_candidates(
+            self._stash,
+            self.cache.data,
+            token_ids,
+            places[0],
+            places[1],
+            self._tokens,
+            self._first,
+            self._defect,
+            max_candidates=bucket.width,
+        )
+        if on_device:
+            self._watch("the committed token is not among its peeked candidates")
+
+    def find_defect(self) -> str | None:
+        while self._watches and self._watches[0].is_done():
+            watch = self._watches.popleft()
+            row = int(watch.flag.min())
+            if row < len(watch.request_ids):
+                return f"request {watch.request_ids[row]!r}: {watch.what}"
+        return None
+
+    # -- buckets and graphs -----------------------------------------------------------------------
+
+    def warm_up(self, num_requests: int, num_candidates: int) -> None:
+        """Capture the graph of that many requests with that many candidates each."""
+        self.cache.table()
+        self._step(self._bucket(num_requests, num_requests * num_candidates, num_candidates))
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._steps)
+
+    def _bucket(self, num_rows: int, num_tokens: int, width: int) -> Bucket:
+        most = self._tokens.shape[0]
+        return Bucket(
+            num_rows=min(kernels.next_power_of_2(num_rows), self.cache.max_requests),
+            num_tokens=min(round_up(num_tokens), most),
+            width=kernels.next_power_of_2(width),
+            single=width == 1,
+        )
+
+    def _step(self, bucket: Bucket) -> _Step:
+        if bucket not in self._steps:
+            self._steps[bucket] = self._build_step(bucket)
+        return self._steps[bucket]
+
+    def _build_step(self, bucket: Bucket) -> _Step:
+        outs: list[Tensor] = []
+
+        def run() -> None:
+            packed = self._run_packed(bucket)
+            if not outs:
+                outs.append(packed.new_zeros(bucket.num_tokens + 1, packed.shape[-1]))
+            outs[0][:-1].copy_(packed)
+
+        run()  # compiles the kernels; what it keeps is what the step would keep
+        if self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                run()
+            return _Step(outs[0], graph.replay)
+        return _Step(outs[0], run)
+
+    def _run_packed(self, bucket: Bucket) -> Tensor:
+        """Outputs of the packed candidates in the static buffers: [N, E]."""
+        count = bucket.num_tokens
+        plan = CudaCandidates(
+            data=self.cache.data,
+            table=self.cache.table(),
+            rows=self._meta[0, : bucket.num_rows],
+            lengths=self._meta[1],
+            first=self._first[: bucket.num_rows + 1],
+            index=(self._slots if bucket.single else self._places)[:count],
+            stash=None if bucket.single else self._stash,
+            max_candidates=bucket.width,
+            num_splits=self._choose_splits(bucket),
+            num_heads=self.num_heads,
+        )
+        hidden = self._forward(self._tokens[:count], self._positions[:count], plan)
+        return hidden if self.head is None else self.head(hidden)
+
+    def _choose_splits(self, bucket: Bucket) -> int:
+        """Parts of each prefix, so that the programs fill the GPU about twice."""
+        programs = bucket.num_rows * self.cache.data.shape[4]
+        splits = kernels.next_power_of_2(max(1, 2 * self._num_units // programs) + 1) // 2
+        return max(1, min(splits, MAX_SPLITS, self.cache.max_columns))
+
+    # -- host and device --------------------------------------------------------------------------
+
+    def _pin(self, values: Any, dtype: torch.dtype) -> Tensor:
+        pinned = torch.as_tensor(values, dtype=dtype)
+        return pinned.pin_memory() if self.device.type == "cuda" else pinned
+
+    def _upload(self, values: Any, dtype: torch.dtype) -> Tensor:
+        return self._pin(values, dtype).to(self.device, non_blocking=True)
+
+    def _watch(self, what: str) -> None:
+        assert self._last is not None
+        if self.device.type != "cuda":
+            return
+        flag = torch.empty(2, dtype=torch.int32, pin_memory=True)
+        flag.copy_(self._defect, non_blocking=True)
+        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        self._watches.append(_Watch(done.query, flag, self._last[0], what))
+
+
+def round_up(n: int) -> int:
+    """The least of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96 ... that is at least n."""
+    power = kernels.next_power_of_2(n)
+    return power * 3 // 4 if n <= power * 3 // 4 and power >= 32 else power
+
+
+def _count_units(device: torch.device) -> int:
+    """Multiprocessors of the GPU."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

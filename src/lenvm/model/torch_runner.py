@@ -1,0 +1,153 @@
+"""TorchRunner: the forwards of a RaggedDecoder in plain torch, for the CPU and as the reference.
+
+`Runner` is the seam to the GPU's. A runner knows tensors and pages; what may be asked for is the
+decoder's to check.
+
+Shape legend: R requests of a call, K candidates each, N packed tokens, H hidden size, E outputs.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lenvm.model import attention
+from lenvm.model.attention import AttentionPlan, Segment, TorchCandidates, TorchExtend
+from lenvm.model.kv_pages import KVPages
+
+Head = Callable[[Tensor], Tensor]
+"""hidden [N, H] -> outputs [N, E]."""
+
+
+class Runner(Protocol):
+    """Runs packed tokens of open requests with room reserved. The caller advances lengths."""
+
+    def extend(self, requests: Sequence[tuple[str, Sequence[int]]]) -> Tensor:
+        """Append each request's tokens: output after each last one, [R, E]."""
+
+    def peek(
+        self, request_ids: Sequence[str], candidates_RK: Tensor, num_candidates: int | None
+    ) -> Tensor:
+        """Output of every candidate, 0 where the id is -1: [R, K, E]. At most `num_candidates` ids
+        are not -1, where that is known."""
+
+    def keep(self, request_ids: Sequence[str], rows: Sequence[int], token_ids: Tensor) -> None:
+        """Write keys and values of peeked tokens, one for each of `rows` of the last peek, to the
+        next position of the requests in those rows."""
+
+    def warm_up(self, num_requests: int, num_candidates: int) -> None:
+        """Prepare the step of that shape."""
+
+    def find_defect(self) -> str | None:
+        """What was found wrong, too late to refuse it, in ids that were on the device; once."""
+
+
+class TorchRunner:
+    """Pages are gathered for every step: simple, and little beside the matrix products of a CPU."""
+
+    def __init__(self, backbone: Any, head: Head | None, cache: KVPages) -> None:
+        self.backbone, self.head, self.cache = backbone, head, cache
+        self.device = cache.data.device
+        self._plan: TorchCandidates | None = None
+        self._candidates: list[list[int]] = []
+
+    def extend(self, requests: Sequence[tuple[str, Sequence[int]]]) -> Tensor:
+        tokens: list[int] = []
+        positions: list[int] = []
+        write_slots: list[int] = []
+        segments = []
+        for request_id, token_ids in requests:
+            start = self.cache.length(request_id)
+            end = start + len(token_ids)
+            slots = torch.tensor(self.cache.slots(request_id, 0, start), dtype=torch.long)
+            segments.append(Segment(len(tokens), start, len(token_ids), slots.to(self.device)))
+            tokens += token_ids
+            positions += range(start, end)
+            write_slots += self.cache.slots(request_id, start, end)
+        plan = TorchExtend(self.cache.data, self._tensor(write_slots), segments)
+        hidden = run_backbone(self.backbone, self._tensor(tokens), self._tensor(positions), plan)
+        last = hidden[[s.offset + s.length - 1 for s in segments]]
+        return last if self.head is None else self.head(last)
+
+    def peek(
+        self, request_ids: Sequence[str], candidates_RK: Tensor, num_candidates: int | None
+    ) -> Tensor:
+        candidates = candidates_RK.to(self.device)
+        num_rows, width = candidates.shape
+        flat = (candidates.view(-1) >= 0).nonzero().squeeze(-1)
+        single = width == 1 and flat.numel() == num_rows
+        lengths = [self.cache.length(r) for r in request_ids]
+        next_slots = [self.cache.next_slot(r) for r in request_ids]
+        table = self.cache.gather_table(request_ids, max(lengths) + single)
+        plan = TorchCandidates(
+            data=self.cache.data,
+            page_table=table.to(self.device),
+            lengths=self._tensor(lengths),
+            flat=flat,
+            width=width,
+            next_slots=self._tensor(next_slots) if single else None,
+        )
+        positions = plan.lengths.repeat_interleave(width)[flat]
+        out = run_backbone(self.backbone, candidates.view(-1)[flat], positions, plan)
+        if self.head is not None:
+            out = self.head(out)
+        self._plan, self._candidates = plan, candidates.tolist()
+        padded = out.new_zeros(candidates.numel(), out.shape[-1])
+        padded[flat] = out
+        return padded.view(num_rows, width, -1)
+
+    def keep(self, request_ids: Sequence[str], rows: Sequence[int], token_ids: Tensor) -> None:
+        plan = self._plan
+        assert plan is not None
+        if plan.next_slots is not None:
+            return
+        columns = [
+            self._candidates[row].index(token)
+            for row, token in zip(rows, token_ids.tolist(), strict=True)
+        ]
+        at = self._tensor([r * plan.width + c for r, c in zip(rows, columns, strict=True)])
+        packed = torch.searchsorted(plan.flat, at)
+        slots = self._tensor([self.cache.next_slot(r) for r in request_ids])
+        store = self.cache.data.flatten(2, 3)  # [L, 2, P * S, Hkv, D]
+        for layer, stash in zip(store, plan.stash, strict=True):
+            layer.index_copy_(1, slots, stash.index_select(1, packed))
+
+    def warm_up(self, num_requests: int, num_candidates: int) -> None:
+        return
+
+    def find_defect(self) -> str | None:
+        return None
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def run_backbone(
+    backbone: Any, tokens_N: Tensor, positions_N: Tensor, plan: AttentionPlan
+) -> Tensor:
+    """Final hidden states of packed tokens through the model's own modelling code: [N, H]."""
+    with _ragged_attention(backbone):
+        out = backbone(
+            input_ids=tokens_N.unsqueeze(0),
+            position_ids=positions_N.unsqueeze(0),
+            use_cache=False,
+            plan=plan,
+        )
+    hidden: Tensor = out.last_hidden_state[0]
+    return hidden
+
+
+@contextmanager
+def _ragged_attention(backbone: Any) -> Iterator[None]:
+    """The backbone with our attention, for one forward; it is left as it was."""
+    configs = {id(c): c for c in (backbone.config, backbone.config.get_text_config())}.values()
+    before = [c._attn_implementation for c in configs]
+    for config in configs:
+        config._attn_implementation = attention.NAME
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
