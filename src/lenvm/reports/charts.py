@@ -7,13 +7,20 @@ one weight of line on a telephone and on a wall.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lenvm.reports.page import Html, escape
 from lenvm.reports.tables import format_number, format_percent
 
 Point = tuple[float, float]
 MAX_LINE_POINTS = 1200
+LABEL_HEIGHT, LABEL_REACH = 0.075, 0.45
+"""Room that a label takes, in shares of the plot's height and width."""
+
+
+def pick_kind(index: int) -> str:
+    """The css kind of a series: eight colours, then again."""
+    return f"s{index % 8}"
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,8 @@ class Axis:
     percent: bool = False
     marks: tuple[float, ...] | None = None
     """Ticks to use in place of round numbers."""
+    names: tuple[str, ...] | None = None
+    """What is written at `marks` in place of their numbers."""
 
     @classmethod
     def fit(
@@ -48,6 +57,10 @@ class Axis:
         from_zero = zero and low >= 0
         return cls(0.0 if from_zero else low - room, high + room, label, False, percent)
 
+    def named(self, label: str) -> "Axis":
+        """The same scale under another name."""
+        return replace(self, label=label)
+
     def place(self, value: float) -> float:
         """Where a value stands, 0 to 1; values outside stand at the edge."""
         low, high, x = self.low, self.high, value
@@ -68,6 +81,8 @@ class Axis:
 
     def write(self, value: float) -> str:
         """A tick's text."""
+        if self.names is not None and self.marks is not None and value in self.marks:
+            return self.names[self.marks.index(value)]
         if self.percent:
             return format_percent(value)
         return format_number(int(value) if float(value).is_integer() else value)
@@ -147,12 +162,26 @@ class Chart:
 
     def text(self, x: float, y: float, words: str, kind: str = "") -> None:
         """Words beside a point."""
-        left, top = 100 * self.x_axis.place(x), 100 * (1 - self.y_axis.place(y))
-        side = " left" if left > 70 else ""
+        self._label(self.x_axis.place(x), self.y_axis.place(y), words, kind)
+
+    def _label(self, across: float, up: float, words: str, kind: str = "") -> None:
+        left, top = 100 * across, 100 * (1 - up)
+        side = " left" if left > 62 else ""
         self._labels.append(
             f'<span class="at {kind}{side}" style="left:{left:.2f}%;top:{top:.2f}%">'
             f"{escape(words)}</span>"
         )
+
+    def name_points(self, points: Sequence[tuple[float, float, str]]) -> None:
+        """Words beside several points, moved up or down where they would meet. (x, y, words)"""
+        taken: list[tuple[float, float]] = []
+        for x, y, words in sorted(points, key=lambda p: -p[1]):
+            across, up = self.x_axis.place(x), self.y_axis.place(y)
+            for at, level in taken:
+                if abs(at - across) < LABEL_REACH and abs(level - up) < LABEL_HEIGHT:
+                    up = level - LABEL_HEIGHT
+            taken.append((across, up))
+            self._label(across, up, words)
 
     def html(self, label: str, *, extra: str = "") -> Html:
         """The chart; `label` says in words what it shows. `extra`: HTML inside the plot."""

@@ -15,14 +15,14 @@ from lenvm.reports.demo_sections import (
     control_details,
     prediction_details,
     run_details,
-    scatter,
 )
 from lenvm.reports.page import Html, build_page, headline, join, note, panel, split, verdict
+from lenvm.reports.prediction import scatter
+from lenvm.reports.results import DEMO_SCHEMA
 from lenvm.reports.tables import Bar, bars, format_number, format_percent, format_signed
 from lenvm.reports.token_view import token_view
 from lenvm.reports.traces import TokenTrace, read_traces
 
-SCHEMA = "lenvm.demo/1"
 REQUIRED = ("sampling", "training", "prediction", "equal_to", "tilt")
 WANTED_GAIN = 20.0
 """Points of length score that control should gain."""
@@ -33,8 +33,14 @@ def build_demo_report(folder: Path) -> Path:
 
     Raises DataError for a file that is missing or of another form.
     """
+    path = folder / "report.html"
+    write_text(path, build_demo_page(folder))
+    return path
+
+
+def build_demo_page(folder: Path) -> str:
+    """The page of a demo folder, as HTML."""
     summary = load_demo_summary(folder)
-    traces = read_traces(folder / "traces.jsonl")
     s, minutes = summary["sampling"], summary.get("seconds")
     lead = (
         f"{summary.get('generator', 'A model')} wrote {format_number(s['num_trajectories'])} "
@@ -42,17 +48,21 @@ def build_demo_report(folder: Path) -> Path:
         "how much is still to come, and was measured on prompts that it had not seen"
         + (f"; all in {minutes / 60:.1f} minutes on this machine." if minutes else ".")
     )
+    title = "What a language model knows of its own length"
+    return build_page(title, lead, build_body(folder), kind="demo report")
+
+
+def build_body(folder: Path) -> Html:
+    """The demo's answers and details, for its own page or as a part of another."""
+    summary = load_demo_summary(folder)
+    traces = read_traces(folder / "traces.jsonl")
     answers = join(_predicted(summary), _controlled(summary), _seen(traces, folder))
-    body = join(
+    return join(
         Html(f'<div class="answers">{answers}</div>'),
         prediction_details(summary["prediction"]),
         control_details(folder, summary),
         run_details(folder, summary),
     )
-    path = folder / "report.html"
-    title = "What a language model knows of its own length"
-    write_text(path, build_page(title, lead, body, kind="demo report"))
-    return path
 
 
 def load_demo_summary(folder: Path) -> Numbers:
@@ -60,8 +70,8 @@ def load_demo_summary(folder: Path) -> Numbers:
     path = folder / "summary.json"
     summary = read_json(path)
     found = summary.get("schema") if isinstance(summary, dict) else None
-    if found != SCHEMA:
-        raise DataError(f"{path} has schema {found!r}; a demo's is {SCHEMA!r}")
+    if found != DEMO_SCHEMA:
+        raise DataError(f"{path} has schema {found!r}; a demo's is {DEMO_SCHEMA!r}")
     missing = [name for name in REQUIRED if name not in summary]
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}; run `lenvm demo` again")

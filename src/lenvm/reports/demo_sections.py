@@ -8,39 +8,10 @@ from typing import Any
 from lenvm.files import read_jsonl
 from lenvm.reports.charts import Axis, Chart
 from lenvm.reports.page import Html, columns, details, escape, figure, join, legend, note, section
+from lenvm.reports.prediction import scatter
 from lenvm.reports.tables import format_number, format_percent, format_signed, table
 
 Numbers = dict[str, Any]
-LOG_FROM_RATIO = 12.0
-"""Lengths that differ by more than this factor are drawn on logarithmic axes."""
-
-
-def scatter(points: list[Numbers], *, height: int = 0, intervals: bool = False) -> Html:
-    """Predicted against true length, one dot a prompt, one colour a domain."""
-    if not points:
-        return Html("")
-    lengths = [q[name] for q in points for name in ("true_mean", "predicted")]
-    log = max(lengths) / max(1.0, min(lengths)) > LOG_FROM_RATIO
-    x = Axis.fit(lengths, "true length (tokens)", log=log)
-    y = Axis(x.low, x.high, "predicted length (tokens)", log=log)
-    chart = Chart(x, y, height=height, square=not height)
-    chart.diagonal()
-    domains = sorted({q["domain"] for q in points})
-    for q in points:
-        kind = f"s{domains.index(q['domain']) % 8}"
-        if intervals and "p10" in q:
-            at = q["true_mean"]
-            chart.span((at, q["p10"]), (at, q["p90"]), kind)
-    for q in points:
-        tip = (
-            f"{' '.join(q['prompt'].split())[:110]}\npredicted {q['predicted']:.0f}, "
-            f"true {q['true_mean']:.0f}"
-        )
-        chart.dot(q["true_mean"], q["predicted"], f"s{domains.index(q['domain']) % 8}", tip)
-    keys = [(f"dot s{i % 8}", domain) for i, domain in enumerate(domains)]
-    title = "Each held-out prompt (dashed: exact)"
-    return figure(legend(keys) + chart.html("predicted against true length"), "", title=title)
-
 
 def prediction_details(p: Numbers) -> Html:
     columns_ = ["", "prompts", "mean error", "median error"]
