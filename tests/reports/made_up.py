@@ -37,8 +37,8 @@ character does not occur at all, the text comes back unchanged.'''
 CHAT = """Of course! Here is a short note you can send:
 
 Hi Maria,
-thank you so much for the lovely dinner on Saturday 🙂 The lemon cake was wonderful, and the children \
-have not stopped talking about your dog since.
+thank you so much for the lovely dinner on Saturday 🙂 The lemon cake was wonderful, and the \
+children have not stopped talking about your dog since.
 
 \tWarm regards,
 \tTom
@@ -46,8 +46,8 @@ have not stopped talking about your dog since.
 In Arabic you could close with مع أطيب التحيات, if her parents read along."""
 
 PROMPTS = {
-    "math": "Janet's ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes "
-    "muffins for her friends every day with four. She sells the remainder at the farmers' market "
+    "math": "Janet's ducks lay 16 eggs per day. She eats three for breakfast every morning and "
+    "bakes muffins for her friends every day with four. She sells the rest at the farmers' market "
     "daily for $2 per fresh duck egg. How much in dollars does she make every day?",
     "code": "Write a python function to remove first and last occurrence of a given character from "
     "the string.",

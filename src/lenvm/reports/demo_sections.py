@@ -13,6 +13,7 @@ from lenvm.reports.tables import format_number, format_percent, format_signed, t
 
 Numbers = dict[str, Any]
 
+
 def prediction_details(p: Numbers) -> Html:
     columns_ = ["", "prompts", "mean error", "median error"]
     rows: list[list[object]] = [
@@ -35,7 +36,7 @@ def prediction_details(p: Numbers) -> Html:
         "answers, averaged in the model's own scale (the paper's Eq. 14). A constant guess says "
         "the same for every prompt: what fits the training prompts best."
     )
-    drawn = ""
+    drawn = Html("")
     if any("p10" in q for q in points):
         drawn = figure(
             scatter(points, height=320, intervals=True),
@@ -99,7 +100,9 @@ def control_details(folder: Path, s: Numbers) -> Html:
     text = note(
         "The length score is LIFEBench's: 100 for the exact length, less the further from it, and "
         "sooner below the target than above. The log-probability is the generator's own, without "
-        "control: how natural the text is to it. Higher is better; its exponential is the bar above."
+        "control: how natural the text is to it. Higher is better; its exponential is the bar "
+        "above. The controlled arms draw among few likely candidates, the other from all tokens, "
+        "which alone raises theirs: the two are not strictly comparable."
     )
     samples = _samples(folder, s)
     folded = details("Answers with and without control", samples) if samples else ""

@@ -19,13 +19,17 @@ def answer(results: Sequence[Result]) -> Html:
     s = results[0].summary
     longer, shorter = s["longer_by_mean"], s["shorter_by_mean"]
     if not longer and not shorter:
-        return note(f"No token of {results[0].label} moves the prediction.")
-    words = [f"“{rows[0]['token']}”" if rows else "–" for rows in (longer, shorter)]  # noqa: RUF001
-    number = headline(
-        " ↔ ".join(words),
-        f"the tokens that lengthen and shorten the expected answer most; "
-        f"{format_number(s['num_completions'])} answers, {s['model']}",
-    )
+        return note(f"No token of {results[0].path.name} moves the prediction.")
+    found = [
+        (rows[0]["token"], word)
+        for rows, word in ((longer, "longer"), (shorter, "shorter"))
+        if rows
+    ]
+    (token, word), *rest = found
+    words = f"makes the expected answer {word}, more than any other token"
+    words += "".join(f"; “{other}” makes it {way}" for other, way in rest)
+    count = f"{format_number(s['num_completions'])} answers, {s['model']}"
+    number = headline(f"“{token}”", f"{words}; {count}")
     strongest = max(abs(r["mean_gain"]) for r in [*longer[:1], *shorter[:1]])
     parts = [
         _gain_bars(f"Make the answer {side}", rows[:SHOWN_IN_PANEL], side, strongest)
@@ -72,8 +76,8 @@ def section_body(result: Result) -> Html:
 
 def _cloud(s: Mapping[str, Any], side: str) -> Html:
     """A picture of the side's tokens; a sentence where it cannot be drawn."""
-    rows = s[f"{side}_by_event"] or s[f"{side}_by_mean"]
-    weights = {r["token"]: abs(r["mean_gain"]) * r["num"] for r in rows}
+    rows = s[f"{side}_by_mean"] or s[f"{side}_by_event"]
+    weights = {r["token"]: abs(r["mean_gain"]) for r in rows}
     if not weights:
         return note(f"No token makes the answer {side}.")
     cloud = draw_cloud(weights, side)
@@ -83,8 +87,10 @@ def _cloud(s: Mapping[str, Any], side: str) -> Html:
         f'<img class="cloud" alt="{escape(", ".join(list(weights)[:20]))}" '
         f'src="data:image/png;base64,{cloud.base64}">'
     )
-    left_out = f" {cloud.num_left_out} in other scripts: see the table." if cloud.num_left_out else ""
-    caption = f"Size: mean gain times occurrences.{left_out}"
+    left_out = (
+        f" {cloud.num_left_out} in other scripts: see the table." if cloud.num_left_out else ""
+    )
+    caption = f"Size: mean gain.{left_out}"
     return figure(picture, caption, title=f"Tokens that make the answer {side}")
 
 

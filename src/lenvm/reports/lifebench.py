@@ -11,7 +11,9 @@ from lenvm.reports.tables import (
     Bar,
     bars,
     estimate,
+    format_fixed,
     format_number,
+    format_pace,
     format_percent,
     format_signed,
     table,
@@ -28,10 +30,10 @@ def answer(results: Sequence[Result]) -> Html:
     s = results[0].summary
     constraint, arms = _first_constraint(s)
     if not arms:
-        return note(f"No arm of {results[0].label} ran.")
+        return note(f"No arm of {results[0].path.name} ran.")
     best = _best(arms, constraint)
     plain = next((a for a in arms if a["family"] == "prompt"), None)
-    words = f"length score, {CONSTRAINTS[constraint].lower()} {_targets(s)}, {best['label']}"
+    words = f"length score, {CONSTRAINTS[constraint].lower()} {_targets(s)}: {best['label']}"
     if plain is not None and plain is not best:
         words += f"; {_score(plain, constraint):.0f} by the prompt alone"
     parts = [headline(f"{_score(best, constraint):.0f} of 100", words + f"; {s['model']}")]
@@ -42,7 +44,7 @@ def answer(results: Sequence[Result]) -> Html:
         name, rows = _first_constraint(other.summary)
         if rows:
             top = _best(rows, name)
-            parts.append(note(f"{other.label}: {_score(top, name):.0f} of 100, {top['label']}."))
+            parts.append(note(f"{other.model}: {_score(top, name):.0f} of 100, {top['label']}."))
     return join(*parts)
 
 
@@ -50,7 +52,7 @@ def _targets(s: Mapping[str, Any]) -> str:
     targets = [format_number(t) for t in s["targets"]]
     if len(targets) > 4:
         return f"{targets[0]} to {targets[-1]} {s['unit']}"
-    return f"{' or '.join(targets)} {s['unit']}"
+    return f"{' or '.join(p for p in (', '.join(targets[:-1]), targets[-1]) if p)} {s['unit']}"
 
 
 def _first_constraint(s: Mapping[str, Any]) -> tuple[str, list[Arm]]:
@@ -83,7 +85,7 @@ def _cost(arm: Arm, plain: Arm, constraint: str) -> str:
         shares = [format_percent(q["natural_end"]["value"]) for q in (mine, other)]
         parts.append(f"{shares[0]} natural ends (prompt alone: {shares[1]})")
     if mine.get("ms_per_token") and other.get("ms_per_token"):
-        paces = [f"{q['ms_per_token']['value']:.3g} ms" for q in (mine, other)]
+        paces = [f"{format_pace(q['ms_per_token']['value'])} ms" for q in (mine, other)]
         parts.append(f"{paces[0]} per token (prompt alone: {paces[1]})")
     return f"At the cost of: {'; '.join(parts)}." if parts else "Its cost was not measured."
 
@@ -92,13 +94,14 @@ def section_body(result: Result) -> Html:
     """Everything about one result."""
     s = result.summary
     parts = []
+    kinds = {a["arm"]: pick_kind(i) for i, a in enumerate(s["arms"])}
     for constraint, title in CONSTRAINTS.items():
         arms = [a for a in s["arms"] if a[constraint] is not None]
         if arms:
             head = Html(f"<h3>{title} {_targets(s)}</h3>")
             drawn = columns(
                 _against_quality(arms, constraint, height=300),
-                _against_target(arms, constraint, height=300),
+                _against_target(arms, constraint, kinds, height=300),
             )
             parts.append(join(head, drawn, _scores(arms, constraint), _quality(arms, constraint)))
             parts.append(details("By target, category and language", _finer(arms, constraint)))
@@ -128,7 +131,7 @@ def _against_quality(arms: Sequence[Arm], constraint: str, *, height: int) -> Ht
         return bars("Score; cut-off answers count 0", drawn, 100)
     x = Axis.fit(
         [q[end] for _, _, q in known for end in ("low", "high")],
-        "log-probability per token (right: more natural text)",
+        "log-prob. per token → more natural",
         zero=False,
         pad=0.12,
     )
@@ -162,19 +165,21 @@ def _kind(arm: Arm) -> str:
     return "main" if arm["family"] in LENVM else "base"
 
 
-def _against_target(arms: Sequence[Arm], constraint: str, *, height: int) -> Html:
+def _against_target(
+    arms: Sequence[Arm], constraint: str, kinds: Mapping[str, str], *, height: int
+) -> Html:
     targets = [t["target"] for a in arms for t in a[constraint]["by_target"]]
     marks = tuple(sorted(set(targets)))
     x = Axis(min(targets) / 1.12, max(targets) * 1.12, "target", log=True, marks=marks)
     chart = Chart(x, Axis(0, 105, SCORE, marks=(0, 25, 50, 75, 100)), height=height)
     keys = []
-    for i, arm in enumerate(arms):
-        rows = arm[constraint]["by_target"]
-        chart.line([(r["target"], r["controlled_score"]["value"]) for r in rows], pick_kind(i))
+    for arm in arms:
+        rows, kind = arm[constraint]["by_target"], kinds[arm["arm"]]
+        chart.line([(r["target"], r["controlled_score"]["value"]) for r in rows], kind)
         for r in rows:
             tip = f"{arm['label']}, {r['target']}\nscore {r['controlled_score']['value']:.0f}"
-            chart.dot(r["target"], r["controlled_score"]["value"], pick_kind(i), tip)
-        keys.append((f"line {pick_kind(i)}", _short(arm)))
+            chart.dot(r["target"], r["controlled_score"]["value"], kind, tip)
+        keys.append((f"line {kind}", _short(arm)))
     drawing = legend(keys) + chart.html("score at each target, one line an arm")
     return figure(drawing, "", title="Score by target")
 
@@ -209,11 +214,12 @@ def _quality(arms: Sequence[Arm], constraint: str) -> Html:
             [
                 arm["label"],
                 estimate(q["log_prob"], format_signed),
-                estimate(q["log_prob_loss"], format_signed),
-                *(_value(q[name], format_number) for name in ("rep_4", "distinct_1", "distinct_2")),
+                None if arm["family"] == "prompt" else estimate(q["log_prob_loss"], format_signed),
+                _value(q["rep_4"], format_percent),
+                *(_value(q[name], format_fixed) for name in ("distinct_1", "distinct_2")),
                 *(_value(q[n], format_percent) for n in ("ended_by_eos", "sentence_end")),
                 estimate(q["natural_end"], format_percent),
-                _value(q.get("ms_per_token"), format_number),
+                _value(q.get("ms_per_token"), format_pace),
                 *([estimate(q["judge"])] if judged else []),
             ]
         )

@@ -6,7 +6,15 @@ from typing import Any
 from lenvm.reports.charts import Axis, Chart, pick_kind
 from lenvm.reports.page import Html, columns, details, figure, headline, join, legend, note
 from lenvm.reports.results import Result
-from lenvm.reports.tables import Bar, bars, estimate, format_number, format_percent, table
+from lenvm.reports.tables import (
+    Bar,
+    bars,
+    estimate,
+    format_fixed,
+    format_number,
+    format_percent,
+    table,
+)
 
 Numbers = Mapping[str, Any]
 LOG_FROM_RATIO = 12.0
@@ -60,8 +68,8 @@ def answer(results: Sequence[Result]) -> Html:
     table_ = first["domains"]["all"]
     number = headline(
         f"{format_percent(table_['mre']['value'])} error",
-        f"on average, before a token is written; {format_number(first['num_prompts'])} prompts, "
-        f"{first['model']}",
+        f"on average before a token is written, {format_percent(table_['median_re']['value'])} in "
+        f"the median; {format_number(first['num_prompts'])} prompts, {first['model']}",
     )
     rows = [_bar(r.model, r.summary["domains"]["all"]["mre"], "main") for r in results]
     known = {n: b["mre"] for n, b in table_["baselines"].items() if b["mre"]}
@@ -135,7 +143,9 @@ def _calibration(rows: Sequence[Numbers]) -> Html:
 def _positions(domains: Mapping[str, Numbers], names: Sequence[str]) -> Html:
     rows = {d: [p for p in domains[d]["positions"] if p["median_re"]] for d in names}
     errors = [p["median_re"]["value"] for row in rows.values() for p in row]
-    x = Axis(0, 0.8, "share of the answer that is written", percent=True, marks=(0, 0.25, 0.5, 0.75))
+    x = Axis(
+        0, 0.8, "share of the answer that is written", percent=True, marks=(0, 0.25, 0.5, 0.75)
+    )
     chart = Chart(x, Axis.fit(errors, "median relative error", percent=True), height=230)
     for i, (name, row) in enumerate(rows.items()):
         chart.line([(p["at"], p["median_re"]["value"]) for p in row], pick_kind(i))
@@ -191,12 +201,21 @@ def _errors(domains: Mapping[str, Numbers]) -> Html:
                         estimate(numbers[key], format_percent)
                         for key in ("mre", "median_re", "mre_mean", "mre_median")
                     ),
-                    *(estimate(numbers.get(key)) for key in ("mae", "spearman", "kendall")),
+                    estimate(numbers.get("mae"), _whole),
+                    *(estimate(numbers.get(key), _rank) for key in ("spearman", "kendall")),
                 ]
             )
     names = ["domain (prompts)", "predictor", "mean error", "median error", "of the mean"]
     names += ["of the median", "absolute (tokens)", "Spearman", "Kendall"]
     return table(names, rows, text_columns=(0, 1), caption="Errors, with 95% intervals")
+
+
+def _whole(x: float | None) -> str:
+    return format_number(None if x is None else round(x))
+
+
+def _rank(x: float | None) -> str:
+    return format_fixed(x)
 
 
 def _meaning(s: Numbers) -> Html:

@@ -16,7 +16,6 @@ TITLES = {
     "lifebench": "Length control",
     "tradeoff": "Accuracy against length",
     "length-tokens": "Length tokens",
-    "scaling": "Scaling and ablations",
     "demo": "Demo",
 }
 BODIES: dict[str, Callable[[Result], Html]] = {
@@ -68,12 +67,12 @@ def _build(results: Sequence[Result], title: str) -> str:
     answers = _answers(results)
     view = _view(traces) if traces else Html("")
     sections = [
-        (f"part-{i}", _name(r), _section(r, f"part-{i}"))
-        for i, r in enumerate(r for r in results if r.kind != "traces")
+        (f"part-{i}", name, _section(r, name, f"part-{i}"))
+        for i, (r, name) in enumerate(_name_all([r for r in results if r.kind != "traces"]))
     ]
     links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in sections)
     contents = Html(f'<nav class="contents" aria-label="Results">{links}</nav>')
-    body = join(contents if len(sections) > 1 else Html(""), answers, view)
+    body = join(answers, contents if len(sections) > 1 else Html(""), view)
     return build_page(title, _lead(results), join(body, *(text for _, _, text in sections)))
 
 
@@ -159,13 +158,24 @@ def _view(results: Sequence[Result]) -> Html:
     return Html(f'<div class="answers one">{panel("Token by token", view, wide=True)}</div>')
 
 
+def _name_all(results: Sequence[Result]) -> list[tuple[Result, str]]:
+    """A title for each result: what it is and of which model; the folder where these are alike."""
+    short = [_name(r) for r in results]
+    return [
+        (r, name if short.count(name) == 1 else f"{name} · {r.path.name}")
+        for r, name in zip(results, short, strict=True)
+    ]
+
+
 def _name(result: Result) -> str:
-    return f"{TITLES[result.kind]} · {result.label}"
+    if result.kind == "scaling":
+        return "Ablations" if result.summary.get("design") == "ablation" else "Scaling"
+    return f"{TITLES[result.kind]} · {result.model}"
 
 
-def _section(result: Result, anchor: str) -> Html:
+def _section(result: Result, name: str, anchor: str) -> Html:
     body = _guard([result], lambda rows: BODIES[result.kind](rows[0]))
     notes = result.summary.get("notes") or []
     said = "".join(f"<li>{escape(n)}</li>" for n in notes)
     listed = Html(f'<ul class="notes">{said}</ul>') if said else Html("")
-    return section(_name(result), join(body or Html(""), listed), anchor=anchor)
+    return section(name, join(body or Html(""), listed), anchor=anchor)

@@ -27,11 +27,6 @@ class Result:
         """What the result is of, for its title."""
         return str(self.summary.get("model") or self.path.name)
 
-    @property
-    def label(self) -> str:
-        """Model and folder, where the folder says more."""
-        return self.model if self.model == self.path.name else f"{self.model} · {self.path.name}"
-
     def grades(self) -> Iterator[Numbers]:
         """Rows of grades.jsonl; none where the file is not there."""
         path = self.path / "grades.jsonl"
@@ -71,9 +66,7 @@ def _load(path: Path) -> Result:
     if schema == DEMO_SCHEMA:
         return Result(path, "demo", summary)
     if schema != SUMMARY_SCHEMA:
-        raise DataError(
-            f"{file} has schema {schema!r}; known: {SUMMARY_SCHEMA!r}, {DEMO_SCHEMA!r}"
-        )
+        raise DataError(f"{file} has schema {schema!r}; known: {SUMMARY_SCHEMA!r}, {DEMO_SCHEMA!r}")
     if summary.get("evaluation") not in EVALUATIONS:
         raise DataError(
             f"{file} is of evaluation {summary.get('evaluation')!r}; known: "

@@ -99,12 +99,7 @@ def _ablations(s: Mapping[str, Any], metrics: Sequence[str]) -> Html:
     for name, labels in s["axes"].items():
         if len(labels) < 2:
             continue
-        cells = [
-            c
-            for label in labels
-            for c in s["cells"]
-            if c["axes"] == {**base, name: label}
-        ]
+        cells = [c for label in labels for c in s["cells"] if c["axes"] == {**base, name: label}]
         drawn = [_bars(cells, name, base[name], metric) for metric in metrics]
         if f"mre_at_{POSITIONS[1]:g}" in s["metrics"]:
             drawn.append(_positions(cells, name))
@@ -152,7 +147,10 @@ def _cells(s: Mapping[str, Any]) -> Html:
     shown = [m for m in (*METRICS, "median_re") if m in s["metrics"]]
     rows = [
         [
-            *(c["axes"][name] if _is_number(c["axes"][name]) else str(c["axes"][name]) for name in s["axes"]),
+            *(
+                c["axes"][name] if _is_number(c["axes"][name]) else str(c["axes"][name])
+                for name in s["axes"]
+            ),
             c["num_seeds"],
             *(estimate(c["metrics"].get(m)) for m in shown),
         ]

@@ -33,6 +33,16 @@ def format_signed(x: float | None, digits: int = 2) -> str:
     return DASH if x is None else f"{x:+,.{digits}f}".replace("-", MINUS)
 
 
+def format_fixed(x: float | None) -> str:
+    """Two decimals."""
+    return DASH if x is None else f"{x:.2f}".replace("-", MINUS)
+
+
+def format_pace(x: float | None) -> str:
+    """Milliseconds: one decimal below a hundred."""
+    return DASH if x is None else f"{x:,.{0 if x >= 100 else 1}f}"
+
+
 def estimate(interval: Interval, write: Callable[[float | None], str] = format_number) -> Html:
     """A value with its 95% interval in small type."""
     if not interval:

@@ -11,13 +11,26 @@ from typing import Any
 
 from lenvm.errors import DataError
 from lenvm.reports.charts import Axis, Chart
-from lenvm.reports.page import Html, embed_json, escape, legend
+from lenvm.reports.page import Html, details, embed_json, escape, legend
 from lenvm.reports.tables import format_number, format_percent
-from lenvm.reports.traces import TokenTrace, make_visible
+from lenvm.reports.traces import TokenTrace, make_visible, markdown_table
 
 HEADROOM = 1.2
 GAIN_QUANTILE = 0.97
+MAX_TABLE_TOKENS = 1500
 IMAGE_TYPES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
+
+
+def _tops(traces: Sequence[TokenTrace]) -> list[float]:
+    """Where the axis of each curve ends: the same for completions of the same tokens."""
+
+    def reach(trace: TokenTrace) -> float:
+        return HEADROOM * max([*trace.remaining_predicted, *(trace.remaining_true or [])]) or 1.0
+
+    keys = [(t.prompt, tuple(t.token_ids)) for t in traces]
+    return [
+        max(reach(t) for t, other in zip(traces, keys, strict=True) if other == key) for key in keys
+    ]
 
 
 def token_view(traces: Sequence[TokenTrace], *, folder: Path | None = None) -> Html:
@@ -41,7 +54,8 @@ def token_view(traces: Sequence[TokenTrace], *, folder: Path | None = None) -> H
             f'<button type="button" data-compare aria-pressed="{beside}">Side by side</button>'
         )
     panels = "".join(
-        _panel(trace, index, index in shown, folder) for index, trace in enumerate(traces)
+        _panel(trace, index, index in shown, top, folder)
+        for index, (trace, top) in enumerate(zip(traces, _tops(traces), strict=True))
     )
     return Html(
         f'<div class="token-view" data-view><div class="view-bar">{picker}'
@@ -99,7 +113,7 @@ def _colour_keys(longest: float, strongest: float) -> str:
     )
 
 
-def _panel(trace: TokenTrace, index: int, is_shown: bool, folder: Path | None) -> str:
+def _panel(trace: TokenTrace, index: int, is_shown: bool, top: float, folder: Path | None) -> str:
     count = f"{format_number(trace.length)} tokens"
     size = count if trace.remaining_true else f"cut off after {count}: the true length is not known"
     about = [trace.model, _control_words(trace), size]
@@ -109,17 +123,16 @@ def _panel(trace: TokenTrace, index: int, is_shown: bool, folder: Path | None) -
         f'<div class="asked"><p class="prompt" dir="auto">{escape(trace.prompt)}</p>'
         f"{_images(trace, folder)}"
         f'<p class="note">{escape(" · ".join(part for part in about if part))}</p></div>'
-        f'<div class="trace-body"><div class="side">{_curve(trace)}'
+        f'<div class="trace-body"><div class="side">{_curve(trace, top)}'
         '<dl class="readout" aria-live="polite"></dl></div>'
         f'<div class="tokens" role="group" aria-label="Tokens; arrow keys move">{escape(plain)}'
-        "</div></div></article>"
+        f"</div></div>{_table(trace)}</article>"
     )
 
 
-def _curve(trace: TokenTrace) -> str:
+def _curve(trace: TokenTrace, high: float) -> str:
     """Predicted and true tokens to come over the tokens written."""
     predicted, truth = trace.remaining_predicted, trace.remaining_true
-    high = HEADROOM * max([*predicted, *(truth or [])]) or 1.0
     x = Axis(0, trace.length, "tokens written")
     chart = Chart(x, Axis(0, high, "tokens to come"), height=230)
     keys = [("line main", "predicted")]
@@ -139,6 +152,14 @@ def _curve(trace: TokenTrace) -> str:
     if truth is not None:
         words += f"; the true length is {truth[0]}"
     return legend(keys) + chart.html(words, extra=pins)
+
+
+def _table(trace: TokenTrace) -> Html:
+    """The Markdown table of a completion, folded away; nothing for a very long one."""
+    if trace.length > MAX_TABLE_TOKENS:
+        return Html("")
+    text = Html(f'<pre class="markdown" tabindex="0">{escape(markdown_table(trace))}</pre>')
+    return details("As a Markdown table", text)
 
 
 def _numbers(trace: TokenTrace, longest: float, strongest: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`lenvm.trace/1`: one completion with what a value model expects at every state of it.
 
 States are s_0 (the end of the prompt) .. s_L (all L tokens written): L + 1 numbers for L tokens.
-The format is described in docs/reports.md. Pure Python: no model, no torch.
+The format is described in docs/evaluation.md. Pure Python: no model, no torch.
 """
 
 import json

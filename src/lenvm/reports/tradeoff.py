@@ -11,6 +11,7 @@ from lenvm.reports.tables import (
     bars,
     estimate,
     format_number,
+    format_pace,
     format_percent,
     format_signed,
     table,
@@ -43,7 +44,7 @@ def answer(results: Sequence[Result], *, is_first: bool = True) -> Html:
 
 
 def _headline(s: Mapping[str, Any]) -> tuple[str, str]:
-    """(number, what it is): accuracy at two thirds of the unguided length where a curve is there."""
+    """(number, what it is): accuracy at two thirds of the unguided length, or the best."""
     plain = next((a for a in s["arms"] if a["family"] == "unguided" and a["pass_at_1"]), None)
     found = {f: at for f, c in s["curves"].items() if (at := _accuracy_at(c)) is not None}
     own = next((f for f in LENVM if f in found), None)
@@ -158,9 +159,9 @@ def _arms(s: Mapping[str, Any]) -> Html:
                 _value(a["relative_length"], format_percent),
                 _value(a["truncated"], format_percent),
                 _value(q.get("log_prob"), format_signed),
-                _value(q.get("rep_4"), format_number),
+                _value(q.get("rep_4"), format_percent),
                 _value(q.get("sentence_end"), format_percent),
-                _value(q.get("ms_per_token"), format_number),
+                _value(q.get("ms_per_token"), format_pace),
                 a["num_failed"],
             ]
         )

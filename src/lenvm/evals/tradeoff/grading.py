@@ -56,9 +56,7 @@ def grade_records(
             "num_tokens": a["num_tokens"],
             "truncated": a["finish_reason"] == "length",
             **results.get(a["id"], wrong),
-            **measure_record(
-                a, a["text"], answered=a["error"] is None and has_words(a["text"])
-            ),
+            **measure_record(a, a["text"], answered=a["error"] is None and has_words(a["text"])),
         }
         for a in answers
     ]
