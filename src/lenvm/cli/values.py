@@ -32,8 +32,9 @@ def register(app: typer.Typer) -> None:
 
         `lenvm values ... --jsonl > a.jsonl` and `lenvm report a.jsonl b.jsonl` draw them.
         """
-        from lenvm.cli._inputs import load_value_model
+        from lenvm.cli._inputs import load_value_model, name_value_model
         from lenvm.errors import InputError
+        from lenvm.evals.length_tokens.tokens import split_text
         from lenvm.model.device import pick_device
         from lenvm.model.prediction import trace_values
         from lenvm.reports.traces import TokenTrace, markdown_table
@@ -47,11 +48,11 @@ def register(app: typer.Typer) -> None:
             model.tokenizer, prompt, completion, trajectories, limit, not cut
         ):
             states = trace_values(model, prompt_ids, ids, complete=complete)
-            tokens = [model.tokenizer.decode([i]) for i in ids]
+            tokens = split_text(model.tokenizer, ids)
             if not (jsonl or markdown):
                 _print_states(about["id"], tokens, states)
                 continue
-            name = Path(lenvm).name if lenvm else "bundled"
+            name = name_value_model(lenvm)
             trace = TokenTrace.from_states(
                 about.pop("prompt"), tokens, ids, states, model.config.gamma, model=name, **about
             )

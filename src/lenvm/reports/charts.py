@@ -32,6 +32,8 @@ class Axis:
     label: str
     log: bool = False
     percent: bool = False
+    whole: bool = False
+    """Ticks are whole numbers only."""
     marks: tuple[float, ...] | None = None
     """Ticks to use in place of round numbers."""
     names: tuple[str, ...] | None = None
@@ -74,7 +76,7 @@ class Axis:
             return list(self.marks)
         if self.log:
             return _log_ticks(self.low, self.high)
-        step = _round_step((self.high - self.low) / count)
+        step = max(float(self.whole), _round_step((self.high - self.low) / count))
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [i * step for i in range(first, last + 1)]

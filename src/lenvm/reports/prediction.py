@@ -184,8 +184,8 @@ def _coverage(domains: Mapping[str, Numbers]) -> Html:
         for name, d in domains.items()
         if d["coverage"]
     ]
-    names = ["", *(f"{level}% interval" for level in levels)]
-    return table(names, rows, caption="Share of answers inside the predicted interval")
+    names = ["", *(f"{level}%" for level in levels)]
+    return table(names, rows, caption="Share of answers inside the predicted interval of")
 
 
 def _errors(domains: Mapping[str, Numbers]) -> Html:

@@ -26,6 +26,7 @@ BODIES: dict[str, Callable[[Result], Html]] = {
     "scaling": scaling.section_body,
     "demo": lambda result: demo.build_body(result.path),
 }
+TITLE = "How long will the answer be?"
 QUESTIONS = {
     "How well is length predicted?": "lenvm eval length-prediction",
     "How well is it controlled, at what cost?": "lenvm eval lifebench",
@@ -44,7 +45,7 @@ def build_report(paths: Sequence[Path], output: Path | None = None, *, title: st
     if [r.kind for r in results] == ["demo"]:
         page = demo.build_demo_page(results[0].path)
     else:
-        page = _build(results, title or _title(results))
+        page = _build(results, title or TITLE)
     write_text(target, page)
     return target
 
@@ -53,13 +54,6 @@ def _default_output(paths: Sequence[Path]) -> Path:
     if len(paths) > 1:
         return Path("report.html")
     return paths[0] / "report.html" if paths[0].is_dir() else paths[0].with_suffix(".html")
-
-
-def _title(results: Sequence[Result]) -> str:
-    models = list(dict.fromkeys(r.model for r in results if r.kind not in ("traces", "scaling")))
-    if all(r.kind == "traces" for r in results):
-        return "Token by token"
-    return f"Length of {models[0]}" if len(models) == 1 else "How long will the answer be?"
 
 
 def _build(results: Sequence[Result], title: str) -> str:
@@ -77,6 +71,8 @@ def _build(results: Sequence[Result], title: str) -> str:
 
 
 def _lead(results: Sequence[Result]) -> str:
+    if all(r.kind == "traces" for r in results):
+        return "What a value model expects at every token, against what came."
     counts = [f"{n:,} answers" for n in [_num_answers(results)] if n]
     failed = sum(r.summary.get("num_failed", 0) for r in results)
     if failed:

@@ -133,7 +133,7 @@ def _panel(trace: TokenTrace, index: int, is_shown: bool, top: float, folder: Pa
 def _curve(trace: TokenTrace, high: float) -> str:
     """Predicted and true tokens to come over the tokens written."""
     predicted, truth = trace.remaining_predicted, trace.remaining_true
-    x = Axis(0, trace.length, "tokens written")
+    x = Axis(0, trace.length, "tokens written", whole=True)
     chart = Chart(x, Axis(0, high, "tokens to come"), height=230)
     keys = [("line main", "predicted")]
     if trace.remaining_low is not None and trace.remaining_high is not None:

@@ -182,7 +182,7 @@ def markdown_table(trace: TokenTrace) -> str:
 def _in_cell(token: str) -> str:
     """A token inside backticks in a table cell, on one line, white space visible."""
     shown = make_visible(token).replace("\n", "").replace(" ", "␣")
-    return shown.replace("`", "\u02cb").replace("|", "\\|") or "∅"
+    return shown.replace("`", "\u02cb").replace("|", "\\|")
 
 
 JOINERS = "\u200c\u200d"
@@ -197,8 +197,9 @@ def make_visible(token: str) -> str:
     """A token as a person should see it: line ends, tabs, control and direction marks shown.
 
     A line end keeps its break, a space stays a space. Joiners (emoji, Persian) are left alone
-    unless the token holds nothing else.
+    unless the token holds nothing else. A token without text (the first bytes of a character that
+    a later token ends) is ⋯.
     """
     if not token.strip(JOINERS):
-        return "".join(f"⟨{ord(c):04X}⟩" for c in token) or "∅"
+        return "".join(f"⟨{ord(c):04X}⟩" for c in token) or "⋯"
     return token.translate(VISIBLE)
