@@ -1,11 +1,11 @@
-"""Recipe: a value model for SmolLM2-135M-Instruct on one GPU, from prompts to the control frontier.
+"""Recipe: a value model for one generator on one GPU, from prompts to the control frontier.
 
-    python recipes/smollm2.py --data ../shared/data --out runs/smollm2 --generator smollm2
+    python recipes/frontier.py --data ../shared/data --out runs/frontier --generator smollm2
 
-Samples, trains (distribution head: LoRA, which ships, and full; scalar head: LoRA, to compare),
-measures prediction on held-out prompts, and Equal-To control on LIFEBench items by every rule, with
-the text's quality beside it. Writes `results.json` after every point. Only prompts whose licence
-lets the checkpoint ship are used (shared/data/README.md).
+Samples, trains (distribution and scalar heads, LoRA and full), measures prediction on held-out
+prompts, and Equal-To control on LIFEBench items by every rule, with the text's quality beside it.
+Writes `results.json` after every point. Without `--all-licences` only prompts are used whose
+licence lets the checkpoint ship (shared/data/README.md).
 """
 
 import argparse
@@ -23,10 +23,11 @@ import torch
 from lenvm import __version__
 from lenvm.data.prompts import Prompt
 from lenvm.data.trajectory import read_trajectories
-from lenvm.demo import length_score
 from lenvm.engines.rollout import in_order, rollout
 from lenvm.engines.sampling import SamplingParams
 from lenvm.engines.transformers import Completion, Request, TransformersEngine
+from lenvm.evals.lifebench.metrics import length_score
+from lenvm.evals.quality import measure_text
 from lenvm.files import read_jsonl, write_json
 from lenvm.guidance.request import LengthControl
 from lenvm.model.head import DistributionBelief
@@ -37,19 +38,29 @@ from lenvm.training.config import TrainingConfig
 from lenvm.training.metrics import constant_length, prompt_errors, summarise
 from lenvm.training.trainer import train
 
+MODELS: dict[str, dict[str, Any]] = {
+    "lora-distribution": {"head": "distribution", "trainable": "lora"},
+    "lora-scalar": {"head": "scalar", "trainable": "lora"},
+    "full-distribution": {"head": "distribution", "trainable": "full"},
+    "full-scalar": {"head": "scalar", "trainable": "full"},
+}
 ARMS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "hard": {"rule": "hard"},
     "soft 30": {"rule": "soft", "strength": 30},
     "soft 100": {"rule": "soft", "strength": 100},
+    "soft 300": {"rule": "soft", "strength": 300},
     "conditional": {"rule": "conditional"},
-    "conditional tolerance .05": {"rule": "conditional", "tolerance": 0.05},
-    "conditional tolerance .05 evidence 2": {
-        "rule": "conditional",
-        "tolerance": 0.05,
-        "evidence": 2.0,
-    },
+    "conditional 5%": {"rule": "conditional", "tolerance": 0.05},
+    "conditional 5% not strict": {"rule": "conditional", "tolerance": 0.05, "strict": False},
+    "conditional 5% evidence 0.5": {"rule": "conditional", "tolerance": 0.05, "evidence": 0.5},
+    "conditional 5% evidence 2": {"rule": "conditional", "tolerance": 0.05, "evidence": 2.0},
+    "conditional 5% no horizon": {"rule": "conditional", "tolerance": 0.05, "horizon": None},
+    "conditional 10%": {"rule": "conditional", "tolerance": 0.1},
 }
+DISTRIBUTION_ONLY = "conditional"
+NATURAL_LOG_PROB = -4.6
+"""An end is natural where the generator itself gave EOS at least 1% there."""
 
 
 def read(data: Path, name: str) -> list[dict[str, Any]]:
@@ -61,7 +72,7 @@ def instruction(row: dict[str, Any]) -> str:
     return f"{row['instruction']}\n\n{text}" if text else str(row["instruction"])
 
 
-def load_prompts(data: Path) -> tuple[list[Prompt], list[Prompt]]:
+def load_prompts(data: Path, all_licences: bool) -> tuple[list[Prompt], list[Prompt]]:
     """(training, held-out) prompts; held-out files are others than the training ones."""
     mbpp = read(data, "mbpp/mbpp.jsonl")
     train_texts = {
@@ -76,6 +87,13 @@ def load_prompts(data: Path) -> tuple[list[Prompt], list[Prompt]]:
         + [r["prompt"] for r in read(data, "arena_hard/question_v2.0.jsonl")]
         + [r["prompt"] for r in read(data, "wildchat/meter_train_filtered.jsonl")],
     }
+    if all_licences:
+        leetcode = json.loads((data / "leetcode/leetcode_train.json").read_text(encoding="utf-8"))
+        alpaca = json.loads((data / "alpaca/alpaca_en_demo.json").read_text(encoding="utf-8"))
+        train_texts["code"] += [r["problem"] for r in leetcode]
+        train_texts["instructions"] += [
+            f"{r['instruction']}\n\n{r['input']}".strip() for r in alpaca
+        ] + [r["prompt"] for r in read(data, "dolly/dolly.jsonl")]
     held_texts = {
         "math": [r["question"] for r in read(data, "gsm8k/test_first660.jsonl")[:50]]
         + [r["problem"] for r in read(data, "math/math500_first250.jsonl")[:30]],
@@ -107,9 +125,13 @@ def load_prompts(data: Path) -> tuple[list[Prompt], list[Prompt]]:
 
 def sample(a: argparse.Namespace, results: dict[str, Any]) -> None:
     engine = TransformersEngine.load(
-        a.generator, dtype=torch.bfloat16, device=a.device, max_requests=a.batch, max_tokens=10**7
+        a.generator,
+        dtype=torch.bfloat16 if a.device == "cuda" else torch.float32,
+        device=a.device,
+        max_requests=a.batch,
+        max_tokens=a.batch * (a.max_tokens + 200),
     )
-    training, heldout = load_prompts(a.data)
+    training, heldout = load_prompts(a.data, a.all_licences)
     if a.tiny:
         training, heldout = training[:12], heldout[::40]
     sampling = SamplingParams(max_tokens=a.max_tokens, seed=1)
@@ -129,7 +151,7 @@ def sample(a: argparse.Namespace, results: dict[str, Any]) -> None:
             a.out / f"{name}.jsonl",
             n=n,
             sampling=sampling,
-            model="SmolLM2-135M-Instruct",
+            model=a.name,
             on_completion=count,
             submit_for_s=limit_s,
         )
@@ -185,53 +207,69 @@ def evaluate_prediction(a: argparse.Namespace, model: LengthValueModel) -> dict[
 def evaluate_control(
     a: argparse.Namespace, models: dict[str, LengthValueModel], results: dict[str, Any]
 ) -> None:
-    """Equal-To on LIFEBench items: score, deviation and quality of every arm."""
-    items = read(a.data, "lifebench/data_en.jsonl")[:: 1 if not a.tiny else 80][: a.items]
+    """Equal-To on LIFEBench items: score, deviation and quality of every arm. All targets of an arm
+    run in one batch."""
+    items = read(a.data, "lifebench/data_en.jsonl")
+    items = items[:: max(1, len(items) // a.items)][: a.items]
+    first = True
     for name, model in models.items():
         engine = TransformersEngine.load(
             a.generator,
             model,
-            dtype=torch.bfloat16,
+            dtype=torch.bfloat16 if a.device == "cuda" else torch.float32,
             device=a.device,
-            max_requests=a.control_batch,
-            max_tokens=10**7,
+            max_requests=len(items) * len(a.targets),
+            max_tokens=len(items) * len(a.targets) * (a.control_max + 200) + 4096,
         )
-        for arm, options in ARMS.items():
-            if arm == "none" and name != "lora-distribution":
+        for arm in a.arms or ARMS:
+            options = ARMS[arm]
+            if arm == "none" and not first:
                 continue  # the generator alone is the same everywhere
-            if name == "full-distribution" and not arm.startswith("conditional"):
+            if arm.startswith(DISTRIBUTION_ONLY) and model.config.head == "scalar":
                 continue
-            if options and options["rule"] == "conditional" and model.config.head == "scalar":
-                continue
-            for target in a.targets:
-                key = f"{name} | {arm} | {target}"
-                results["control"][key] = _control_point(a, engine, items, target, options)
-                print(key, {k: round(v, 3) for k, v in results["control"][key].items()}, flush=True)
-                save(a, results)
+            points = _control_arm(a, engine, items, options)
+            for target, point in points.items():
+                results["control"][f"{name} | {arm} | {target}"] = point
+            means = {k: sum(p[k] for p in points.values()) / len(points) for k in point}
+            print(f"{name} | {arm}", {k: round(v, 3) for k, v in means.items()}, flush=True)
+            save(a, results)
+        first = False
+        del engine
+        if a.device == "cuda":
+            torch.cuda.empty_cache()
 
 
-def _control_point(
+def _control_arm(
     a: argparse.Namespace,
     engine: TransformersEngine,
     items: list[dict[str, Any]],
-    target: int,
     options: dict[str, Any] | None,
-) -> dict[str, float]:
+) -> dict[int, dict[str, float]]:
     requests = []
-    for i, item in enumerate(items):
-        task = item["task"].replace("{word_count_type}", "equal to")
-        task = task.replace("{word_count} words", f"{target} tokens")
-        ids = encode_prompt(engine.tokenizer, [{"role": "user", "content": task}])
-        control = LengthControl.parse({"equal_to": target, **options}) if options else None
-        sampling = SamplingParams(top_k=15, top_p=0.999, max_tokens=a.control_max, seed=2)
-        requests.append(Request(f"{i}", tuple(ids), sampling, control, index=i))
+    for target in a.targets:
+        for i, item in enumerate(items):
+            task = item["task"].replace("{word_count_type}", "equal to")
+            task = task.replace("{word_count} words", f"{target} tokens")
+            ids = encode_prompt(engine.tokenizer, [{"role": "user", "content": task}])
+            control = LengthControl.parse({"equal_to": target, **options}) if options else None
+            sampling = SamplingParams(top_k=15, top_p=0.999, max_tokens=a.control_max, seed=2)
+            requests.append(Request(f"{target}-{i}", tuple(ids), sampling, control, index=i))
     start = time.time()
     done = in_order(engine.generate(requests), requests)
-    seconds = time.time() - start
-    lengths = [len(c.token_ids) for c in done]
-    deviations = [(n - target) / target for n in lengths]
-    scores = torch.tensor([length_score(d) for d in deviations])
+    rate = sum(len(c.token_ids) for c in done) / (time.time() - start)
+    return {
+        target: _measure(target, done[n * len(items) : (n + 1) * len(items)])
+        | {"tokens_per_s": rate}
+        for n, target in enumerate(a.targets)
+    }
+
+
+def _measure(target: int, done: list[Completion]) -> dict[str, float]:
+    deviations = [(len(c.token_ids) - target) / target for c in done]
+    scores = torch.tensor([length_score(d, "equal_to") for d in deviations])
     log_probs = torch.tensor([sum(c.log_probs) / len(c.log_probs) for c in done])
+    texts = [measure_text(c.text, c.finish_reason or "") for c in done]
+    natural = [c.finish_reason == "stop" and c.log_probs[-1] > NATURAL_LOG_PROB for c in done]
     return {
         "num_items": len(done),
         "score": scores.mean().item(),
@@ -239,32 +277,15 @@ def _control_point(
         "deviation": sum(map(abs, deviations)) / len(deviations),
         "log_prob": log_probs.mean().item(),
         "log_prob_stderr": (log_probs.std() / len(done) ** 0.5).item(),
-        "last_token_log_prob": sum(c.log_probs[-1] for c in done) / len(done),
-        "ends_at_sentence": sum(c.text.rstrip().endswith((".", "!", "?", '"')) for c in done)
+        "log_prob_but_last": sum(sum(c.log_probs[:-1]) / max(1, len(c.log_probs) - 1) for c in done)
         / len(done),
-        "ended_by_itself": sum(c.ended_by_itself for c in done) / len(done),
-        "distinct_2": _distinct_2(done),
-        "rep_4": _rep_4(done),
-        "tokens_per_s": sum(lengths) / seconds,
+        "last_log_prob": sum(c.log_probs[-1] for c in done) / len(done),
+        "natural_end": sum(natural) / len(done),
+        **{
+            name: sum(float(t[name]) for t in texts) / len(done)
+            for name in ("rep_4", "distinct_2", "ended_by_eos", "sentence_end")
+        },
     }
-
-
-def _distinct_2(done: list[Completion]) -> float:
-    """Share of different bigrams, a mean over answers."""
-    shares = []
-    for c in done:
-        pairs = list(zip(c.token_ids, c.token_ids[1:], strict=False))
-        shares.append(len(set(pairs)) / max(1, len(pairs)))
-    return sum(shares) / len(shares)
-
-
-def _rep_4(done: list[Completion]) -> float:
-    """Share of 4-grams that were in the answer before."""
-    shares = []
-    for c in done:
-        grams = [tuple(c.token_ids[i : i + 4]) for i in range(len(c.token_ids) - 3)]
-        shares.append(1 - len(set(grams)) / max(1, len(grams)))
-    return sum(shares) / len(shares)
 
 
 def save(a: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -276,24 +297,33 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--generator", default="smollm2")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch", type=int, default=768)
-    parser.add_argument("--control-batch", type=int, default=160)
-    parser.add_argument("--n", type=int, default=4)
+    parser.add_argument("--name", default="SmolLM2-135M-Instruct")
+    parser.add_argument("--backbone", default=None, help="of the value model; the generator's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--n", type=int, default=8)
     parser.add_argument("--heldout-n", type=int, default=8)
-    parser.add_argument("--max-tokens", type=int, default=768)
-    parser.add_argument("--control-max", type=int, default=1024)
-    parser.add_argument("--sample-s", type=float, default=110.0)
-    parser.add_argument("--items", type=int, default=160)
-    parser.add_argument("--targets", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--max-tokens", type=int, default=1024)
+    parser.add_argument("--control-max", type=int, default=1536)
+    parser.add_argument("--sample-s", type=float, default=90.0)
+    parser.add_argument("--items", type=int, default=60)
+    parser.add_argument("--targets", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--control-models", nargs="+", default=None, choices=list(MODELS))
+    parser.add_argument("--arms", nargs="+", default=None, choices=list(ARMS))
     parser.add_argument("--batch-tokens", type=int, default=32768)
+    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--lora-rank", type=int, default=8)
+    parser.add_argument("--lora-lr", type=float, default=1e-3)
+    parser.add_argument("--full-lr", type=float, default=1e-4)
+    parser.add_argument("--all-licences", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="A dry run of every stage.")
     parser.add_argument("--commit", default="")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     cuda = torch.cuda.is_available()
     results: dict[str, Any] = {
-        "command": "python recipes/smollm2.py "
+        "command": "python recipes/frontier.py "
         + " ".join(f"--{k} {v}" for k, v in vars(a).items()),
         "commit": a.commit,
         "hardware": torch.cuda.get_device_name() if cuda else platform.processor(),
@@ -305,43 +335,53 @@ def main() -> None:
     sample(a, results)
     save(a, results)
     models = {}
-    for name, options in {
-        "lora-distribution": {"head": "distribution", "trainable": "lora"},
-        "lora-scalar": {"head": "scalar", "trainable": "lora"},
-        "full-distribution": {"head": "distribution", "trainable": "full"},
-    }.items():
-        full = options["trainable"] == "full"
-        config = TrainingConfig.parse(
-            {
-                "data": [str(a.out / "train.jsonl")],
-                "output": str(a.out / name),
-                "backbone": a.generator,
-                "censoring": "one_sided",
-                "lora_rank": 8,
-                "epochs": 3,
-                "learning_rate": 1e-4 if full else 1e-3,
-                "head_learning_rate": 1e-3,
-                "batch_tokens": a.batch_tokens,
-                **options,
-            }
-        )
-        result = train(config)
-        results["training"][name] = result.__dict__
-        models[name] = LengthValueModel.from_pretrained(
-            a.out / name, device=a.device, dtype=torch.bfloat16 if cuda else torch.float32
-        )
-        models[name].head.float()
-        results["prediction"][name] = evaluate_prediction(a, models[name])
-        print(name, json.dumps(results["training"][name]), flush=True)
-        print(name, json.dumps(results["prediction"][name]), flush=True)
+    for name in a.models:
+        models[name] = train_one(a, name, results)
         save(a, results)
-    evaluate_control(a, models, results)
-    print(f"\n{'arm':<60} score   dev  logp  sentence  tok/s")
-    for key, r in results["control"].items():
-        print(
-            f"{key:<60} {r['score']:5.1f} {r['deviation']:5.0%} {r['log_prob']:6.2f}"
-            f" {r['ends_at_sentence']:6.0%} {r['tokens_per_s']:8.0f}"
-        )
+    evaluate_control(a, {n: models[n] for n in a.control_models or a.models}, results)
+    print_table(a, results)
+
+
+def train_one(a: argparse.Namespace, name: str, results: dict[str, Any]) -> LengthValueModel:
+    options = MODELS[name]
+    config = TrainingConfig.parse(
+        {
+            "data": [str(a.out / "train.jsonl")],
+            "output": str(a.out / name),
+            "backbone": a.backbone or a.generator,
+            "censoring": "one_sided",
+            "lora_rank": a.lora_rank,
+            "epochs": a.epochs,
+            "learning_rate": a.full_lr if options["trainable"] == "full" else a.lora_lr,
+            "head_learning_rate": 1e-3,
+            "batch_tokens": a.batch_tokens,
+            "evals": 2,
+            **options,
+        }
+    )
+    result = train(config)
+    results["training"][name] = result.__dict__
+    model = LengthValueModel.from_pretrained(
+        a.out / name,
+        device=a.device,
+        dtype=torch.bfloat16 if a.device == "cuda" else torch.float32,
+    )
+    model.head.float()
+    results["prediction"][name] = evaluate_prediction(a, model)
+    print(name, json.dumps(results["training"][name]), flush=True)
+    print(name, json.dumps(results["prediction"][name]), flush=True)
+    return model
+
+
+def print_table(a: argparse.Namespace, results: dict[str, Any]) -> None:
+    names = ("score", "deviation", "log_prob", "natural_end", "sentence_end", "tokens_per_s")
+    print(f"\n{'arm, mean over targets':<50}" + "".join(f"{n:>13}" for n in names))
+    rows = defaultdict(list)
+    for key, point in results["control"].items():
+        rows[key.rsplit(" | ", 1)[0]].append(point)
+    for key, points in rows.items():
+        means = [sum(p[n] for p in points) / len(points) for n in names]
+        print(f"{key:<50}" + "".join(f"{m:13.3f}" for m in means))
 
 
 if __name__ == "__main__":
