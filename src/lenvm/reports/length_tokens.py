@@ -112,8 +112,9 @@ def _table(rows: Sequence[Row], side: str, order: str) -> Html:
 def _contexts(s: Mapping[str, Any], side: str) -> Html:
     lines = []
     kind = ' class="shorter"' if side == "shorter" else ""
-    for row in s[f"{side}_by_event"][:12]:
-        for c in row["contexts"][:2]:
+    for row in (s[f"{side}_by_mean"] or s[f"{side}_by_event"])[:12]:
+        texts = {(c["before"], c["token"], c["after"]): c for c in reversed(row["contexts"])}
+        for c in sorted(texts.values(), key=lambda c: -abs(c["gain"]))[:2]:
             before, token, after = (_one_line(c[k]) for k in ("before", "token", "after"))
             lines.append(
                 [

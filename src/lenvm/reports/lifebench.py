@@ -104,7 +104,9 @@ def section_body(result: Result) -> Html:
                 _against_target(arms, constraint, kinds, height=300),
             )
             parts.append(join(head, drawn, _scores(arms, constraint), _quality(arms, constraint)))
-            parts.append(details("By target, category and language", _finer(arms, constraint)))
+            parts.append(
+                details("By target, category, task type and language", _finer(arms, constraint))
+            )
     parts.append(
         note(
             "Length deviation LD = (length - target) / target. Score: 100 exp(5 LD) below the "
@@ -241,8 +243,10 @@ def _finer(arms: Sequence[Arm], constraint: str) -> Html:
 
 
 def _grid(arms: Sequence[Arm], constraint: str, key: str, name: str) -> Html:
-    """Scores: one row an arm, one column a value of the field."""
+    """Scores: one row an arm, one column a value of the field; nothing for one value alone."""
     values = list(dict.fromkeys(row[key] for a in arms for row in a[constraint][name]))
+    if len(values) < 2 and key != "target":
+        return Html("")
     rows = []
     for arm in arms:
         by_value = {row[key]: row for row in arm[constraint][name]}
