@@ -62,4 +62,14 @@ def test_labels_of_near_points_stand_below_each_other():
     chart.name_points([(0.2, 0.5, "a"), (0.21, 0.5, "b"), (0.22, 0.49, "c"), (0.9, 0.5, "far")])
     tops = [float(t) for t in re.findall(r"top:([\d.]+)%\">(?:a|b|c)<", chart.html("x"))]
     assert min(b - a for a, b in itertools.pairwise(tops)) >= 7
+    assert all(0 <= t <= 97 for t in tops)
     assert 'at  left" style="left:90.00%;top:50.00%">far' in chart.html("x")
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=8))
+def test_labels_stay_above_the_foot_of_the_plot_and_apart(points):
+    chart = Chart(Axis(0, 1, "x"), Axis(0, 1, "y"))
+    chart.name_points([(0.5, y, f"n{i}") for i, (_, y) in enumerate(points)])
+    tops = sorted(float(t) for t in re.findall(r"top:([\d.]+)%\">n", chart.html("x")))
+    assert all(t <= 97 for t in tops)
+    assert all(b - a > 7.4 for a, b in itertools.pairwise(tops))

@@ -1,5 +1,6 @@
 """One page of every evaluation: what it answers, that it says what the files say, bad files."""
 
+import base64
 import json
 import re
 import sys
@@ -11,7 +12,7 @@ import pytest
 from lenvm.errors import DataError
 from lenvm.reports.report import build_report
 from lenvm.reports.tables import format_percent
-from reports.made_up import write_demo
+from reports.made_up import make_trace, write_demo, write_jsonl
 from reports.made_up_evals import (
     write_lifebench,
     write_prediction,
@@ -167,6 +168,18 @@ def test_several_models_stand_side_by_side(tmp_path):
     assert "Length prediction · lenvm-7b" in text
     again = words(build_report([one, one], tmp_path / "r.html"))
     assert "Length prediction · lenvm-1.5b · a" in again
+
+
+def test_images_are_found_beside_their_own_trace_file(tmp_path):
+    files = []
+    for name in ("a", "b"):
+        path = tmp_path / name / "traces.jsonl"
+        write_jsonl(path, [make_trace("math", model=name, images=["i.png"])])
+        (tmp_path / name / "i.png").write_bytes(b"\x89PNG" + name.encode())
+        files.append(path)
+    text = build_report(files, tmp_path / "r.html").read_text()
+    for name in ("a", "b"):
+        assert base64.b64encode(b"\x89PNG" + name.encode()).decode() in text
 
 
 def test_a_demo_alone_is_its_own_page_and_with_others_a_part(tmp_path):

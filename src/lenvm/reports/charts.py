@@ -176,14 +176,21 @@ class Chart:
 
     def name_points(self, points: Sequence[tuple[float, float, str]]) -> None:
         """Words beside several points, moved up or down where they would meet. (x, y, words)"""
-        taken: list[tuple[float, float]] = []
-        for x, y, words in sorted(points, key=lambda p: -p[1]):
-            across, up = self.x_axis.place(x), self.y_axis.place(y)
-            for at, level in taken:
-                if abs(at - across) < LABEL_REACH and abs(level - up) < LABEL_HEIGHT:
-                    up = level - LABEL_HEIGHT
-            taken.append((across, up))
-            self._label(across, up, words)
+        ordered = sorted(points, key=lambda p: -p[1])
+        across = [self.x_axis.place(x) for x, _, _ in ordered]
+        up = [self.y_axis.place(y) for _, y, _ in ordered]
+        for down in (True, False):  # down from the highest, then up again from the floor
+            order = range(len(ordered)) if down else range(len(ordered) - 1, -1, -1)
+            taken: list[int] = []
+            for i in order:
+                up[i] = up[i] if down else max(up[i], LABEL_HEIGHT / 2)
+                for other in taken:
+                    near = abs(across[other] - across[i]) < LABEL_REACH
+                    if near and abs(up[other] - up[i]) < LABEL_HEIGHT - 1e-9:
+                        up[i] = up[other] + (-LABEL_HEIGHT if down else LABEL_HEIGHT)
+                taken.append(i)
+        for at, level, (_, _, words) in zip(across, up, ordered, strict=True):
+            self._label(at, level, words)
 
     def html(self, label: str, *, extra: str = "") -> Html:
         """The chart; `label` says in words what it shows. `extra`: HTML inside the plot."""

@@ -69,9 +69,14 @@ def _score(arm: Arm, constraint: str) -> float:
 
 
 def _best(arms: Sequence[Arm], constraint: str) -> Arm:
-    """The best LenVM arm; the best of all where none ran."""
+    """The best LenVM arm; the best of all where none ran. Of equal ones, the more natural text."""
+
+    def merit(arm: Arm) -> tuple[int, float]:
+        quality = _log_prob(arm, constraint)
+        return round(_score(arm, constraint)), quality["value"] if quality else float("-inf")
+
     own = [a for a in arms if a["family"] in LENVM]
-    return max(own or arms, key=lambda a: _score(a, constraint))
+    return max(own or arms, key=merit)
 
 
 def _cost(arm: Arm, plain: Arm, constraint: str) -> str:
@@ -146,7 +151,9 @@ def _against_quality(arms: Sequence[Arm], constraint: str, *, height: int) -> Ht
         tip = f"{a['label']}\nscore {score['value']:.0f}, log-prob. {quality['value']:.2f}"
         chart.dot(quality["value"], score["value"], _kind(a), tip)
     chart.name_points([(q["value"], v["value"], _short(a)) for a, v, q in known])
-    drawing = legend([("dot main", "LenVM"), ("dot base", "other ways")])
+    found = {_kind(a) for a, _, _ in known}
+    names = {"main": "LenVM", "base": "other ways"}
+    drawing = legend([(f"dot {kind}", name) for kind, name in names.items() if kind in found])
     drawing += chart.html("length score against quality, one dot an arm")
     left_out = len(arms) - len(known)
     caption = f"{left_out} arms have no log-probabilities." if left_out else ""

@@ -143,14 +143,17 @@ def _guard(results: list[Result], write: Callable[[list[Result]], Html]) -> Html
 
 def _view(results: Sequence[Result]) -> Html:
     """All traces in one view, so that models stand side by side."""
-    folder = results[0].path.parent
-    traces = [trace for r in results for trace in read_traces(r.path)]
+    traces = [
+        t.model_copy(update={"images": [str(r.path.parent / name) for name in t.images]})
+        for r in results
+        for t in read_traces(r.path)
+    ]
     words = note(
         "Answers token by token. Point at a token or at the curve, or use the arrow keys. Longer "
         "or shorter: the TD residual with its sign turned, so positive (orange) makes the expected "
         "answer longer."
     )
-    view = words + token_view(traces, folder=folder)
+    view = words + token_view(traces)
     return Html(f'<div class="answers one">{panel("Token by token", view, wide=True)}</div>')
 
 
