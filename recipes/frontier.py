@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from lenvm import __version__
-from lenvm.data.prompts import Prompt
+from lenvm.data.prompts import Prompt, load_bundled_prompts
 from lenvm.data.trajectory import read_trajectories
 from lenvm.engines.rollout import in_order, rollout
 from lenvm.engines.sampling import SamplingParams
@@ -113,7 +113,8 @@ def load_prompts(data: Path, all_licences: bool) -> tuple[list[Prompt], list[Pro
             )
         }
         sides.append(found)
-    training = [p for h, p in sides[0].items() if h not in sides[1]]
+    demo = {p.prompt_hash for p in load_bundled_prompts() if p.split != "train"}
+    training = [p for h, p in sides[0].items() if h not in sides[1] and h not in demo]
     random.Random(0).shuffle(training)
     # a tenth of the training prompts is for validation
     training = [
@@ -134,7 +135,7 @@ def sample(a: argparse.Namespace, results: dict[str, Any]) -> None:
     training, heldout = load_prompts(a.data, a.all_licences)
     if a.tiny:
         training, heldout = training[:12], heldout[::40]
-    sampling = SamplingParams(max_tokens=a.max_tokens, seed=1)
+    sampling = SamplingParams(top_k=a.top_k, top_p=a.top_p, max_tokens=a.max_tokens, seed=1)
     for name, prompts, n, limit_s in (
         ("heldout", heldout, a.heldout_n, 1e9),
         ("train", training, a.n, a.sample_s),
@@ -252,7 +253,9 @@ def _control_arm(
             task = task.replace("{word_count} words", f"{target} tokens")
             ids = encode_prompt(engine.tokenizer, [{"role": "user", "content": task}])
             control = LengthControl.parse({"equal_to": target, **options}) if options else None
-            sampling = SamplingParams(top_k=15, top_p=0.999, max_tokens=a.control_max, seed=2)
+            sampling = SamplingParams(
+                top_k=a.top_k, top_p=a.top_p, max_tokens=a.control_max, seed=2
+            )
             requests.append(Request(f"{target}-{i}", tuple(ids), sampling, control, index=i))
     start = time.time()
     done = in_order(engine.generate(requests), requests)
@@ -303,6 +306,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--n", type=int, default=8)
     parser.add_argument("--heldout-n", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=15, help="as in guided decoding; 0: all")
+    parser.add_argument("--top-p", type=float, default=0.999)
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--control-max", type=int, default=1536)
     parser.add_argument("--sample-s", type=float, default=90.0)

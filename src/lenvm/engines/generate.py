@@ -6,9 +6,9 @@
     output = model.generate(**inputs, do_sample=True, max_new_tokens=200, custom_generate=control)
 
 generate()'s own sampling loop runs, with its arguments (temperature, top_k, top_p, min_p,
-penalties, stopping criteria, streamer, num_return_sequences, ...). Rows may each have a control or none; rows
-without one get the very tokens that they would get alone. `LengthLogitsProcessor` is the same as a
-logits processor, for loops of one's own.
+penalties, stopping criteria, streamer, num_return_sequences, ...). Rows may each have a control or
+none; rows without one get the very tokens that they would get alone. `LengthLogitsProcessor` is
+the same as a logits processor, for loops of one's own.
 
 Shape legend: B rows of the batch, R guided ones among them, T tokens so far, V vocabulary.
 """

@@ -72,8 +72,11 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
         gamma = returns.compute_gamma(stores["train"].completion_lengths.tolist())
     device = pick_device()
     torch.manual_seed(config.seed)  # the fresh head
+    frozen_bf16 = config.trainable == "lora" and device.startswith("cuda")  # adapters stay fp32
     model = LengthValueModel.build(
-        config.backbone, LenVMConfig(gamma=gamma, head=config.head), dtype=torch.float32
+        config.backbone,
+        LenVMConfig(gamma=gamma, head=config.head),
+        dtype=torch.bfloat16 if frozen_bf16 else torch.float32,
     ).to(device)
     _check_vocabulary(model, stores)
     _start_from_marginal(model, stores["train"])
