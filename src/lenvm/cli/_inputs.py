@@ -31,3 +31,11 @@ def load_value_model(name: str | None, *, device: str) -> Any:
     return LengthValueModel.from_pretrained(
         name or bundled_value_model(), device=device, dtype=pick_dtype(device)
     )
+
+
+def name_value_model(name: str | None) -> str:
+    """What results call a value model: its folder, with the parent where that is just `model`."""
+    if name is None:
+        return "bundled"
+    path = Path(name).resolve()
+    return f"{path.parent.name}/{path.name}" if path.name == "model" else path.name
