@@ -20,7 +20,7 @@ from lenvm.engines.sampling import SamplingParams
 from lenvm.engines.transformers import Completion, Request, TransformersEngine
 from lenvm.files import claim, read_json, write_json, write_text
 from lenvm.guidance.request import LengthControl
-from lenvm.model.bundled import bundled_value_model
+from lenvm.model.bundled import DEFAULT_MODEL, bundled_value_model
 from lenvm.model.device import pick_device, pick_dtype
 from lenvm.model.prediction import predict_lengths, trace_values
 from lenvm.model.value_model import LengthValueModel
@@ -48,8 +48,9 @@ class DemoConfig:
     submit_for_s: float = 45.0
     """No new completion is begun after this; those begun are finished."""
     batch: int = 64
-    init_from: str = "bundled"
-    """Value model to go on from: the package's own."""
+    init_from: str | None = None
+    """Value model to go on from. None: the package's own for the default generator, else none (a
+    fresh head on the generator's own layers)."""
     last_layers: int = 4
     epochs: float = 2.0
     learning_rate: float = 1e-4
@@ -76,9 +77,9 @@ def run_demo(output: Path, config: DemoConfig, progress: Progress) -> dict[str, 
     trajectories = list(read_trajectories(output / "trajectories.jsonl"))
     training = _train(output, config, progress)
     progress("predict", 0, 2)
-    before = _load(_init_from(config), device)
-    mre_before = _predict(before, trajectories)["mre"]
-    del before
+    mre_before = None
+    if start := _init_from(config):
+        mre_before = _predict(_load(start, device), trajectories)["mre"]
     progress("predict", 1, 2)
     model = _load(output / "model", device)
     prediction = _predict(model, trajectories) | {"mre_before_training": mre_before}
@@ -91,7 +92,7 @@ def run_demo(output: Path, config: DemoConfig, progress: Progress) -> dict[str, 
         "value_model": {
             "head": model.config.head,
             "gamma": model.config.gamma,
-            "init_from": config.init_from,
+            "init_from": (start := _init_from(config)) and Path(start).name,
         },
         "sampling": sampling,
         "training": {
@@ -181,30 +182,32 @@ def _spread(items: Sequence[Prompt], width: int) -> list[Prompt | None]:
 
 
 def _train(output: Path, config: DemoConfig, progress: Progress) -> TrainingResult:
-    settings = TrainingConfig(
-        data=[str(output / "trajectories.jsonl")],
-        output=str(output / "model"),
-        init_from=_init_from(config),
-        trainable="last",
-        last_layers=config.last_layers,
-        censoring="one_sided",
-        epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        head_learning_rate=config.head_learning_rate,
-        batch_tokens=config.batch_tokens,
-        evals=2,
-        seed=config.seed,
-    )
-    return train(settings, progress)
+    start = _init_from(config)
+    settings: dict[str, Any] = {
+        "data": [str(output / "trajectories.jsonl")],
+        "output": str(output / "model"),
+        "trainable": "last",
+        "last_layers": config.last_layers,
+        "censoring": "one_sided",
+        "epochs": config.epochs,
+        "learning_rate": config.learning_rate,
+        "head_learning_rate": config.head_learning_rate,
+        "batch_tokens": config.batch_tokens,
+        "evals": 2,
+        "seed": config.seed,
+    }
+    settings |= {"init_from": start} if start else {"backbone": config.generator}
+    return train(TrainingConfig.parse(settings), progress)
 
 
 def _load(folder: Path | str, device: str) -> LengthValueModel:
     return LengthValueModel.from_pretrained(folder, device=device, dtype=pick_dtype(device))
 
 
-def _init_from(config: DemoConfig) -> str:
-    bundled = config.init_from == "bundled"
-    return str(bundled_value_model()) if bundled else config.init_from
+def _init_from(config: DemoConfig) -> str | None:
+    if config.init_from is None and config.generator == DEFAULT_MODEL:
+        return str(bundled_value_model())
+    return config.init_from
 
 
 def _heldout(trajectories: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:
