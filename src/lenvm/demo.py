@@ -44,8 +44,8 @@ class DemoConfig:
     train_prompts: int = 48
     heldout_prompts: int = 24
     completions: int = 2
-    max_tokens: int = 256
-    submit_for_s: float = 45.0
+    max_tokens: int = 224
+    submit_for_s: float = 40.0
     """No new completion is begun after this; those begun are finished."""
     batch: int = 64
     init_from: str | None = None

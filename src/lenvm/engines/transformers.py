@@ -170,7 +170,7 @@ class TransformersEngine:
         source = iter(requests)
         exhausted = False
         while True:
-            while not exhausted and len(self._waiting) < self.max_requests:
+            while not exhausted and self.num_unfinished < self.max_requests:
                 request = next(source, None)
                 if request is None:
                     exhausted = True
