@@ -16,6 +16,9 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option(help="A trajectory file instead of texts.")
         ] = None,
         lenvm: Annotated[str | None, typer.Option(help="Value model folder.")] = None,
+        image: Annotated[
+            list[str] | None, typer.Option(help="Image file of the prompt; repeatable.")
+        ] = None,
         cut: Annotated[bool, typer.Option("--cut", help="The answer was cut off.")] = False,
         limit: Annotated[int | None, typer.Option(min=1)] = None,
         jsonl: Annotated[bool, typer.Option("--jsonl", help="JSON lines, not a table.")] = False,
@@ -30,11 +33,13 @@ def register(app: typer.Typer) -> None:
 
         if (prompt is None) == (trajectories is None) or (prompt is None) != (completion is None):
             raise InputError("give a PROMPT and a COMPLETION, or --trajectories FILE")
+        if image and trajectories:
+            raise InputError("--image goes with a PROMPT; trajectories name their own images")
         model = load_value_model(lenvm, device=pick_device(device))
-        for name, prompt_ids, ids, complete in _read(
-            model.tokenizer, prompt, completion, trajectories, limit, not cut
+        for name, prompt_ids, ids, images, complete in _read(
+            model.tokenizer, prompt, completion, trajectories, limit, image or [], not cut
         ):
-            states = trace_values(model, prompt_ids, ids, complete=complete)
+            states = trace_values(model, prompt_ids, ids, images=images, complete=complete)
             tokens = [model.tokenizer.decode([i]) for i in ids]
             if jsonl:
                 row = {"id": name, "tokens": tokens, "token_ids": ids, "states": states}
@@ -62,23 +67,27 @@ def _read(
     completion: str | None,
     trajectories: Path | None,
     limit: int | None,
+    images: list[str],
     complete: bool,
 ) -> Any:
-    """(name, prompt ids, completion ids, complete) of what was asked for."""
+    """(name, prompt ids, completion ids, image files, complete) of what was asked for."""
     from itertools import islice
 
+    from lenvm.data.images import place_images, resolve_images
+    from lenvm.data.prompts import Prompt
     from lenvm.data.trajectory import read_trajectories
     from lenvm.errors import InputError
     from lenvm.model.tokenization import encode_prompt
 
     if trajectories is not None:
         for t in islice(read_trajectories(trajectories), limit):
-            yield t.id, t.prompt_token_ids, t.completion_token_ids, t.is_complete
+            files = resolve_images(t.images, trajectories.parent)
+            yield t.id, t.prompt_token_ids, t.completion_token_ids, files, t.is_complete
         return
     ids = list(tokenizer(completion, add_special_tokens=False).input_ids)
     if not ids:
         raise InputError("the completion is empty")
     if complete:
         ids.append(tokenizer.eos_token_id)
-    messages = [{"role": "user", "content": prompt}]
-    yield "completion", encode_prompt(tokenizer, messages), ids, complete
+    messages = place_images(Prompt.from_text(prompt or "", images=tuple(images)))
+    yield "completion", encode_prompt(tokenizer, messages), ids, images, complete

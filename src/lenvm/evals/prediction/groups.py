@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lenvm.data.images import resolve_images
 from lenvm.data.prompts import Prompt
 from lenvm.data.trajectory import Trajectory, read_trajectories
 from lenvm.errors import DataError, InputError
@@ -22,6 +23,8 @@ class PromptGroup:
     prompt_token_ids: list[int]
     completions: list[list[int]] = field(default_factory=list)
     """Token ids of the completions that ended by themselves."""
+    images: list[str] = field(default_factory=list)
+    """Image files of the prompt."""
     num_censored: int = 0
     """Completions that were cut off: their length is not known, they are left out and counted."""
 
@@ -59,14 +62,14 @@ def load_groups(
     found: dict[str, PromptGroup] = {}
     training: dict[str, PromptGroup] = {}
     num_guided, splits = 0, set()
-    for trajectory in read_trajectories(*paths):
+    for base, trajectory in ((p.parent, t) for p in paths for t in read_trajectories(p)):
         splits.add(trajectory.split)
         if trajectory.length_control is not None:
             num_guided += 1
         elif split in ("all", trajectory.split):
-            _add(found, trajectory)
+            _add(found, trajectory, base)
         elif trajectory.split == "train":
-            _add(training, trajectory)
+            _add(training, trajectory, base)
     kept = [g for g in found.values() if len(g.completions) >= min_completions][:limit]
     if not kept:
         raise DataError(
@@ -87,7 +90,7 @@ def true_length(lengths: Sequence[int], gamma: float) -> float:
     return float(-(most + np.log(np.exp(scaled - most).mean())) / rate)
 
 
-def _add(groups: dict[str, PromptGroup], trajectory: Trajectory) -> None:
+def _add(groups: dict[str, PromptGroup], trajectory: Trajectory, base: Path) -> None:
     group = groups.get(trajectory.prompt_hash)
     if group is None:
         prompt = Prompt(messages=trajectory.messages, prompt_text=trajectory.prompt_text)
@@ -96,6 +99,7 @@ def _add(groups: dict[str, PromptGroup], trajectory: Trajectory) -> None:
             domain=trajectory.domain,
             text=prompt.text,
             prompt_token_ids=trajectory.prompt_token_ids,
+            images=resolve_images(trajectory.images, base),
         )
     if trajectory.is_complete:
         group.completions.append(trajectory.completion_token_ids)
