@@ -73,16 +73,14 @@ def _read(
     """(name, prompt ids, completion ids, image files, complete) of what was asked for."""
     from itertools import islice
 
-    from lenvm.data.images import place_images, resolve_images
+    from lenvm.data.images import place_images, read_with_images
     from lenvm.data.prompts import Prompt
-    from lenvm.data.trajectory import read_trajectories
     from lenvm.errors import InputError
     from lenvm.model.tokenization import encode_prompt
 
     if trajectories is not None:
-        for t in islice(read_trajectories(trajectories), limit):
-            files = resolve_images(t.images, trajectories.parent)
-            yield t.id, t.prompt_token_ids, t.completion_token_ids, files, t.is_complete
+        for t in islice(read_with_images(trajectories), limit):
+            yield t.id, t.prompt_token_ids, t.completion_token_ids, t.images, t.is_complete
         return
     ids = list(tokenizer(completion, add_special_tokens=False).input_ids)
     if not ids:

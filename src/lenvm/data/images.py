@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lenvm.data.prompts import Prompt
+from lenvm.data.trajectory import Trajectory, read_trajectories
 from lenvm.errors import DataError
+
+ADDRESSES = ("http://", "https://", "data:")
 
 
 def to_wire_messages(prompt: Prompt) -> list[dict[str, Any]]:
@@ -31,12 +34,19 @@ def place_images(prompt: Prompt) -> list[dict[str, Any]]:
     return _place(prompt, lambda _: {"type": "image"})
 
 
+def read_with_images(*paths: Path) -> Iterator[Trajectory]:
+    """`read_trajectories`, with relative image files found from the folder of their JSONL file."""
+    for path in paths:
+        for trajectory in read_trajectories(path):
+            if trajectory.images:
+                files = resolve_images(trajectory.images, path.parent)
+                trajectory = trajectory.model_copy(update={"images": files})
+            yield trajectory
+
+
 def resolve_images(images: Sequence[str], base: Path) -> list[str]:
-    """Image files of a trajectory in the folder `base`: relative paths start there."""
-    return [
-        image if image.startswith(("http://", "https://", "data:")) else str(base / image)
-        for image in images
-    ]
+    """Image files whose relative paths start in `base`; addresses stay."""
+    return [image if image.startswith(ADDRESSES) else str(base / image) for image in images]
 
 
 def _place(prompt: Prompt, make: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -77,7 +87,7 @@ def _place_parts(
 
 
 def _image_part(image: str) -> dict[str, Any]:
-    url = image if image.startswith(("http://", "https://", "data:")) else _data_url(Path(image))
+    url = image if image.startswith(ADDRESSES) else _data_url(Path(image))
     return {"type": "image_url", "image_url": {"url": url}}
 
 

@@ -22,8 +22,8 @@ def predict_lengths(
     """Length of each prompt's answer before a token of it is written.
 
     prompts: token ids, chat template applied; images: the image files of each. Returns for each:
-    `value` (V at the prompt boundary) and `length` (tokens); a distribution head adds `mean`, `p10`, `p50`, `p90` and, for a `budget`,
-    `p_within_budget` = P(length <= budget).
+    `value` (V at the prompt boundary) and `length` (tokens); a distribution head adds `mean`,
+    `p10`, `p50`, `p90` and, for a `budget`, `p_within_budget` = P(length <= budget).
     """
     import torch
 

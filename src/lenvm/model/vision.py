@@ -120,6 +120,17 @@ class ImageReader:
             end = stop
         return [*expanded, *token_ids[end:]]
 
+    def check(self, token_ids: Sequence[int], files: Sequence[str]) -> None:
+        """What can be known without reading the images: DataError where one has no place or no
+        file."""
+        if len(runs := _find_runs(token_ids, self.token_id)) != len(files):
+            raise DataError(
+                f"{len(runs)} places for images in a sequence that has {len(files)} images"
+            )
+        for file in files:
+            if not file.startswith("data:") and not Path(file).is_file():
+                raise DataError(f"no image file {file}")
+
     def positions(self, token_ids: Sequence[int], grids: Sequence[tuple[int, int, int]]) -> Tensor:
         """M-RoPE positions [3, T] of one sequence whose placeholders are all there.
 
@@ -177,6 +188,17 @@ class ImageReader:
             "image_grid_thw": torch.tensor([image.grid for image in unique]),
             "image_rows": torch.cat(rows),
         }
+
+    def batch(
+        self, sequences: Sequence[Sequence[int]], files: Sequence[Sequence[str]]
+    ) -> dict[str, Any]:
+        """What a packed batch of the sequences has besides its tokens: position_ids [3, 1, N] and,
+        where there are images, image_inputs. Errors as of `arrange`."""
+        positions, image_inputs = self.arrange(sequences, files)
+        entries: dict[str, Any] = {"position_ids": torch.cat(positions, 1).unsqueeze(1)}
+        if image_inputs is not None:
+            entries["image_inputs"] = image_inputs
+        return entries
 
 
 def load_image_reader(path: str) -> ImageReader:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lenvm.data.images import resolve_images
-from lenvm.data.trajectory import Trajectory, read_trajectories
+from lenvm.data.images import read_with_images
+from lenvm.data.trajectory import Trajectory
 from lenvm.errors import DataError, InputError
 from lenvm.evals.length_tokens.statistics import build_tables, count_tokens
 from lenvm.evals.length_tokens.tokens import token_texts
@@ -182,10 +182,7 @@ def summarise(
 def _select(config: LengthTokensConfig) -> list[Trajectory]:
     """Unguided completions of the split. DataError where there is none."""
     found: list[Trajectory] = []
-    for base, trajectory in ((p.parent, t) for p in config.files for t in read_trajectories(p)):
-        if trajectory.images:
-            files = resolve_images(trajectory.images, base)
-            trajectory = trajectory.model_copy(update={"images": files})
+    for trajectory in read_with_images(*config.files):
         if config.split not in ("all", trajectory.split) or trajectory.length_control is not None:
             continue
         if config.limit is not None and len(found) >= config.limit:

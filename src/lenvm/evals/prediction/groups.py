@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lenvm.data.images import resolve_images
+from lenvm.data.images import read_with_images
 from lenvm.data.prompts import Prompt
-from lenvm.data.trajectory import Trajectory, read_trajectories
+from lenvm.data.trajectory import Trajectory
 from lenvm.errors import DataError, InputError
 from lenvm.returns import log_discount
 
@@ -62,14 +62,14 @@ def load_groups(
     found: dict[str, PromptGroup] = {}
     training: dict[str, PromptGroup] = {}
     num_guided, splits = 0, set()
-    for base, trajectory in ((p.parent, t) for p in paths for t in read_trajectories(p)):
+    for trajectory in read_with_images(*paths):
         splits.add(trajectory.split)
         if trajectory.length_control is not None:
             num_guided += 1
         elif split in ("all", trajectory.split):
-            _add(found, trajectory, base)
+            _add(found, trajectory)
         elif trajectory.split == "train":
-            _add(training, trajectory, base)
+            _add(training, trajectory)
     kept = [g for g in found.values() if len(g.completions) >= min_completions][:limit]
     if not kept:
         raise DataError(
@@ -90,7 +90,7 @@ def true_length(lengths: Sequence[int], gamma: float) -> float:
     return float(-(most + np.log(np.exp(scaled - most).mean())) / rate)
 
 
-def _add(groups: dict[str, PromptGroup], trajectory: Trajectory, base: Path) -> None:
+def _add(groups: dict[str, PromptGroup], trajectory: Trajectory) -> None:
     group = groups.get(trajectory.prompt_hash)
     if group is None:
         prompt = Prompt(messages=trajectory.messages, prompt_text=trajectory.prompt_text)
@@ -99,7 +99,7 @@ def _add(groups: dict[str, PromptGroup], trajectory: Trajectory, base: Path) -> 
             domain=trajectory.domain,
             text=prompt.text,
             prompt_token_ids=trajectory.prompt_token_ids,
-            images=resolve_images(trajectory.images, base),
+            images=trajectory.images,
         )
     if trajectory.is_complete:
         group.completions.append(trajectory.completion_token_ids)
