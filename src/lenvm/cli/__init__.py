@@ -27,6 +27,7 @@ COMMANDS = (
     "eval",
     "report",
     "download",
+    "run",
 )
 
 HELP = """Know, steer and see how long a language model's answer will be.
