@@ -154,12 +154,9 @@ class PipelineConfig(BaseModel):
             if server is not None and server not in self.servers:
                 known = ", ".join(self.servers) or "none"
                 raise ValueError(f"{name} asks server {server!r}; known: {known}")
-        kinds: tuple[list[str], ...] = (
-            [s.name for s in self.download],
-            [s.name for s in (*self.convert, *self.sample)],
-            [s.name for s in self.evaluate],
-        )
-        for names in kinds:
+        trajectories = [s.name for s in self.convert] + [s.name for s in self.sample]
+        evaluations = [s.name for s in self.evaluate]
+        for names in ([s.name for s in self.download], trajectories, evaluations):
             if len(set(names)) < len(names):
                 raise ValueError(f"two stages of one kind have the same name: {', '.join(names)}")
         return self
