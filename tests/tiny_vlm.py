@@ -8,6 +8,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, PreTrainedTokenizerFast
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
+from transformers.models.qwen2_vl import Qwen2VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 VOCAB_SIZE = 72
@@ -62,6 +63,17 @@ def tiny_vlm_config(**overrides: Any) -> Any:
 def tiny_vlm(seed: int = 0, **overrides: Any) -> Any:
     torch.manual_seed(seed)
     return AutoModel.from_config(tiny_vlm_config(**overrides)).eval()
+
+
+def tiny_qwen2_vl(seed: int = 0) -> Any:
+    """The older family: same positions, another vision tower."""
+    config = tiny_vlm_config()
+    text = {k: v for k, v in config.text_config.to_dict().items() if k != "model_type"}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    torch.manual_seed(seed)
+    return AutoModel.from_config(
+        Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
+    ).eval()
 
 
 def tiny_image_processor() -> Any:

@@ -21,6 +21,7 @@ from tiny_vlm import (
     draw,
     save_tiny_vlm,
     tiny_image_processor,
+    tiny_qwen2_vl,
     tiny_vlm,
     tiny_vlm_config,
     tiny_vlm_tokenizer,
@@ -90,6 +91,23 @@ def test_values_are_those_of_the_backbones_own_forward(model: LengthValueModel, 
         with torch.no_grad():
             hidden = model.backbone(input_ids=input_ids, **pixels).last_hidden_state
             torch.testing.assert_close(raw, model.head(hidden)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_qwen2_vl_reads_images_too(files):
+    backbone = tiny_qwen2_vl()
+    model = LengthValueModel.build(backbone, LenVMConfig(gamma=0.99, head="scalar")).eval()
+    model.images = ImageReader(tiny_image_processor(), backbone.config)
+    ids = model.images.expand([4, *MARK, 9, 5], files[:1])
+    (raw,) = model.read([ids], images=[files[:1]])
+    image, input_ids = model.images.read(files[0]), torch.tensor([ids])
+    with torch.no_grad():
+        hidden = backbone(
+            input_ids=input_ids,
+            pixel_values=image.patches,
+            image_grid_thw=torch.tensor([image.grid]),
+            mm_token_type_ids=(input_ids == IMAGE).int(),
+        ).last_hidden_state
+        torch.testing.assert_close(raw, model.head(hidden)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_the_picture_matters(model: LengthValueModel, files, tmp_path: Path):

@@ -118,12 +118,18 @@ def test_a_server_that_does_not_come_up_is_named_with_its_log(tmp_path: Path):
 
 def test_a_failing_stage_ends_the_run_and_what_was_done_stays(tmp_path: Path):
     good = values(tmp_path)["sample"][0]
-    bad = {"name": "b", "prompts": str(tmp_path / "none.jsonl"), "server": "stub"}
+    prompts = tmp_path / "p.jsonl"
+    bad = {"name": "b", "prompts": str(prompts), "server": "stub"}
+    said: list[str] = []
+    with pytest.raises(DataError, match=r"not there:\n  sample-b: .*p\.jsonl"):
+        run_pipeline(config(tmp_path, sample=[good, bad]), say=said.append)
+    assert not said
+    prompts.write_text("no JSON")
     with pytest.raises(StageError, match="sample-b failed with exit code 3"):
         run_pipeline(config(tmp_path, sample=[good, bad]))
     assert (tmp_path / "run" / "stages" / "sample-a.done.json").exists()
-    (tmp_path / "none.jsonl").write_text('{"prompt": "now it is there"}\n')
-    with pytest.raises(InputError, match="prompt_files"):  # the first try knew of no such file
+    prompts.write_text('{"prompt": "mended"}\n')
+    with pytest.raises(InputError, match="prompt_files"):
         run_pipeline(config(tmp_path, sample=[good, bad]))
 
 
@@ -152,8 +158,8 @@ def test_one_run_at_a_time(tmp_path: Path):
 
 def start_slow(tmp_path: Path) -> tuple["subprocess.Popen[bytes]", Path]:
     """A run whose server takes its time, in a process of its own."""
-    slow = server("--delay", "0.4")
-    sample = {**values(tmp_path)["sample"][0], "limit": 24, "concurrency": 2, "n": 1}
+    slow = server("--delay", "0.25")
+    sample = {**values(tmp_path)["sample"][0], "limit": 16, "concurrency": 2, "n": 1}
     lines = [
         f'folder = "{tmp_path / "run"}"',
         f"[servers.stub]\nengine = 'command'\ngpus = 0\ncommand = {json.dumps(slow['command'])}",
@@ -179,13 +185,13 @@ def test_a_killed_run_leaves_no_process_and_continues(tmp_path: Path, how: signa
         assert b"interrupted; what was finished is kept" in errors
     wait_for(lambda: not any(is_alive(pid) for pid in children))
     before = [line for line in path.read_bytes().split(b"\n") if line.endswith(b"}")]
-    assert 3 <= len(before) < 24
+    assert 3 <= len(before) < 16
     again, _ = start_slow(tmp_path)
     assert again.wait(120) == 0
     again.communicate()
     after = path.read_bytes().split(b"\n")
     assert after[: len(before)] == before
-    assert len({t.id for t in read_trajectories(path)}) == 24
+    assert len({t.id for t in read_trajectories(path)}) == 16
 
 
 def test_two_machines_share_a_run(tmp_path: Path):
@@ -218,9 +224,11 @@ def test_the_tiny_recipe_runs_from_prompts_to_a_report(tmp_path: Path):
     tiny_generator(max_position_embeddings=2048).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     settings = [f"folder={tmp_path / 'run'}", f"generator={tmp_path / 'model'}"]
+    settings += ["sample.bundled.limit=40", "sample.bundled.n=2", "train.epochs=1"]
     recipe = PipelineConfig.load(ROOT / "recipes" / "tiny.toml", settings)
     if find_spec("lenvm.reports.report") is None:  # reports of evaluations are not there yet
         recipe = recipe.model_copy(update={"report": None})
+    recipe = recipe.model_copy(update={"evaluate": recipe.evaluate[:1]})  # one is enough here
     results = run_pipeline(recipe)
     assert not any(result.was_done for result in results)
     folder = tmp_path / "run"

@@ -22,6 +22,7 @@ OPERATIONAL = frozenset(
     ("concurrency", "per_request", "retries", "patience", "timeout", "timeout_s", "device")
 )
 """Options that say how fast, not what: they may change between a run and its continuation."""
+FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".toml")
 READS_TRAJECTORIES = ("length-prediction", "length-tokens")
 GENERATES = ("lifebench", "tradeoff")
 
@@ -57,6 +58,8 @@ class Command:
     server: str | None = None
     inputs: tuple[str, ...] = ()
     """Stages whose products this one reads."""
+    reads: tuple[str, ...] = ()
+    """Files, or names of data sets, that were there before the run."""
     everywhere: bool = False
     """True: every machine runs it; else machine 0 alone, and the others wait."""
     output: Path | None = None
@@ -115,6 +118,18 @@ def to_flags(options: Mapping[str, Any]) -> list[str]:
     return flags
 
 
+def find_missing(commands: Sequence[Command], folder: Path) -> list[str]:
+    """Files that stages read, that are not there, and that no stage makes (in `folder`)."""
+    return [
+        f"{command.name}: {name}"
+        for command in commands
+        for name in command.reads
+        if Path(name).suffix in FILE_SUFFIXES
+        and not Path(name).exists()
+        and not Path(name).absolute().is_relative_to(folder.absolute())
+    ]
+
+
 def hash_inputs(paths: Sequence[str]) -> dict[str, str]:
     """First 16 hex digits of the SHA-256 of those paths that are files."""
     found = {}
@@ -142,6 +157,7 @@ def _convert(stage: ConvertStage, folder: Path, inputs: tuple[str, ...]) -> Comm
         ("convert", *stage.files, "--output", str(output), *to_flags(stage.options)),
         {"files": stage.files, **stage.options},
         inputs=inputs,
+        reads=tuple(stage.files),
         output=output,
         environment=stage.environment,
     )
@@ -167,6 +183,7 @@ def _sample(stage: SampleStage, config: PipelineConfig, folder: Path, node: Node
             **kept,
         },
         server=stage.server,
+        reads=(stage.prompts,),
         everywhere=True,
         output=output,
         max_failed=stage.max_failed,
@@ -193,6 +210,7 @@ def _train(
         {"data": files, "data_files": hash_inputs(stage.data), **options},
         launcher=_launcher(stage, node),
         inputs=inputs,
+        reads=tuple(stage.data),
         everywhere=True,
         output=output,
         environment=stage.environment,
@@ -249,6 +267,7 @@ def _evaluate(
         },
         server=stage.server,
         inputs=inputs,
+        reads=tuple(stage.arguments),
         output=output,
         environment=stage.environment,
     )

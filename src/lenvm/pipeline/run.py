@@ -22,7 +22,7 @@ from lenvm.errors import DataError, EndpointError, InputError, StageError
 from lenvm.files import claim, manifest_path, read_json, read_lines, write_json
 from lenvm.pipeline import processes
 from lenvm.pipeline.config import PipelineConfig
-from lenvm.pipeline.plan import Command, Node, plan
+from lenvm.pipeline.plan import Command, Node, find_missing, plan
 from lenvm.pipeline.servers import (
     HOST,
     RunningServers,
@@ -65,6 +65,8 @@ def run_pipeline(
         for command in commands:
             marks.check(command)
         pending = [c for c in commands if not marks.is_done(c) and _runs_here(c, node)]
+        if missing := find_missing(pending, Path(config.folder)):
+            raise DataError("files that the run reads are not there:\n  " + "\n  ".join(missing))
         for name in {c.server for c in pending if c.server}:
             check_installed(name, config.servers[name])
         with _Pool(config, say) as pool:
