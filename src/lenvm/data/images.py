@@ -45,8 +45,10 @@ def read_with_images(*paths: Path) -> Iterator[Trajectory]:
 
 
 def resolve_images(images: Sequence[str], base: Path) -> list[str]:
-    """Image files whose relative paths start in `base`; addresses stay."""
-    return [image if image.startswith(ADDRESSES) else str(base / image) for image in images]
+    """Absolute image files, relative paths starting in `base`; addresses stay."""
+    return [
+        image if image.startswith(ADDRESSES) else str((base / image).resolve()) for image in images
+    ]
 
 
 def _place(prompt: Prompt, make: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
