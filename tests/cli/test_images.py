@@ -91,7 +91,8 @@ def test_images_go_to_the_server_and_come_back_as_values(
     for line, t in zip(map(json.loads, lines), read_trajectories(path), strict=True):
         (raw,) = model.read([[*t.prompt_token_ids, *t.completion_token_ids]], images=[t.images])
         length = model.belief(raw).length()[len(t.prompt_token_ids) - 1]
-        assert line["states"][0]["length"] == pytest.approx(length.item(), abs=1)
+        assert line["remaining_predicted"][0] == pytest.approx(length.item(), abs=1)
+        assert line["images"] == t.images
     predicted = run("predict", "--prompts", prompts, "--lenvm", checkpoint, "--jsonl").splitlines()
     assert len(predicted) == len(IMAGES) + 1
     run("eval", "length-prediction", path, "--lenvm", checkpoint, "-o", tmp_path / "e")
@@ -102,8 +103,9 @@ def test_values_of_a_prompt_with_an_image(checkpoint: Path):
     command = ("values", "w9 what", "w11 w12", "--lenvm", checkpoint, "--jsonl")
     first, second = (json.loads(run(*command, "--image", image)) for image in IMAGES[:2])
     assert first["tokens"] == second["tokens"]
-    assert first["states"] != second["states"]
-    assert len(first["states"]) == 4
+    assert first["values"] != second["values"]
+    assert len(first["values"]) == 4
+    assert first["images"] == [str(IMAGES[0])]
     with pytest.raises(InputError, match="--image goes with a PROMPT"):
         run("values", "--trajectories", "x", "--image", "y")
 

@@ -103,16 +103,16 @@ def test_published_data_and_checkpoints_evaluate_as_they_are(hub: Hub, tmp_path:
     assert (summary["num_prompts"], summary["num_censored"]) == (3, 1)
     assert (summary["gamma"], summary["head"]) == (0.99, "scalar")
     rows = run("values", "--trajectories", trajectories, "--lenvm", model, "--limit", 1, "--jsonl")
-    state = json.loads(rows)["states"][0]
+    value = json.loads(rows)["values"][0]
     loaded = LengthValueModel.from_pretrained(model, dtype=torch.float32)
     assert loaded.config.eos_token_ids == [EOS]
     prompt = json.loads(trajectories.read_text().splitlines()[0])["prompt_token_ids"]
     hidden = loaded.backbone(torch.tensor([prompt])).last_hidden_state[0, -1]
     layers = loaded.head.fc, loaded.head.summary
     z = layers[1](torch.nn.functional.silu(layers[0](hidden)))
-    assert state["value"] == pytest.approx(-torch.sigmoid(z).item(), rel=2e-2)
+    assert value == pytest.approx(-torch.sigmoid(z).item(), rel=2e-2)
     predicted = json.loads(run("predict", "w10 w20", "--lenvm", model, "--jsonl"))
-    assert predicted["value"] == pytest.approx(state["value"], rel=1e-5)
+    assert predicted["value"] == pytest.approx(value, rel=1e-5)
 
 
 def test_gamma_of_a_known_checkpoint_is_its_own(tmp_path: Path):

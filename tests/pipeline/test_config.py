@@ -1,4 +1,3 @@
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -110,8 +109,6 @@ def test_options_of_the_commands_are_checked_before_anything_runs(
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_is_one_that_lenvm_takes(path: Path):
     config = PipelineConfig.load(path)
-    if find_spec("lenvm.reports.report") is None:  # reports of evaluations are not there yet
-        config = config.model_copy(update={"report": None})
     check_commands(config, Node(), check_arguments)
     if config.train is not None and config.train.launcher == "torchrun":
         check_commands(config, Node(1, 2, "node0"), check_arguments)

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +225,6 @@ def test_the_tiny_recipe_runs_from_prompts_to_a_report(tmp_path: Path):
     settings = [f"folder={tmp_path / 'run'}", f"generator={tmp_path / 'model'}"]
     settings += ["sample.bundled.limit=40", "sample.bundled.n=2", "train.epochs=1"]
     recipe = PipelineConfig.load(ROOT / "recipes" / "tiny.toml", settings)
-    if find_spec("lenvm.reports.report") is None:  # reports of evaluations are not there yet
-        recipe = recipe.model_copy(update={"report": None})
     recipe = recipe.model_copy(update={"evaluate": recipe.evaluate[:1]})  # one is enough here
     results = run_pipeline(recipe)
     assert not any(result.was_done for result in results)
@@ -235,6 +232,7 @@ def test_the_tiny_recipe_runs_from_prompts_to_a_report(tmp_path: Path):
     assert (folder / "model" / "value_head.safetensors").exists()
     summary = read_json(folder / "evaluations" / "prediction" / "summary.json")
     assert summary["num_prompts"] > 0
+    assert "A tiny run" in (folder / "report.html").read_text()
     assert all(result.was_done for result in run_pipeline(recipe))
     for path in (folder / "stages").glob("sample-bundled.*"):  # sampled anew: what follows is stale
         path.unlink()
