@@ -20,18 +20,18 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from lenvm import returns
-from lenvm.data.dataset import IGNORED, AddImages, PackedDataset, TokenStore, pack, plan_batches
+from lenvm.data.dataset import IGNORED, PackedDataset, TokenStore, pack, plan_batches
 from lenvm.data.images import read_with_images
-from lenvm.errors import DataError, InputError, TrainingError
+from lenvm.errors import DataError, TrainingError
 from lenvm.files import JsonlWriter, claim, read_json, write_json
 from lenvm.model.device import has_fast_bf16, pick_device
 from lenvm.model.head import DistributionHead
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
-from lenvm.model.vision import vision_tower
 from lenvm.training.attention import use_packed_attention
 from lenvm.training.config import TrainingConfig
 from lenvm.training.metrics import token_errors
 from lenvm.training.objective import sum_loss
+from lenvm.training.vision import freeze_tower, prepare_images
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total)."""
@@ -72,7 +72,10 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
     torch.manual_seed(config.seed)  # the fresh head
     model = _build_model(config, stores["train"]).to(device)
     _check_vocabulary(model, stores)
-    add_images = _image_hook(model, stores, config)
+    add_images = None
+    for store in stores.values():
+        files = prepare_images(model, store.images, store.sequence, trainable=config.trainable)
+        add_images = add_images or files
     use_packed_attention(model.backbone)
     trained = _prepare(model, config)
     datasets: Datasets = {
@@ -406,7 +409,7 @@ def _start_from_marginal(model: LengthValueModel, store: TokenStore) -> None:
 
 def _prepare(model: LengthValueModel, config: TrainingConfig) -> LengthValueModel:
     """Freeze, or wrap with LoRA, as configured. A vision tower stays as it is by default."""
-    tower = vision_tower(model.backbone)
+    excluded = freeze_tower(model.backbone, train_vision=config.train_vision)
     if config.trainable == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -414,36 +417,12 @@ def _prepare(model: LengthValueModel, config: TrainingConfig) -> LengthValueMode
             r=config.lora_rank,
             lora_alpha=2 * config.lora_rank,
             target_modules="all-linear",
-            exclude_modules=None if tower is None or config.train_vision else r"(.*\.)?visual\..*",
+            exclude_modules=excluded,
         )
         model.backbone = get_peft_model(model.backbone, lora)
     elif config.trainable != "full":
         model.backbone.requires_grad_(False)
-    elif tower is not None:
-        tower.requires_grad_(config.train_vision)
     return model
-
-
-def _image_hook(
-    model: LengthValueModel, stores: dict[str, TokenStore], config: TrainingConfig
-) -> AddImages | None:
-    """What adds a batch's images and M-RoPE positions; None where there are no images."""
-    if not any(files for store in stores.values() for files in store.images):
-        return None
-    if model.images is None:
-        raise DataError(
-            f"the data has images, but {config.backbone} reads text alone; train a backbone such "
-            "as Qwen/Qwen2.5-VL-7B-Instruct"
-        )
-    if config.trainable == "last":
-        raise InputError(
-            "trainable = 'last' keeps hidden states of text models only; with images use 'full', "
-            "'lora' or 'head'"
-        )
-    for store in stores.values():
-        for row, files in enumerate(store.images):
-            model.images.check(store.sequence(row).tolist(), files)
-    return model.images.batch
 
 
 def _split_upper(model: LengthValueModel, last_layers: int) -> LengthValueModel:
