@@ -31,7 +31,7 @@ class Forecaster:
     def __init__(self, typical, name="lenvm-1.5b", blur=0.16, head="distribution"):
         self.typical, self.name, self.blur, self.head, self.gamma = typical, name, blur, head, GAMMA
 
-    def read(self, sequences, positions):
+    def read(self, sequences, positions, images=None):
         return [
             [self.believe(ids, place - 2) for place in places]
             for ids, places in zip(sequences, positions, strict=True)

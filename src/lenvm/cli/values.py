@@ -17,6 +17,9 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option(help="A trajectory file instead of texts.")
         ] = None,
         lenvm: Annotated[str | None, typer.Option(help="Value model folder.")] = None,
+        image: Annotated[
+            list[str] | None, typer.Option(help="Image file of the prompt; repeatable.")
+        ] = None,
         cut: Annotated[bool, typer.Option("--cut", help="The answer was cut off.")] = False,
         limit: Annotated[int | None, typer.Option(min=1)] = None,
         jsonl: Annotated[
@@ -41,13 +44,17 @@ def register(app: typer.Typer) -> None:
 
         if (prompt is None) == (trajectories is None) or (prompt is None) != (completion is None):
             raise InputError("give a PROMPT and a COMPLETION, or --trajectories FILE")
+        if image and trajectories:
+            raise InputError("--image goes with a PROMPT; trajectories name their own images")
         if jsonl and markdown:
             raise InputError("give --jsonl or --markdown, not both")
         model = load_value_model(lenvm, device=pick_device(device))
         for prompt_ids, ids, complete, about in _read(
-            model.tokenizer, prompt, completion, trajectories, limit, not cut
+            model.tokenizer, prompt, completion, trajectories, limit, image or [], not cut
         ):
-            states = trace_values(model, prompt_ids, ids, complete=complete)
+            states = trace_values(
+                model, prompt_ids, ids, images=about.get("images", ()), complete=complete
+            )
             tokens = split_text(model.tokenizer, ids)
             if not (jsonl or markdown):
                 _print_states(about["id"], tokens, states)
@@ -87,18 +94,19 @@ def _read(
     completion: str | None,
     trajectories: Path | None,
     limit: int | None,
+    images: list[str],
     complete: bool,
 ) -> Iterator[tuple[list[int], list[int], bool, dict[str, Any]]]:
     """(prompt ids, completion ids, complete, fields of a trace) of what was asked for."""
     from itertools import islice
 
+    from lenvm.data.images import place_images, read_with_images, resolve_images
     from lenvm.data.prompts import Prompt
-    from lenvm.data.trajectory import read_trajectories
     from lenvm.errors import InputError
     from lenvm.model.tokenization import encode_prompt
 
     if trajectories is not None:
-        for t in islice(read_trajectories(trajectories), limit):
+        for t in islice(read_with_images(trajectories), limit):
             about = {
                 "id": t.id,
                 "prompt": Prompt(messages=t.messages, prompt_text=t.prompt_text).text,
@@ -106,7 +114,7 @@ def _read(
                 "control": t.length_control,
                 "finish_reason": t.finish_reason,
                 "domain": t.domain,
-                "images": [str((trajectories.parent / name).resolve()) for name in t.images],
+                "images": t.images,
             }
             yield t.prompt_token_ids, t.completion_token_ids, t.is_complete, about
         return
@@ -115,10 +123,12 @@ def _read(
         raise InputError("the completion is empty")
     if complete:
         ids.append(tokenizer.eos_token_id)
-    messages = [{"role": "user", "content": prompt}]
+    images = resolve_images(images, Path())
+    messages = place_images(Prompt.from_text(prompt or "", images=tuple(images)))
     about = {
         "id": "completion",
         "prompt": prompt,
         "finish_reason": "stop" if complete else "length",
+        "images": images,
     }
     yield encode_prompt(tokenizer, messages), ids, complete, about

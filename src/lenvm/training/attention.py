@@ -101,9 +101,9 @@ def _flash(
 
 
 def use_packed_attention(backbone: Any) -> None:
-    """Make a backbone attend by `packed_attention`. transformers builds no mask for it."""
+    """Make a backbone attend by `packed_attention`; of a VLM its text part, since images are not
+    causal. transformers builds no mask for it."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
-    for config in (backbone.config, backbone.config.get_text_config()):
-        config._attn_implementation = NAME
+    backbone.config.get_text_config()._attn_implementation = NAME

@@ -32,6 +32,8 @@ class TrainingConfig(BaseModel):
     trainable: Literal["full", "lora", "last", "head"] = "full"
     last_layers: Annotated[int, Field(ge=1)] = 6
     """With trainable = "last": how many upper layers train. What lies below is computed once."""
+    train_vision: bool = False
+    """Of a VLM: let the vision tower train too."""
     lora_rank: Annotated[int, Field(ge=1)] = 16
     censoring: Literal["drop", "one_sided"] = "drop"
     """Truncated completions: left out, or used as lower bounds."""

@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lenvm import returns
 from lenvm.data.dataset import IGNORED, PackedDataset, TokenStore, pack, plan_batches
-from lenvm.data.trajectory import read_trajectories
+from lenvm.data.images import read_with_images
 from lenvm.errors import DataError, TrainingError
 from lenvm.files import JsonlWriter, claim, read_json, write_json
 from lenvm.model.device import has_fast_bf16, pick_device
@@ -31,6 +31,7 @@ from lenvm.training.attention import use_packed_attention
 from lenvm.training.config import TrainingConfig
 from lenvm.training.metrics import token_errors
 from lenvm.training.objective import sum_loss
+from lenvm.training.vision import freeze_tower, prepare_images
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total)."""
@@ -71,10 +72,15 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
     torch.manual_seed(config.seed)  # the fresh head
     model = _build_model(config, stores["train"]).to(device)
     _check_vocabulary(model, stores)
+    add_images = None
+    for store in stores.values():
+        files = prepare_images(model, store.images, store.sequence, trainable=config.trainable)
+        add_images = add_images or files
     use_packed_attention(model.backbone)
     trained = _prepare(model, config)
     datasets: Datasets = {
-        name: PackedDataset(s, config.batch_tokens, seed=config.seed) for name, s in stores.items()
+        name: PackedDataset(s, config.batch_tokens, seed=config.seed, add_images=add_images)
+        for name, s in stores.items()
     }
     if config.trainable == "last":
         trained = _split_upper(model, config.last_layers)
@@ -349,7 +355,7 @@ def _arguments(config: TrainingConfig, steps: int) -> TrainingArguments:
 def _load_stores(paths: list[Path], config: TrainingConfig) -> dict[str, TokenStore]:
     stores = {}
     for split in ("train", "validation"):
-        rows = (t for t in read_trajectories(*paths) if t.split == split)
+        rows = (t for t in read_with_images(*paths) if t.split == split)
         store = TokenStore.build(rows, max_tokens=config.max_tokens, censoring=config.censoring)
         if not len(store):
             raise DataError(
@@ -402,12 +408,16 @@ def _start_from_marginal(model: LengthValueModel, store: TokenStore) -> None:
 
 
 def _prepare(model: LengthValueModel, config: TrainingConfig) -> LengthValueModel:
-    """Freeze, or wrap with LoRA, as configured."""
+    """Freeze, or wrap with LoRA, as configured. A vision tower stays as it is by default."""
+    excluded = freeze_tower(model.backbone, train_vision=config.train_vision)
     if config.trainable == "lora":
         from peft import LoraConfig, get_peft_model
 
         lora = LoraConfig(
-            r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank,
+            target_modules="all-linear",
+            exclude_modules=excluded,
         )
         model.backbone = get_peft_model(model.backbone, lora)
     elif config.trainable != "full":

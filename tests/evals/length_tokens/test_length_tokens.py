@@ -32,7 +32,7 @@ class Oracle:
     def __init__(self, plan):
         self.plan, self.count = plan, 0
 
-    def read(self, sequences, positions):
+    def read(self, sequences, positions, images=None):
         self.count += len(sequences)
         values = length_to_value(torch.tensor([float(n) for n in self.plan]), GAMMA).tolist()
         return [[{"value": values[i]} for i in range(len(p))] for p in positions]
@@ -196,7 +196,7 @@ def test_a_run_continues_and_counts_again_without_reading(tmp_path):
     plan = [5, 4, 30, 2, 1]
 
     class Dies(Oracle):
-        def read(self, sequences, positions):
+        def read(self, sequences, positions, images=None):
             if self.count >= 2:
                 raise KeyboardInterrupt
             return super().read(sequences, positions)
