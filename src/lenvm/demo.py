@@ -56,8 +56,8 @@ class DemoConfig:
     learning_rate: float = 1e-4
     head_learning_rate: float = 3e-4
     batch_tokens: int = 2048
-    control_prompts: int = 8
-    control_max_tokens: int = 200
+    control_prompts: int = 6
+    control_max_tokens: int = 160
     targets: tuple[int, ...] = (60, 120)
     tilts: tuple[float, ...] = (-60.0, 60.0)
     seed: int = 0
@@ -313,7 +313,7 @@ def _control(
         f"equal_to {t}": {"equal_to": t, "tolerance": 0.05, "evidence": 2.0} for t in config.targets
     }
     controls |= {f"tilt {s:g}": {"tilt": s} for s in config.tilts}
-    controls |= {"at_most 50": {"at_most": 50}, "at_least 150": {"at_least": 150}}
+    controls |= {"at_most 50": {"at_most": 50}, "at_least 100": {"at_least": 100}}
     requests = [
         Request(
             f"{name}/{i}",
@@ -385,7 +385,7 @@ def _summarise_control(
     return {
         "equal_to": {"targets": list(config.targets), **means},
         "at_most": _promise(by_name["at_most 50"], lambda n: n <= 50),
-        "at_least": _promise(by_name["at_least 150"], lambda n: n >= 150),
+        "at_least": _promise(by_name["at_least 100"], lambda n: n >= 100),
         "tilt": tilt,
     }
 
