@@ -41,13 +41,13 @@ class DemoConfig:
     """Sizes of the demo. The defaults fit two cores and ten minutes."""
 
     generator: str = "smollm2"
-    train_prompts: int = 48
+    train_prompts: int = 36
     heldout_prompts: int = 24
     completions: int = 2
-    max_tokens: int = 224
-    submit_for_s: float = 40.0
+    max_tokens: int = 160
+    submit_for_s: float = 30.0
     """No new completion is begun after this; those begun are finished."""
-    batch: int = 64
+    batch: int = 48
     init_from: str | None = None
     """Value model to go on from. None: the package's own for the default generator, else none (a
     fresh head on the generator's own layers)."""
@@ -56,9 +56,9 @@ class DemoConfig:
     learning_rate: float = 1e-4
     head_learning_rate: float = 3e-4
     batch_tokens: int = 2048
-    control_prompts: int = 6
-    control_max_tokens: int = 160
-    targets: tuple[int, ...] = (60, 120)
+    control_prompts: int = 5
+    control_max_tokens: int = 130
+    targets: tuple[int, ...] = (50, 100)
     tilts: tuple[float, ...] = (-60.0, 60.0)
     seed: int = 0
 
@@ -313,7 +313,7 @@ def _control(
         f"equal_to {t}": {"equal_to": t, "tolerance": 0.05, "evidence": 2.0} for t in config.targets
     }
     controls |= {f"tilt {s:g}": {"tilt": s} for s in config.tilts}
-    controls |= {"at_most 50": {"at_most": 50}, "at_least 100": {"at_least": 100}}
+    controls |= {"at_most 40": {"at_most": 40}, "at_least 90": {"at_least": 90}}
     requests = [
         Request(
             f"{name}/{i}",
@@ -384,8 +384,8 @@ def _summarise_control(
     tilt.sort(key=lambda row: row["scale"])
     return {
         "equal_to": {"targets": list(config.targets), **means},
-        "at_most": _promise(by_name["at_most 50"], lambda n: n <= 50),
-        "at_least": _promise(by_name["at_least 100"], lambda n: n >= 100),
+        "at_most": _promise(by_name["at_most 40"], lambda n: n <= 40),
+        "at_least": _promise(by_name["at_least 90"], lambda n: n >= 90),
         "tilt": tilt,
     }
 

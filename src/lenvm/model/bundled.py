@@ -102,6 +102,7 @@ def _write_folder(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     try:
@@ -110,7 +111,8 @@ def _write_folder(source: Path, folder: Path) -> None:
     except (ValueError, OSError, KeyError, IndexError) as error:
         raise CheckpointError(f"{source} cannot be read as a GGUF model: {error}") from error
     finally:
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
