@@ -27,6 +27,7 @@ COMMANDS = (
     "eval",
     "report",
     "download",
+    "serve",
 )
 
 HELP = """Know, steer and see how long a language model's answer will be.
