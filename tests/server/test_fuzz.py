@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from serving import ask, settle
 
 schemathesis = pytest.importorskip("schemathesis")

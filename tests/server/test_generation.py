@@ -4,6 +4,7 @@ import json
 
 import openai
 import pytest
+
 from serving import CHAT, ask, serving, settle, stream, tiny_engine
 
 
@@ -34,7 +35,9 @@ def test_a_stream_carries_values_and_adds_up_to_the_whole(client):
     whole = ask(client, **fields).json()["choices"][0]
     chunks = stream(client, stream_options={"include_usage": True}, **fields)
     *tokens, last = chunks
-    assert "".join(c["choices"][0]["delta"]["content"] for c in tokens) == whole["message"]["content"]
+    assert (
+        "".join(c["choices"][0]["delta"]["content"] for c in tokens) == whole["message"]["content"]
+    )
     assert tokens[0]["choices"][0]["delta"]["role"] == "assistant"
     assert [c["choices"][0]["finish_reason"] for c in tokens][-1] == whole["finish_reason"]
     assert [c["lenvm"]["num_tokens"] for c in tokens] == list(range(1, 13))

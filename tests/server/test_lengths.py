@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from serving import serving, tiny_engine
 
 from lenvm.evals.prediction.predictors import EndpointPredictor, ValueModelPredictor
 from lenvm.model.prediction import predict_lengths
+from serving import serving, tiny_engine
 from tiny import EOS
 
 

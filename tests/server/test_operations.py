@@ -13,11 +13,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving import CHAT, ask, serving, settle, stream, tiny_engine
 
 from lenvm.errors import InputError
 from lenvm.server.config import ServerConfig, load_api_keys
 from lenvm.server.logs import JsonFormatter
+from serving import CHAT, ask, serving, settle, stream, tiny_engine
 
 LONG = {"max_tokens": 400, "ignore_eos": True}
 

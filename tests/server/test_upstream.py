@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from serving import CHAT, ask, running, serving, stream
+
 from evals.stub import Stub
 from evals.stub import running as running_stub
-
 from lenvm.errors import InputError
 from lenvm.server.config import ServerConfig
 from lenvm.server.upstream import build_upstream_app
+from serving import ask, running, serving, stream
 
 
 def before(url: str, engine: str = "lenvm", **options):
@@ -65,7 +65,10 @@ def test_a_server_that_is_not_there_is_said():
 
 
 def test_a_key_for_the_other_server_replaces_the_clients():
-    with serving(api_keys=("inner",)) as inner, before(str(inner.base_url), api_key="inner") as front:
+    with (
+        serving(api_keys=("inner",)) as inner,
+        before(str(inner.base_url), api_key="inner") as front,
+    ):
         assert ask(inner).status_code == 401
         assert ask(front).status_code == 200
     with pytest.raises(InputError, match="http"):

@@ -100,7 +100,7 @@
     $("go").disabled = on;
     $("stop").disabled = !on;
     $("share").hidden = on || $("run").hidden;
-    $("examples").replaceChildren();
+    $("examples").hidden = $("intro").hidden = true;
     if (on) $("status").textContent = "Generating.";
   }
 
@@ -121,29 +121,18 @@
     const [css, script] = await Promise.all(["/page/run.css", "/page/run.js"].map((path) => fetch(path).then((r) => r.text())));
     const safe = (text) => text.replace(/</g, "\\u003c").replace(/\u2028/g, "\\u2028").replace(/\u2029/g, "\\u2029");
     const { prompt, model, created } = view.record;
-    const shell = document.implementation.createHTMLDocument(`LenVM: ${prompt.slice(0, 60)}`);
-    const add = (parent, tag, text, name) => {
-      const node = shell.createElement(tag);
-      node.textContent = text;
-      if (name) node.className = name;
-      parent.append(node);
-      return node;
-    };
-    const charset = shell.createElement("meta");
-    charset.setAttribute("charset", "utf-8");
-    shell.head.prepend(charset);
-    const viewport = shell.createElement("meta");
-    viewport.name = "viewport";
-    viewport.content = "width=device-width, initial-scale=1";
-    shell.head.append(viewport);
-    add(shell.head, "style", css);
-    const main = add(shell.body, "main", "");
-    add(main, "p", prompt, "asked");
-    add(main, "p", `${model}, ${created.slice(0, 10)}`, "soft");
-    add(main, "section", "").id = "run";
-    add(shell.body, "script", `${script}\nnew lenvmRun.View(document.getElementById("run"), ${safe(JSON.stringify(view.record))});`);
+    const escape = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
+    const html = [
+      '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
+      '<meta name="viewport" content="width=device-width, initial-scale=1">',
+      `<title>LenVM: ${escape(prompt.slice(0, 60))}</title><style>${css}</style></head>`,
+      `<body><main><p class="asked">${escape(prompt)}</p>`,
+      `<p class="soft">${escape(model)}, ${created.slice(0, 10)}</p><section id="run"></section></main>`,
+      `<script>${script}\nnew lenvmRun.View(document.getElementById("run"), ${safe(JSON.stringify(view.record))});<\/script>`,
+      "</body></html>\n",
+    ];
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([`<!doctype html>\n${shell.documentElement.outerHTML}`], { type: "text/html" }));
+    link.href = URL.createObjectURL(new Blob(html, { type: "text/html" }));
     link.download = `lenvm-${created.slice(0, 19).replace(/[:T]/g, "-")}.html`;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10_000);

@@ -50,6 +50,13 @@ const lenvmRun = (() => {
     return [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
   }
 
+  /** A top that lone spikes do not decide. */
+  function usual(numbers) {
+    if (!numbers.length) return 0;
+    const sorted = [...numbers].sort((a, b) => a - b);
+    return Math.min(sorted[sorted.length - 1], 1.25 * sorted[Math.floor(0.97 * (sorted.length - 1))]);
+  }
+
   class Answer {
     constructor(parent, side, run, view) {
       this.side = side;
@@ -58,11 +65,10 @@ const lenvmRun = (() => {
       this.spans = [];
       this.goal = goalOf(run.control);
       this.card = make(parent, "article", `card answer ${side}`);
-      const head = make(this.card, "div", "answer-head");
       const title = this.goal ? `${WORDS[this.goal.kind]} ${this.goal.amount}` : "without control";
-      make(head, "h2", "", title[0].toUpperCase() + title.slice(1));
-      this.verdict = make(head, "p", "verdict", "");
+      make(this.card, "h2", "", title[0].toUpperCase() + title.slice(1));
       this.figure = make(this.card, "p", "figure");
+      this.verdict = make(this.card, "p", "verdict", "");
       this.ruler = make(this.card, "div", "ruler");
       this.rest = make(this.ruler, "div", "rest");
       this.done = make(this.ruler, "div", "done");
@@ -87,7 +93,11 @@ const lenvmRun = (() => {
     /** One token: {text, value, remaining}. */
     add(token) {
       const span = make(this.text, "span", token.value == null ? "plain" : "", token.text);
-      if (token.value != null) span.style.setProperty("--u", Math.min(1, -token.value).toFixed(3));
+      if (token.value != null) {
+        const far = 2 * Math.min(1, -token.value) - 1; // -1 at the end, 0 in the middle, 1 far away
+        span.style.setProperty("--hue", far > 0 ? "var(--far)" : "var(--near)");
+        span.style.setProperty("--much", `${Math.round(100 * Math.abs(far) ** 0.7)}%`);
+      }
       this.spans.push(span);
     }
 
@@ -150,7 +160,7 @@ const lenvmRun = (() => {
       if (this.target) {
         const key = make(keys, "span", "k-exact");
         make(key, "i");
-        key.append(`${WORDS[this.target.kind]} ${this.target.amount}`);
+        key.append(`straight to ${this.target.amount}`);
       }
       const legend = make(root, "p", "legend");
       legend.append("far from its end");
@@ -203,7 +213,7 @@ const lenvmRun = (() => {
       });
       const scale = 1.08 * Math.max(8, goal, longest, ...expected);
       for (const answer of this.answers) answer.refresh(scale);
-      const high = 1.05 * Math.max(8, goal, ...runs.flatMap((r) => [r.predicted ?? 0, ...r.tokens.map((t) => t.remaining ?? 0)]));
+      const high = 1.05 * Math.max(8, goal, ...runs.flatMap((r) => [r.predicted ?? 0, usual(r.tokens.map((t) => t.remaining ?? 0))]));
       this.paintChart(scale, high);
     }
 
