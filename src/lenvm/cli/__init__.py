@@ -28,6 +28,7 @@ COMMANDS = (
     "report",
     "download",
     "run",
+    "serve",
 )
 
 INTERRUPTED = 130
