@@ -41,7 +41,7 @@ $(READY): pyproject.toml constraints.txt
 
 # what tests and checks need besides
 $(DEV): $(READY)
-	@$(PIP) -c constraints.txt -e '.[evals,server,dev]'
+	@$(PIP) -c constraints.txt -e '.[evals,dev]'
 	@touch $@
 
 clean:

@@ -315,9 +315,7 @@ class TransformersEngine:
                 self._finish([completion], reason)
 
     def _record_beliefs(self, rows: list[Completion], tokens: Tensor) -> None:
-        while index := [
-            i for i, c in enumerate(rows) if c.request.is_tracked and c.error is None
-        ]:
+        while index := [i for i, c in enumerate(rows) if c.request.is_tracked and c.error is None]:
             assert self.session is not None
             tracked = [rows[i] for i in index]
             ids = [c.request.id for c in tracked]
