@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving import CHAT
 
 from lenvm.server.protocol import ChatRequest
+from serving import CHAT
 
 TEXT = Path("docs/server.md").read_text()
 
