@@ -60,7 +60,7 @@ class OracleScorer:
         return DistributionBelief(raw, GAMMA, BINS)
 
     def raw(self, tokens: Tensor) -> Tensor:
-        probs = self.markov.after[:, tokens.clamp(min=0)].movedim(0, -1)
+        probs = self.markov.after[:, tokens.clamp(0, self.markov.after.shape[1] - 1)].movedim(0, -1)
         if not self.has_distribution:
             n = torch.arange(1, 201, dtype=torch.float64)
             u = (probs * -torch.expm1(n * torch.tensor(GAMMA).double().log())).sum(-1)

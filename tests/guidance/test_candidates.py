@@ -107,6 +107,14 @@ def test_a_row_of_nothing_has_no_nan():
     assert len(probs(found)) == 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-9, 1.0, 100.0])
+def test_a_banned_ending_is_no_candidate_at_any_temperature(temperature: float):
+    logits = torch.zeros(1, V)
+    found = build(logits, [{"temperature": temperature}], may=False)
+    assert set(probs(found)) == set(range(1, V))
+    assert not found.is_ending.any()
+
+
 def test_no_ending_where_it_may_not_end_and_the_rest_is_truncated_by_itself():
     logits = torch.randn(1, V, generator=torch.Generator().manual_seed(0))
     logits[0, 0] = 20.0  # top_p would leave the ending token alone

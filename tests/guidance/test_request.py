@@ -1,8 +1,10 @@
+import json
 import math
 
 import pytest
 
 from lenvm.errors import ControlError
+from lenvm.guidance import request
 from lenvm.guidance.request import MAX_LENGTH, LengthControl
 
 
@@ -25,6 +27,39 @@ from lenvm.guidance.request import MAX_LENGTH, LengthControl
         ({"equal_to": 5, "tilt": 1.0}, "(whole)"),
         ({"equal_to": 5, "at_most": 9}, "(whole)"),
         ({"at_least": 9, "at_most": 5}, "(whole)"),
+        ({"value_at_least": 0.9, "value_at_most": 0.5}, "(whole)"),
+        ({"equal_to": 5, "expected_scale": 1.0}, "(whole)"),
+        ({"tilt": 1.0, "tilt_logit": 1.0}, "(whole)"),
+        ({"tilt": 1.0, "rule": "hard"}, "(whole)"),
+        ({"tilt": 1.0, "remaining": True}, "(whole)"),
+        ({"equal_to": -1}, "equal_to"),
+        ({"equal_to": math.nan}, "equal_to"),
+        ({"equal_to": "128"}, "equal_to"),
+        ({"equal_to": True}, "equal_to"),
+        ({"equal_to": [128]}, "equal_to"),
+        ({"at_most": 0}, "at_most"),
+        ({"at_least": 131_073}, "at_least"),
+        ({"tilt": "strong"}, "tilt"),
+        ({"tilt": 1e9}, "tilt"),
+        ({"expected_scale": -0.1}, "expected_scale"),
+        ({"expected_scale": 0.5, "expected_mode": "add"}, "expected_mode"),
+        ({"value_equal_to": 1.0}, "value_equal_to"),
+        ({"equal_to": 5, "strength": -1}, "strength"),
+        ({"equal_to": 5, "evidence": 101}, "evidence"),
+        ({"equal_to": 5, "horizon": 0}, "horizon"),
+        ({"equal_to": 5, "gamma": 1.0}, "gamma"),
+        ({"equal_to": 5, "strict": 1}, "strict"),
+        ({"equal_to": 5, "top_k": 257}, "top_k"),
+        ({"equal_to": 5, "min_p": 1}, "min_p"),
+        ({"equal_to": 5, "min_entropy": -1}, "min_entropy"),
+        ({"equal_to": 5, "min_value": 1}, "min_value"),
+        ({"equal_to": 5, "token_temperature": {"the": 2.0}}, "token_temperature"),
+        ({"equal_to": 5, "token_temperature": {"-3": 2.0}}, "token_temperature"),
+        ({"equal_to": 5, "token_temperature": {"3": 0}}, "token_temperature.3"),
+        ({"equal_to": 5, "token_temperature": {str(i): 1 for i in range(65)}}, "token_temperature"),
+        ("[" * 100_000, "(whole)"),
+        ('{"equal_to": NaN}', "equal_to"),
+        (None, "(whole)"),
         ("not json", "(whole)"),
         ("[1]", "(whole)"),
         (5, "(whole)"),
@@ -47,3 +82,22 @@ def test_intervals():
     assert LengthControl.parse({"at_most": 7}).interval() == (1, 7)
     assert LengthControl.parse({"at_least": 7}).interval() == (7, MAX_LENGTH)
     assert LengthControl.parse({"at_least": 3, "at_most": 7}).interval() == (3, 7)
+
+
+def test_an_unknown_rule_is_refused_with_what_is_installed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(request, "installed_rules", lambda: {"mine": None})
+    assert LengthControl.parse({"equal_to": 5, "rule": "mine"}).rule == "mine"
+    with pytest.raises(ControlError, match=r"soft.*installed rules: mine"):
+        LengthControl.parse({"equal_to": 5, "rule": "os:system"})
+
+
+def test_token_ids_survive_json():
+    control = LengthControl.parse('{"tilt": 0, "token_temperature": {"17": 2}}')
+    assert control.token_temperature == {17: 2.0}
+    dumped = json.dumps(control.model_dump(exclude_defaults=True))
+    assert LengthControl.parse(dumped) == control
+
+
+def test_goals_that_count_no_tokens_have_the_whole_interval():
+    for goal in ({"tilt": 1}, {"value_equal_to": 0.5}, {"expected_scale": 2}):
+        assert LengthControl.parse(goal).interval() == (1, MAX_LENGTH)

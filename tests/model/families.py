@@ -57,7 +57,7 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, **overrides: Any) 
             "num_key_value_heads": 2,
             "max_position_embeddings": 256,
             "initializer_range": 0.15 if dtype == torch.float32 else 0.08,  # less chaos
-            "pad_token_id": 0,
+            "pad_token_id": None,  # a padding embedding is all zeros
             **values,
             **overrides,
         }

@@ -71,6 +71,7 @@ def _print_version(asked: bool) -> None:
 def main() -> None:
     """Entry point of the `lenvm` script. Exit codes: 0 done, 130 Ctrl-C, else the error's own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours say more
     try:
         build_app()(standalone_mode=False)
     except LenVMError as error:

@@ -88,6 +88,7 @@ class TransformersEngine:
         self.device = next(generator.parameters()).device
         self.eos_token_ids = tuple(eos_token_ids) or (tokenizer.eos_token_id,)
         self.max_requests, self.max_tokens = max_requests, max_tokens
+        self._admit_at_once = min(max_requests // 32, 32)
         budget: dict[str, Any] = {"max_tokens": max_tokens, "max_requests": max_requests}
         self.decoder = RaggedDecoder(generator.base_model, max_candidates=1, **budget)
         self.lm_head = generator.get_output_embeddings()
@@ -95,7 +96,9 @@ class TransformersEngine:
         if value_model is not None:
             value_model.check_tokenizer(tokenizer)
             scorer = CandidateScorer(value_model, max_candidates=max_candidates, **budget)
-            self.session = GuidanceSession(scorer, eos_token_ids=self.eos_token_ids)
+            self.session = GuidanceSession(
+                scorer, eos_token_ids=self.eos_token_ids, count_candidates=True
+            )
         self._waiting: deque[Completion] = deque()
         self._running: dict[str, Completion] = {}
         self._streams: dict[str, random.Random] = {}
@@ -190,9 +193,7 @@ class TransformersEngine:
         hidden = []
         if decoding:
             ids = [c.request.id for c in decoding]
-            last = torch.tensor([[c.token_ids[-1]] for c in decoding], device=self.device)
-            hidden.append(self.decoder.peek(ids, last)[:, 0])
-            self.decoder.commit(ids, last[:, 0])
+            hidden.append(self.decoder.step(ids, [c.token_ids[-1] for c in decoding]))
         if admitted:
             prompts = {c.request.id: c.request.prompt_token_ids for c in admitted}
             hidden.append(self.decoder.add(prompts))
@@ -205,7 +206,12 @@ class TransformersEngine:
         return rows
 
     def _admit(self) -> list[Completion]:
-        """Waiting requests that fit, each with room reserved for its longest answer."""
+        """Waiting requests that fit, each with room reserved for its longest answer.
+
+        A large batch admits a few at a time, so that not every step pays for a prefill.
+        """
+        if not self._waiting or 0 < self.max_requests - len(self._running) < self._admit_at_once:
+            return []
         reserved = sum(_reserve(c) for c in self._running.values())
         admitted: list[Completion] = []
         while self._waiting and len(self._running) < self.max_requests:
@@ -247,16 +253,18 @@ class TransformersEngine:
         for completion, token, log_prob in zip(rows, token_ids, log_prob_list, strict=True):
             completion.token_ids.append(token)
             completion.log_probs.append(log_prob)
-        self._record_beliefs([c for c in rows if _is_tracked(c)])
+        self._record_beliefs(rows, tokens)
         for completion in rows:
             if reason := self._finish_reason(completion):
                 self._finish([completion], reason)
 
-    def _record_beliefs(self, guided: list[Completion]) -> None:
-        if not guided or self.session is None:
+    def _record_beliefs(self, rows: list[Completion], tokens: Tensor) -> None:
+        index = [i for i, c in enumerate(rows) if _is_tracked(c)]
+        if not index or self.session is None:
             return
+        guided = [rows[i] for i in index]
         ids = [c.request.id for c in guided]
-        self.session.commit(ids, [c.token_ids[-1] for c in guided])
+        self.session.commit(ids, tokens if len(index) == len(rows) else tokens[index])
         for completion, remaining in zip(guided, self.session.remaining(ids), strict=True):
             completion.remaining.append(remaining)
             if completion.predicted_length is None:

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BANNED = -1e28
+"""Logit of an ending token where the answer may not end: chosen only if nothing else can be."""
+
 
 @dataclass
 class Candidates:
@@ -62,16 +65,15 @@ def build_candidates(
     may_end_R, must_end_R: bool. A ban on ending is void where nothing else has a finite logit, an
     order to end where no ending token has one.
     """
-    scaled = _restrict(logits_RV.float(), truncation.ending_ids, may_end_R, must_end_R)
-    peak = scaled.amax(-1, keepdim=True)
+    restricted = _restrict(logits_RV.float(), truncation.ending_ids, may_end_R, must_end_R)
     temperature = torch.where(truncation.temperature > 0, truncation.temperature, 1.0)
-    # the peak first: no temperature, however small, then overflows
-    scaled = (scaled - peak.masked_fill(peak == -torch.inf, 0.0)) / temperature.unsqueeze(-1)
-    top, ids = scaled.topk(min(truncation.max_candidates, scaled.shape[-1]), dim=-1)
-    top = torch.cat([top[:, :1].clamp(min=-1e30), top[:, 1:]], -1)  # a row of -inf keeps one
-    log_probs = top - scaled.logsumexp(-1, keepdim=True).clamp(min=-1e30)
-    mask = _keep(log_probs, truncation)
-    log_probs = _apply_factors(log_probs, ids, truncation).masked_fill(~mask, -torch.inf)
+    # as cold as 1e-6 is greedy already, and no logit overflows there
+    log_probs_RV = restricted.div_(temperature.clamp(min=1e-6).unsqueeze(-1)).log_softmax(-1)
+    top, ids = log_probs_RV.topk(min(truncation.max_candidates, restricted.shape[-1]), dim=-1)
+    top = top.nan_to_num(nan=-torch.inf)  # a row of -inf: whatever comes first is certain
+    top = torch.cat([top[:, :1].clamp(min=-1e30), top[:, 1:]], -1)
+    mask = _keep(top, truncation)
+    log_probs = _apply_factors(top, ids, truncation).masked_fill(~mask, -torch.inf)
     is_ending = (ids.unsqueeze(-1) == truncation.ending_ids.unsqueeze(1)).any(-1)
     return Candidates(
         ids=ids.masked_fill(~mask, -1),
@@ -107,7 +109,8 @@ def entropy(log_probs_RK: Tensor) -> Tensor:
 def _restrict(
     logits_RV: Tensor, ending_ids_RE: Tensor, may_end_R: Tensor, must_end_R: Tensor
 ) -> Tensor:
-    """Logits with the ending tokens, or everything else, at -inf where a row asks for it."""
+    """Logits with the ending tokens at BANNED, or everything else at -inf, where a row asks for
+    it. A new tensor."""
     is_ending = ending_ids_RE >= 0
     # pads write what the row's first ending writes; a row without one writes token 0 unchanged
     index = torch.where(is_ending, ending_ids_RE, ending_ids_RE[:, :1].clamp(min=0))
@@ -116,9 +119,7 @@ def _restrict(
     must_end = (must_end_R & can_end).unsqueeze(-1)
     banned = is_ending[:, :1] & ~may_end_R.unsqueeze(-1) & ~must_end
     restricted = logits_RV.masked_fill(must_end, -torch.inf)
-    restricted.scatter_(-1, index, own.masked_fill(banned, -torch.inf))
-    possible = restricted.amax(-1, keepdim=True) > -torch.inf
-    return torch.where(possible, restricted, logits_RV)
+    return restricted.scatter_(-1, index, torch.where(banned, own.clamp(max=BANNED), own))
 
 
 def _keep(log_probs_RK: Tensor, truncation: Truncation) -> Tensor:
@@ -130,7 +131,8 @@ def _keep(log_probs_RK: Tensor, truncation: Truncation) -> Tensor:
     keep = rank < truncation.top_k.unsqueeze(-1)
     keep &= (before < top_p) | (top_p >= 1.0)  # rounding must not cut where nothing is to be cut
     keep &= mass >= truncation.min_p.unsqueeze(-1) * mass[:, :1]
-    return (keep & (log_probs_RK > -torch.inf)) | (rank == 0)
+    # real ones are far above, BANNED over any temperature far below
+    return (keep & (log_probs_RK > -1e20)) | (rank == 0)
 
 
 def _apply_factors(log_probs_RK: Tensor, ids_RK: Tensor, truncation: Truncation) -> Tensor:

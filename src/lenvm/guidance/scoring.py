@@ -11,8 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lenvm.errors import InputError
 from lenvm.guidance.candidates import Candidates, entropy
-from lenvm.guidance.params import RuleParams
+from lenvm.guidance.params import Guided, RuleParams, rule_name, widest
+from lenvm.guidance.rules import find_rule
 from lenvm.model.head import LengthBelief
 
 
@@ -55,3 +57,37 @@ def to_score(candidates: Candidates, params: RuleParams) -> Tensor:
     several &= entropy(candidates.log_probs) >= params.min_entropy
     first = torch.arange(candidates.ids.shape[-1], device=candidates.ids.device) == 0
     return candidates.ids.masked_fill(~(several.unsqueeze(-1) | first), -1)
+
+
+def find_fault(guided: Guided, scorer: Scorer) -> str | None:
+    """Why this scorer cannot serve a request's control; None where it can."""
+    control = guided.control
+    if control is None:
+        return None
+    rule = rule_name(control, has_distribution=scorer.has_distribution)
+    if rule == "conditional" and not scorer.has_distribution:
+        return (
+            "rule 'conditional' needs a value model with the distribution head; this one has the "
+            "scalar head: use rule 'soft', 'expected' or 'hard'"
+        )
+    if control.gamma not in (None, scorer.gamma) and not scorer.has_distribution:
+        return (
+            f"gamma {control.gamma} needs a value model with the distribution head; this one "
+            f"knows gamma {scorer.gamma} only"
+        )
+    width = widest(guided, scorer.vocab_size)
+    if width > scorer.max_candidates:
+        return (
+            f"top_k {width} is over the {scorer.max_candidates} candidates that this scorer "
+            "takes: lower top_k, or start the engine with more max_candidates"
+        )
+    if control.token_temperature and max(control.token_temperature) >= scorer.vocab_size:
+        return (
+            f"token_temperature names token {max(control.token_temperature)}; ids go from 0 to "
+            f"{scorer.vocab_size - 1}"
+        )
+    try:
+        find_rule(rule)
+    except InputError as error:
+        return str(error)
+    return None

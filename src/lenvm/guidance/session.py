@@ -22,9 +22,9 @@ from torch import Tensor
 from lenvm.errors import InputError, LenVMError, RequestError
 from lenvm.guidance.candidates import Candidates, Truncation, build_candidates, write_back
 from lenvm.guidance.params import Guided as Guided
-from lenvm.guidance.params import RuleParams, build_truncation, pad, rule_name, widest
-from lenvm.guidance.rules import RULES, RuleFailure, apply_rules, find_rule
-from lenvm.guidance.scoring import Scorer, to_score
+from lenvm.guidance.params import RuleParams, build_truncation, pad
+from lenvm.guidance.rules import RuleFailure, apply_rules
+from lenvm.guidance.scoring import Scorer, find_fault, to_score
 from lenvm.model.head import LengthBelief
 
 
@@ -63,6 +63,7 @@ class _Step:
     peeked: bool
     """The scorer still holds every candidate of these rows: commit needs to read nothing back."""
     scored_ids: Tensor
+    ending_ids: Tensor
     values: Tensor
     lengths: Tensor
 
@@ -94,41 +95,11 @@ class GuidanceSession:
 
     def check(self, request_id: str, guided: Guided) -> None:
         """RequestError where the value model cannot serve the control. Runs before admission."""
-        control = guided.control
-        if control is None:
-            return
-        rule = rule_name(control, has_distribution=self.scorer.has_distribution)
-        other_gamma = control.gamma not in (None, self.scorer.gamma)
-        width = widest(guided, self.scorer.vocab_size)
-        fault = None
-        if rule == "conditional" and not self.scorer.has_distribution:
-            fault = (
-                "rule 'conditional' needs a value model with the distribution head; this one has "
-                "the scalar head: use rule 'soft', 'expected' or 'hard'"
-            )
-        elif other_gamma and not self.scorer.has_distribution:
-            fault = (
-                f"gamma {control.gamma} needs a value model with the distribution head; this one "
-                f"knows gamma {self.scorer.gamma} only"
-            )
-        elif width > self.scorer.max_candidates:
-            fault = (
-                f"top_k {width} is over the {self.scorer.max_candidates} candidates that this "
-                "scorer takes: lower top_k, or start the engine with more max_candidates"
-            )
-        elif control.token_temperature and max(control.token_temperature) >= self.scorer.vocab_size:
-            fault = (
-                f"token_temperature names token {max(control.token_temperature)}; ids go from 0 "
-                f"to {self.scorer.vocab_size - 1}"
-            )
-        if fault:
+        fault = find_fault(guided, self.scorer)
+        if fault is not None:
             raise RequestError([request_id], InputError(fault))
-        if rule not in RULES:
-            try:
-                find_rule(rule)
-            except InputError as error:
-                raise RequestError([request_id], error) from error
 
+    @torch.inference_mode()
     def add(self, requests: Mapping[str, Guided]) -> None:
         """Start requests: prefill of their prompts, and of what a resumed one has generated.
 
@@ -177,7 +148,7 @@ class GuidanceSession:
 
     # -- one token --------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, request_ids: Sequence[str], logits_RV: Tensor) -> Candidates:
         """The guided distribution over candidates of each row. logits: the generator's own.
 
@@ -208,16 +179,21 @@ class GuidanceSession:
             rows={r: i for i, r in enumerate(request_ids)},
             peeked=batch.params.scores_all,
             scored_ids=scored_ids,
+            ending_ids=batch.truncation.ending_ids,
             values=self._value(belief),
             lengths=belief.length(),
         )
         candidates.log_probs = self._apply_rules(candidates, belief, batch)
         return candidates
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def commit(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> None:
-        """Append the drawn tokens. Rows that did not step, or drew what was not scored (only
-        where a gate was shut), are forwarded now, so that the KV is always complete."""
+        """Append the drawn tokens.
+
+        A tensor of tokens promises that rows of the last `step` drew from their candidates: then
+        nothing is read back. A list may hold any tokens. Rows that did not step, or drew what was
+        not scored, are forwarded now, so that the KV is always complete.
+        """
         if not request_ids:
             return
         for request_id in request_ids:
@@ -226,12 +202,12 @@ class GuidanceSession:
         if all(r in stepped for r in request_ids):
             self._commit_scored(request_ids, token_ids_R)
         else:
-            tokens = torch.as_tensor(token_ids_R)
             known = [i for i, r in enumerate(request_ids) if r in stepped]
-            if known:
-                self._commit_scored([request_ids[i] for i in known], tokens[known])
             new = [i for i, r in enumerate(request_ids) if r not in stepped]
-            self._commit_new([request_ids[i] for i in new], tokens[new])
+            if known:
+                self._commit_scored([request_ids[i] for i in known], _pick(token_ids_R, known))
+            tokens = torch.as_tensor(_pick(token_ids_R, new))
+            self._commit_new([request_ids[i] for i in new], tokens)
         for request_id in request_ids:
             self._states[request_id].num_generated += 1
         if self._batch is not None:
@@ -240,6 +216,7 @@ class GuidanceSession:
             else:
                 self._forget_batch(request_ids)
 
+    @torch.inference_mode()
     def write_back(
         self,
         request_ids: Sequence[str],
@@ -339,17 +316,25 @@ class GuidanceSession:
     def _commit_scored(self, request_ids: Sequence[str], tokens_R: Tensor | Sequence[int]) -> None:
         step = self._step
         assert step is not None
-        self.scorer.commit(request_ids, tokens_R, peeked=step.peeked)
+        drawn = isinstance(tokens_R, Tensor)
+        self.scorer.commit(request_ids, tokens_R, peeked=step.peeked and drawn)
         rows = [step.rows.pop(r) for r in request_ids]
         tokens = torch.as_tensor(tokens_R).to(step.scored_ids.device, non_blocking=True)
-        scored, values, lengths = step.scored_ids, step.values, step.lengths
-        if rows != list(range(len(scored))):
-            index = torch.tensor(rows, device=scored.device)
-            scored, values, lengths = scored[index], values[index], lengths[index]
+        found: tuple[Tensor, ...] = (
+            step.scored_ids,
+            step.ending_ids,
+            step.values,
+            step.lengths,
+        )
+        if rows != list(range(len(step.scored_ids))):
+            index = torch.tensor(rows).to(tokens.device, non_blocking=True)
+            found = tuple(x[index] for x in found)
+        scored, endings, values, lengths = found
         # the first column (the likeliest candidate) where the token was not scored
         column = (scored == tokens.unsqueeze(-1)).int().argmax(-1, keepdim=True)
-        reading = _Reading(*(x.gather(-1, column).squeeze(-1) for x in (values, lengths)))
-        self._point(request_ids, reading)
+        ended = (endings == tokens.unsqueeze(-1)).any(-1)
+        now = (x.gather(-1, column).squeeze(-1).masked_fill(ended, 0) for x in (values, lengths))
+        self._point(request_ids, _Reading(*now))
 
     def _commit_new(self, request_ids: Sequence[str], tokens_R: Tensor) -> None:
         states = [self._states[r] for r in request_ids]
@@ -385,3 +370,7 @@ class GuidanceSession:
                 guilty.append(request_id)
                 cause = own
         return RequestError(guilty or list(request_ids), cause)
+
+
+def _pick(tokens_R: Tensor | Sequence[int], rows: list[int]) -> Tensor | Sequence[int]:
+    return tokens_R[rows] if isinstance(tokens_R, Tensor) else [tokens_R[i] for i in rows]

@@ -141,13 +141,5 @@ def _lock(target: Path) -> Iterator[None]:
 
 
 def bundled_value_model() -> Path:
-    """The value model for the default generator: the package's own, else the demo's."""
-    shipped = Path(__file__).parent / "checkpoints" / "smollm2"
-    candidates = [shipped, Path("runs/demo/model")]
-    for folder in candidates:
-        if (folder / "lenvm.json").exists():
-            return folder
-    raise InputError(
-        "no value model is named and none is here; run `make demo` (or `lenvm train`) first, or "
-        "name one with --lenvm FOLDER"
-    )
+    """The value model of the default generator that the package brings (a LoRA adapter)."""
+    return Path(__file__).parent / "checkpoints" / "smollm2"

@@ -79,6 +79,7 @@ class FusedLayers:
         return hidden
 
 
+@torch.no_grad()
 def fuse_layers(backbone: Any) -> FusedLayers | None:
     """The fused forward of the backbone, or None where it is of another shape."""
     if not _is_llama_shaped(backbone):

@@ -182,6 +182,7 @@ def candidate_attention(
     window: int | None,
     max_candidates: int,
     num_splits: int,
+    max_block: int = 64,
     num_stages: int = 3,
 ) -> None:
     """out[n] = attention of packed token n over its row's prefix and itself.
@@ -189,12 +190,14 @@ def candidate_attention(
     q, out [N, Hq, D]; own_k, own_v [*, Hkv, D] indexed by own_index [N]; k_pages, v_pages
     [P, S, Hkv, D]; table [*, C] int32, of which `rows` [R] names each row's; lengths [R]; first
     [R + 1]: row r owns packed tokens first[r] .. first[r + 1] - 1, at most `max_candidates`.
-    scratch: fp32 [num_splits, N, Hq, D] and [num_splits, N, Hq], unused with one split.
+    max_block: most query rows (candidates x G) of one program; rows with more read their prefix
+    again, from the L2 cache. scratch: fp32 [num_splits, N, Hq, D] and [num_splits, N, Hq], unused
+    with one split.
     """
     num_tokens, num_heads, head_size = q.shape
     page_size, num_kv = k_pages.shape[1], k_pages.shape[2]
     group = num_heads // num_kv
-    block_m = min(128, max(16, next_power_of_2(max_candidates * group)))
+    block_m = min(max_block, max(16, next_power_of_2(max_candidates * group)))
     num_tiles = -(-max_candidates * group // block_m)
     grid = (num_kv, rows.shape[0] * num_tiles, num_splits)
     part, lse = scratch
@@ -700,21 +703,20 @@ def rotate_and_store(
     )
 
 
-@triton.jit(do_not_specialize=["num_elements"])
-def _silu_mul_kernel(x_ptr, out_ptr, num_elements, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < num_elements
-    at = offs // SIZE * (2 * SIZE) + offs % SIZE
+@triton.jit
+def _silu_mul_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < SIZE
     kind = out_ptr.dtype.element_ty
-    gate = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + at + SIZE, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(x_ptr + token * (2 * SIZE) + offs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + token * (2 * SIZE) + SIZE + offs, mask=mask, other=0.0).to(tl.float32)
     gate = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
-    tl.store(out_ptr + offs, (gate * up).to(kind), mask=mask)
+    tl.store(out_ptr + token * SIZE + offs, (gate * up).to(kind), mask=mask)
 
 
 def silu_mul(x: Tensor, out: Tensor) -> None:
     """out [N, I] = SiLU(x[:, :I]) * x[:, I:], x [N, 2 I]."""
-    block = 1024
-    _silu_mul_kernel[(-(-out.numel() // block),)](
-        x, out, out.numel(), SIZE=out.shape[1], BLOCK=block, num_warps=4
-    )
+    num_tokens, size = out.shape
+    block = min(2048, next_power_of_2(size))
+    _silu_mul_kernel[(num_tokens, -(-size // block))](x, out, SIZE=size, BLOCK=block, num_warps=4)

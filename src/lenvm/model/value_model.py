@@ -192,14 +192,18 @@ class LengthValueModel(nn.Module):
                 "`lenvm train`, or name the folder that `lenvm train` wrote"
             )
         config = _load_config(folder, gamma)
+        base = str(folder)
         if (folder / "adapter_config.json").exists():
-            backbone = _load_adapter(folder, config, base_model, dtype, merge_adapter)
+            base = _find_base(folder, config, base_model)
+            backbone = _load_adapter(folder, base, dtype, merge_adapter)
         else:
-            backbone = _load_backbone(str(folder), dtype)
+            backbone = _load_backbone(base, dtype)
         model = cls(backbone, config)
         model._load_head(folder / HEAD_FILE)
-        if (folder / "tokenizer_config.json").exists():
-            model.tokenizer = load_tokenizer(str(folder))
+        for place in (folder, Path(base)):  # an adapter may leave the tokenizer to its base
+            if (place / "tokenizer_config.json").exists():
+                model.tokenizer = load_tokenizer(str(place))
+                break
         return model.to(device).eval()
 
     def _load_head(self, path: Path) -> None:
@@ -275,15 +279,18 @@ def _load_backbone(path: str, dtype: torch.dtype | str) -> nn.Module:
     return model
 
 
-def _load_adapter(
-    folder: Path, config: LenVMConfig, base_model: str | None, dtype: torch.dtype | str, merge: bool
-) -> nn.Module:
-    from peft import PeftModel
-
+def _find_base(folder: Path, config: LenVMConfig, base_model: str | None) -> str:
+    """Path or hub id of the model that the adapter goes on."""
     base = base_model or config.base_model
     if base is None:
         base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
-    backbone = _load_backbone(resolve_model(base), dtype)
+    return resolve_model(base)
+
+
+def _load_adapter(folder: Path, base: str, dtype: torch.dtype | str, merge: bool) -> nn.Module:
+    from peft import PeftModel
+
+    backbone = _load_backbone(base, dtype)
     adapted: Any = PeftModel.from_pretrained(backbone, str(folder), is_trainable=not merge)
     merged: nn.Module = adapted.merge_and_unload() if merge else adapted
     return merged

@@ -8,7 +8,6 @@ call each. No mask is ever built.
 Shape legend: N query tokens of the batch, Hq and Hkv heads, D head size.
 """
 
-import functools
 import inspect
 import itertools
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from lenvm.errors import InputError, TrainingError
 
 NAME = "lenvm_packed"
 REFUSED = {"softcap": "soft-capped scores", "s_aux": "attention sinks", "position_bias": "a bias"}
+Kernel = Callable[[Tensor, Tensor, Tensor, Packing, float | None, int | None], Tensor]
 
 
 def packed_attention(
@@ -46,20 +46,28 @@ def packed_attention(
         if kwargs.get(name) is not None:
             raise InputError(
                 f"this backbone attends with {what}, which packed attention does not compute; "
-                "train with packing = false"
+                "train another backbone"
             )
-    key, value = key.to(query.dtype), value.to(query.dtype)
+    kernel_dtype = _kernel_dtype(query)
+    if kernel_dtype is not None:
+        # rotary positions turn q and k into fp32 where the residual stream is fp32
+        query, key, value = (x.to(kernel_dtype) for x in (query, key, value))
+    else:
+        key, value = key.to(query.dtype), value.to(query.dtype)
     if packing is None:
         return _causal(query, key, value, scaling, sliding_window, dropout).transpose(1, 2), None
     if packing.key_index is not None:
         key, value = (x.index_select(2, packing.key_index) for x in (key, value))
-    kernel_dtype = _kernel_dtype(query)
-    if kernel_dtype is not None:
-        if dropout:
-            raise InputError(f"the backbone's attention dropout is {dropout}; packed batches need 0")
-        q, k, v = (x.to(kernel_dtype) for x in (query, key, value))
-        return _flash(q, k, v, scaling, sliding_window, packing), None
-    return _one_by_one(query, key, value, scaling, sliding_window, dropout, packing), None
+    if kernel_dtype is None:
+        return _one_by_one(query, key, value, scaling, sliding_window, dropout, packing), None
+    if dropout:
+        raise InputError(f"the backbone's attention dropout is {dropout}; packed batches need 0")
+    if _KERNEL is None:
+        raise TrainingError(
+            f"torch {torch.__version__} has no torch.nn.attention.varlen; use torch >= 2.11"
+        )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _KERNEL(q, k, v, packing, scaling, sliding_window).unsqueeze(0), None
 
 
 def _kernel_dtype(query: Tensor) -> torch.dtype | None:
@@ -119,31 +127,18 @@ def _causal(
     )
 
 
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    window: int | None,
-    packing: Packing,
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    call = bind_kernel(varlen_attn)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return call(q, k, v, packing, scaling, window).unsqueeze(0)
-
-
-@functools.cache
-def bind_kernel(
-    varlen_attn: Callable[..., Any],
-) -> Callable[[Tensor, Tensor, Tensor, Packing, float | None, int | None], Tensor]:
+def bind_kernel(varlen_attn: Callable[..., Any]) -> Kernel:
     """A call that suits this torch's `varlen_attn`: 2.11 and 2.13 name their options differently.
 
     Where the kernel knows no grouped queries, keys and values are repeated for the query heads.
     """
     known = inspect.signature(varlen_attn).parameters
-    grouped = "enable_gqa" in known
+    grouped, windowed, scaled = (n in known for n in ("enable_gqa", "window_size", "scale"))
+    if not windowed and "is_causal" not in known:
+        raise TrainingError(
+            f"torch {torch.__version__}: varlen_attn knows neither window_size nor is_causal; "
+            "packed training on a GPU needs torch 2.11 to 2.13"
+        )
 
     def call(
         q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None
@@ -154,15 +149,15 @@ def bind_kernel(
             options["enable_gqa"] = True
         elif group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        if "window_size" in known:
+        if windowed:
             options["window_size"] = (-1 if window is None else window - 1, 0)
-        elif window is None and "is_causal" in known:
+        elif window is None:
             options["is_causal"] = True
         else:
             raise TrainingError(
                 f"torch {torch.__version__} has no sliding window in varlen_attn; upgrade torch"
             )
-        if "scale" in known:
+        if scaled:
             options["scale"] = scaling
         elif scaling is not None:
             q = q * (scaling * q.shape[-1] ** 0.5)
@@ -182,27 +177,29 @@ def bind_kernel(
     return call
 
 
-def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise TrainingError("packed attention takes no attention mask; pad rows at their end")
+def _find_kernel() -> Kernel | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # an older torch trains on CPUs as well
+        return None
+    return bind_kernel(varlen_attn)
+
+
+_KERNEL = _find_kernel()  # once: a look-up inside the model could not be compiled
 
 
 def use_packed_attention(backbone: Any) -> None:
-    """Make a decoder (of a VLM: its text part) attend by `packed_attention`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Make a decoder (of a VLM: its text part) attend by `packed_attention`.
+
+    transformers builds no mask for an attention that has no mask function registered.
+    """
+    from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-    _set(backbone, NAME)
+    backbone.config.get_text_config()._attn_implementation = NAME
 
 
 def restore_attention(backbone: Any) -> None:
     """Back to SDPA, which any transformers can load."""
-    _set(backbone, "sdpa")
-
-
-def _set(backbone: Any, name: str) -> None:
-    text = backbone.config.get_text_config()
-    text._attn_implementation = name
-    if text is not backbone.config and name == "sdpa":
-        backbone.config._attn_implementation = name
+    for config in (backbone.config, backbone.config.get_text_config()):
+        config._attn_implementation = "sdpa"

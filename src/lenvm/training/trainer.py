@@ -67,16 +67,10 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
     if result_path.exists():
         return TrainingResult(**read_json(result_path))
     stores = _load_stores(paths, config)
-    gamma = config.gamma
-    if gamma == "auto":
-        gamma = returns.compute_gamma(stores["train"].completion_lengths.tolist())
     device = pick_device()
     torch.manual_seed(config.seed)  # the fresh head
-    model = LengthValueModel.build(
-        config.backbone, LenVMConfig(gamma=gamma, head=config.head), dtype=torch.float32
-    ).to(device)
+    model = _build_model(config, stores["train"]).to(device)
     _check_vocabulary(model, stores)
-    _start_from_marginal(model, stores["train"])
     use_packed_attention(model.backbone)
     trained = _prepare(model, config)
     datasets: Datasets = {
@@ -110,7 +104,7 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
         tokens_per_s=num_tokens * config.epochs / seconds,
         val_loss_first=trainer.val_losses[0],
         val_loss_last=trainer.val_losses[-1],
-        gamma=gamma,
+        gamma=model.config.gamma,
         seconds=seconds,
     )
     write_json(result_path, result.__dict__)
@@ -374,6 +368,23 @@ def _check_vocabulary(model: LengthValueModel, stores: dict[str, TokenStore]) ->
                 f"the data holds token {int(store.tokens.max())}, the backbone's vocabulary has "
                 f"{size}: the completions were sampled with another tokenizer"
             )
+
+
+def _build_model(config: TrainingConfig, store: TokenStore) -> LengthValueModel:
+    """The value model to train: of `init_from`, else the backbone with a fresh head."""
+    if config.init_from is not None:
+        return LengthValueModel.from_pretrained(config.init_from, dtype=torch.float32)
+    gamma = config.gamma
+    if gamma == "auto":
+        gamma = returns.compute_gamma(store.completion_lengths.tolist())
+    frozen_bf16 = config.trainable == "lora" and torch.cuda.is_available()  # adapters stay fp32
+    model = LengthValueModel.build(
+        config.backbone,
+        LenVMConfig(gamma=gamma, head=config.head),
+        dtype=torch.bfloat16 if frozen_bf16 else torch.float32,
+    )
+    _start_from_marginal(model, store)
+    return model
 
 
 def _start_from_marginal(model: LengthValueModel, store: TokenStore) -> None:
