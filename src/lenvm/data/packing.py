@@ -67,6 +67,10 @@ class PackedBatch:
     """[C] sequence numbers."""
     num_tokens: int
     """Tokens of the sequences, each completion's prompt counted once for it."""
+    longest: int
+    """The longest completion (known here: asking the device would wait for it)."""
+    any_cut: bool
+    """Whether a completion is not complete."""
     counts: bool = True
     """False: a stand-in that keeps the processes in step and adds nothing."""
     inputs_embeds: Tensor | None = None
@@ -249,13 +253,12 @@ def pack(
         np.repeat(pieces.boundary, counts),
         np.repeat(pieces.first, counts) + inside - 1,
     )
-    tensors = _describe(sequences, rows)
     return PackedBatch(
         input_ids=(content if hidden is None else content[:0, 0]).long().unsqueeze(0),
         position_ids=torch.from_numpy(pieces.positions).unsqueeze(0),
         packing=pieces.packing(),
         state_index=torch.from_numpy(state_index),
-        **tensors,
+        **_describe(sequences, rows),
         num_tokens=int((prompts + lengths).sum()),
         inputs_embeds=None if hidden is None else hidden.decode(content).unsqueeze(0),
     )
@@ -298,9 +301,11 @@ class Hidden:
         return content.view(torch.bfloat16)
 
 
-def _describe(sequences: Sequences, rows: Array) -> dict[str, Tensor]:
+def _describe(sequences: Sequences, rows: Array) -> dict[str, Any]:
     lengths = sequences.lengths[rows]
     return {
+        "longest": int(lengths.max()),
+        "any_cut": not bool(sequences.complete[rows].all()),
         "state_offsets": torch.from_numpy(np.concatenate([[0], np.cumsum(lengths + 1)])),
         "lengths": torch.from_numpy(lengths),
         "complete": torch.from_numpy(sequences.complete[rows].copy()),

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lenvm import returns
+from lenvm.data.packing import PackedBatch
 from lenvm.errors import InputError
 from lenvm.model.head import DistributionHead, ValueHead
 
@@ -42,14 +43,19 @@ class States:
     """[C] bool"""
     last: Tensor
     """[C] place of s_L among the M."""
+    longest: int
+    any_cut: bool
 
     @classmethod
-    def build(cls, offsets: Tensor, lengths: Tensor, complete: Tensor) -> "States":
-        """offsets: [C + 1] borders of the completions' states."""
-        counts = lengths + 1
-        completion = torch.repeat_interleave(counts, output_size=None)
-        steps = torch.arange(len(completion), device=lengths.device) - offsets[completion]
-        return cls(completion, steps, lengths, complete, offsets[1:] - 1)
+    def of(cls, batch: PackedBatch) -> "States":
+        """The states of a batch; never waits for the device."""
+        offsets, lengths, num_states = batch.state_offsets, batch.lengths, len(batch.state_index)
+        completion = torch.repeat_interleave(lengths + 1, output_size=num_states)
+        steps = torch.arange(num_states, device=lengths.device) - offsets[completion]
+        last = offsets[1:] - 1
+        return cls(
+            completion, steps, lengths, batch.complete, last, batch.longest, batch.any_cut
+        )
 
     @property
     def remaining(self) -> Tensor:
@@ -222,16 +228,18 @@ def packed_lambda_returns(values: Tensor, states: States, gamma: float, lambda_:
     cost = math.expm1(-returns.log_discount(gamma))
     following = F.pad(values[1:], (0, 1))
     deltas = (cost + gamma * following - values).masked_fill(is_last, 0.0)
-    return (values + packed_suffix_sums(deltas, states.completion, gamma * lambda_)).float()
+    sums = packed_suffix_sums(deltas, states.completion, gamma * lambda_, states.longest + 1)
+    return (values + sums).float()
 
 
-def packed_suffix_sums(x: Tensor, segment: Tensor, decay: float) -> Tensor:
-    """y_t = x_t + decay y_{t+1} inside each segment, by doubling. x, segment: [M] -> [M]."""
+def packed_suffix_sums(x: Tensor, segment: Tensor, decay: float, longest: int) -> Tensor:
+    """y_t = x_t + decay y_{t+1} inside each segment, by doubling. x, segment: [M] -> [M].
+
+    longest: the most members of a segment.
+    """
     y, step = x.clone(), 1
-    while step < len(x):
+    while step < longest:
         inside = segment[:-step] == segment[step:]
-        if not bool(inside.any()):
-            break
         y[:-step] = y[:-step] + torch.where(inside, decay**step * y[step:].clone(), 0.0)
         step *= 2
     return y
@@ -254,7 +262,7 @@ def distribution_terms(
             beside = (index + step).clamp(0, len(bins) - 1)
             gathered = -log_probs.gather(-1, beside.unsqueeze(-1)).squeeze(-1)
             exact = exact + smoothing / 2 * (gathered + log_probs_of(log_probs, index))
-    if bool(states.complete.all()):
+    if not states.any_cut:
         return exact
     known = states.is_known
     cut = log_tail(log_probs, remaining, head)
