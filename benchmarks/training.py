@@ -130,7 +130,7 @@ def list_points(shapes: list[str]) -> list[Point]:
 
 
 def build_sequences(path: Path | None, vocab_size: int, num: int, max_tokens: int) -> Sequences:
-    """The file's sequences, its token ids folded into the vocabulary; else synthetic ones."""
+    """The file's sequences, or synthetic ones."""
     if path is not None:
         return Sequences.select([TokenStore.load(path)], None, max_tokens=max_tokens)
     random = np.random.default_rng(0)
@@ -182,35 +182,34 @@ def build_model(shape: str, device: str, *, low: bool) -> tuple[LengthValueModel
     return model.train(), logits
 
 
-def count_flops(model: LengthValueModel, trainable: str) -> Callable[[PackedBatch], float]:
-    """FLOPs of forward and backward of a batch's real tokens."""
+def count_flops(
+    model: LengthValueModel, trainable: str, totals: np.ndarray[Any, Any]
+) -> Callable[[PackedBatch], float]:
+    """FLOPs of forward and backward of a batch's real tokens. totals: [S] tokens of each sequence.
+
+    A product costs 1 forward, 1 for the gradient of its input, 1 for that of its weights.
+    """
     layers = find_layers(model.backbone)
-    base = own = 0
+    frozen = trained = 0
     for module in layers.modules():
         if isinstance(module, nn.Linear):
-            adapter = module.weight.requires_grad and trainable == "lora"
-            own, base = own + module.weight.numel() * adapter, base + module.weight.numel() * (
-                not adapter
-            )
+            size = module.weight.numel()
+            frozen += size * (not module.weight.requires_grad)
+            trained += size * module.weight.requires_grad
     head = sum(p.numel() for p in model.head.parameters() if p.ndim == 2)
     config = model.backbone.config
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    # forward 1; backward 1 for what lies below, 1 for the weights
-    linear = {"full": 3, "lora": 2, "head": 1}[trainable]
-    attention = {"full": 3, "lora": 3, "head": 1}[trainable]
+    backward = trainable != "head"
 
     def flops(batch: PackedBatch) -> float:
-        prompts = batch.num_tokens - int(batch.lengths.sum())
-        totals = batch.lengths.double() + prompts / len(batch.lengths)
-        pairs = float((totals * (totals + 1) / 2).sum())
-        states = float(batch.lengths.sum())
-        return (
-            2 * batch.num_tokens * (linear * base + 3 * own)
-            + attention * 4 * width * len(layers) * pairs
-            + 3 * 2 * head * states
-        )
+        lengths = totals[batch.sequences.numpy()].astype(np.float64)
+        pairs = float((lengths * (lengths + 1) / 2).sum())
+        per_token = 2 * ((1 + backward) * frozen + 3 * trained)
+        attention = (1 + 2 * backward) * 4 * width * len(layers) * pairs
+        states = float(batch.lengths.sum() + len(batch.lengths))
+        return per_token * batch.num_tokens + attention + 6 * head * states
 
     return flops
 
@@ -239,7 +238,6 @@ class Run:
         if point.trainable == "lora":
             add_adapter(model, 8, 16, 0.0)
             model.to(setting.device)
-        self.flops = count_flops(model, point.trainable)
         self.model = PackedModel(model)
         if point.compiled:
             compile_layers(model.backbone)
@@ -250,6 +248,8 @@ class Run:
             setting.num_sequences,
             setting.max_tokens,
         )
+        self.sequences.check_vocabulary(SHAPES[point.shape]["vocab_size"])
+        self.flops = count_flops(model, point.trainable, self.sequences.totals)
         self.live = [p for p in self.model.parameters() if p.requires_grad]
         fused = setting.device == "cuda"
         self.optimizer = torch.optim.AdamW(self.live, lr=1e-5, betas=(0.9, 0.95), fused=fused)

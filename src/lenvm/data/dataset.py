@@ -110,7 +110,9 @@ def _build(path: Path, folder: Path) -> None:
     try:
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
     except OSError as error:
-        raise DataError(f"cannot write beside {path}: {error.strerror}; copy it elsewhere") from None
+        raise DataError(
+            f"cannot write beside {path}: {error.strerror}; copy it elsewhere"
+        ) from None
     try:
         rows, domains, images = _write_tokens(path, part / "tokens.i32")
         np.save(part / "index.npy", np.array(rows, dtype=INDEX))
@@ -215,9 +217,7 @@ class Sequences:
         source = np.repeat(np.arange(len(stores)), [len(store.index) for store in stores])
         domains = sorted({name for store in stores for name in store.domains})
         tables = [np.array([domains.index(n) for n in s.domains], np.int64) for s in stores]
-        domain = np.concatenate(
-            [t[s.index["domain"]] for t, s in zip(tables, stores, strict=True)]
-        )
+        domain = np.concatenate([t[s.index["domain"]] for t, s in zip(tables, stores, strict=True)])
         keep = np.ones(len(index), bool)
         if split is not None:
             keep &= index["split"] == SPLITS.index(split)

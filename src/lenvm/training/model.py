@@ -104,6 +104,9 @@ def add_adapter(
         use_dora=dora,
         target_modules="all-linear",
     )
+    # the first layer's input then has a gradient like all others': checkpointing needs it, and one
+    # compilation serves all layers
+    model.backbone.enable_input_require_grads()
     model.backbone = get_peft_model(model.backbone, lora)
     if any(p.dtype != torch.float32 for p in model.backbone.parameters()):
         for module in model.backbone.modules():

@@ -53,9 +53,7 @@ class States:
         completion = torch.repeat_interleave(lengths + 1, output_size=num_states)
         steps = torch.arange(num_states, device=lengths.device) - offsets[completion]
         last = offsets[1:] - 1
-        return cls(
-            completion, steps, lengths, batch.complete, last, batch.longest, batch.any_cut
-        )
+        return cls(completion, steps, lengths, batch.complete, last, batch.longest, batch.any_cut)
 
     @property
     def remaining(self) -> Tensor:
