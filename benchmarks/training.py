@@ -1,6 +1,6 @@
 """Figures of training: tokens/s of real tokens, MFU and peak memory of each way to train.
 
-    python benchmarks/training.py --out benchmarks/results/training_h200.json   # one GPU, ~4 minutes
+    python benchmarks/training.py --out benchmarks/results/training_h200.json  # GPU, 4 minutes
     python benchmarks/training.py --device cpu --shapes tiny --out /tmp/t.json  # a dry run
 
 Models are random weights of a shape; sequences are synthetic, or a trajectory file's
@@ -299,10 +299,7 @@ class Run:
         if device == "cuda":
             batch = batch.pin_memory().to(device)
         with autocast(device):
-            if self.point.way == "padded":
-                raw = self._with_logits(batch)
-            else:
-                raw = self.model(batch)
+            raw = self._with_logits(batch) if self.point.way == "padded" else self.model(batch)
         loss = self.objective.sum(self.model.value_model.head, raw, States.of(batch), 0.997)
         loss = loss / count
         loss.backward()

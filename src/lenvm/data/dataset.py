@@ -272,9 +272,9 @@ class Sequences:
     def tokens(self, i: int) -> Array:
         """Token ids of sequence i, int32."""
         start = self.start[i]
-        return self.stores[self.source[i]].tokens[
-            start : start + self.prompt_lengths[i] + self.lengths[i]
-        ]
+        store = self.stores[self.source[i]]
+        ids: Array = store.tokens[start : start + self.prompt_lengths[i] + self.lengths[i]]
+        return ids
 
     def images(self, i: int) -> tuple[str, ...]:
         """Image files of sequence i's prompt."""

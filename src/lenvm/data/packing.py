@@ -221,8 +221,8 @@ def balance(costs: Array, world_size: int, budget: int) -> list[list[list[int]]]
     ranks: list[list[list[int]]] = [[] for _ in range(world_size)]
     for turn in range(per_rank):
         hand = by_load[turn * world_size : (turn + 1) * world_size]
-        for rank, b in enumerate(hand if turn % 2 == 0 else hand[::-1]):
-            ranks[rank].append(b)
+        for rank, items in enumerate(hand if turn % 2 == 0 else hand[::-1]):
+            ranks[rank].append(items)
     return ranks
 
 

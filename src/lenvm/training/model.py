@@ -33,7 +33,7 @@ class PackedModel(nn.Module):
         embeds = batch.inputs_embeds
         hidden = self.value_model.backbone(
             input_ids=batch.input_ids if embeds is None else None,
-            inputs_embeds=embeds,
+            inputs_embeds=None if embeds is None else embeds.float(),
             position_ids=batch.position_ids,
             packing=batch.packing,
             use_cache=False,
@@ -42,6 +42,11 @@ class PackedModel(nn.Module):
         states = hidden.flatten(0, 1).index_select(0, batch.state_index)
         raw: Tensor = self.value_model.head(states)
         return raw
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """What FSDP wraps."""
+        return getattr(self.value_model.backbone, "_no_split_modules", None)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         self.value_model.backbone.gradient_checkpointing_enable(**options)
@@ -84,7 +89,8 @@ def find_norm(backbone: Any) -> nn.Module:
     norms = [m for name, m in backbone.named_modules() if name.rsplit(".", 1)[-1] == "norm"]
     if not norms:
         raise InputError(f"{type(backbone).__name__} has no final norm that lenvm knows")
-    return norms[-1]
+    norm: nn.Module = norms[-1]
+    return norm
 
 
 def add_adapter(
@@ -118,3 +124,14 @@ def compile_layers(backbone: Any) -> None:
     """Compile each decoder layer (one compilation serves all), for any number of tokens."""
     for layer in find_layers(backbone):
         layer.compile(dynamic=True)
+
+
+def use_liger(backbone: Any) -> None:
+    """Liger's fused norm, rotary and SwiGLU kernels. InputError where they do not run."""
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError:
+        raise InputError(
+            "liger = true needs the package: pip install liger-kernel (GPU only); or compile = true"
+        ) from None
+    _apply_liger_kernel_to_instance(model=backbone)

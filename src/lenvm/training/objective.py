@@ -24,8 +24,8 @@ from lenvm import returns
 from lenvm.data.packing import PackedBatch
 from lenvm.errors import InputError
 from lenvm.model.head import DistributionHead, ValueHead
+from lenvm.model.value_model import TargetName
 
-TargetName = Literal["discounted_return", "length", "normalized_length", "log_length"]
 LossName = Literal["mse", "huber", "bce"]
 Aggregation = Literal["token", "sequence_mean", "sequence_sum"]
 CensoringName = Literal["drop", "one_sided", "bootstrap"]
