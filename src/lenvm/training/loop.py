@@ -29,7 +29,7 @@ from lenvm.training.config import TrainingConfig
 from lenvm.training.evaluation import Evaluation
 from lenvm.training.model import PackedModel
 from lenvm.training.objective import Objective, States
-from lenvm.training.steps import Packer, RunSteps, Step
+from lenvm.training.steps import Packer, RunSteps, Step, count
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total)."""
@@ -100,13 +100,14 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
 
     def _sum(self, model: nn.Module, rows: Array) -> Tensor:
         batch = self.packers["train"](rows)
-        with self.compute_loss_context_manager():
-            raw = model(batch)
+        raw = model(batch)  # accelerate wrapped its forward in autocast
         value_model = self.value_model
         loss = self.objective.sum(value_model.head, raw, States.of(batch), value_model.config.gamma)
         return loss if batch.counts else loss * 0.0
 
     def _unsynchronised(self, model: nn.Module) -> AbstractContextManager[None]:
+        if self.is_deepspeed_enabled:  # its engine is told by the accelerator
+            return nullcontext()
         context: AbstractContextManager[None] = self.accelerator.no_sync(model=model)
         return context
 
@@ -175,11 +176,10 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         model.eval()
         for rows in self.validation:
             batch = packer(rows)
-            with self.compute_loss_context_manager():
-                raw = model(batch)
+            raw = model(batch)
             states = States.of(batch)
             loss = self.objective.sum(value_model.head, raw, states, gamma)
-            weight = self.objective.denominator(batch.lengths, batch.complete)
+            weight = count(self.objective, packer.sequences, rows)
             scores.add(batch, states, value_model.belief(raw), loss, weight)
         model.train(was_training)
         metrics = scores.metrics(lambda flat: self.accelerator.reduce(flat, "sum"))

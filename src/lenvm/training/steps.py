@@ -1,7 +1,6 @@
 """The optimizer steps of a whole run, as the Trainer's data set, and one step's micro batches."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,14 +41,17 @@ class RunSteps(torch.utils.data.Dataset[Step]):
     def __getitem__(self, index: int) -> Step:
         rows = self.plan.step(*self.places[index])
         sequences = self.plan.sequences
-        denominator = self.objective.denominator(
-            torch.from_numpy(sequences.lengths[rows]), torch.from_numpy(sequences.complete[rows])
-        )
         return Step(
             self.plan.micro_batches(rows)[self.rank],
-            denominator,
+            count(self.objective, sequences, rows),
             int(sequences.totals[rows].sum()),
         )
+
+
+def count(objective: Objective, sequences: Sequences, rows: Array) -> int:
+    """What the summed loss of these sequences is divided by."""
+    lengths, complete = sequences.lengths[rows], sequences.complete[rows]
+    return objective.denominator(torch.from_numpy(lengths), torch.from_numpy(complete))
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,3 @@ def plan_evaluation(sequences: Sequences, batch_tokens: int, world_size: int) ->
     """[rank][micro batch]: every sequence once."""
     plan = BatchPlan(sequences, batch_tokens, world_size=world_size, shuffle=False)
     return plan.micro_batches(plan.order(0))
-
-
-def iterate(packer: Packer, batches: list[Array]) -> Iterator[PackedBatch]:
-    """The batches one by one."""
-    return (packer(rows) for rows in batches)
