@@ -192,9 +192,9 @@ def test_attention_that_is_not_computed_is_refused():
         attention.packed_attention(None, x, x, x, None, softcap=30.0)
 
 
-@pytest.mark.slow
-def test_compiled_layers_agree_and_compile_once():
-    """On the CPU, where attention breaks the graph; the GPU's whole graph is benchmarked."""
+@pytest.mark.filterwarnings("ignore::UserWarning")  # dynamo reads .grad of every input
+def test_compiled_layers_agree():
+    """Traced, not code-generated; on the CPU attention breaks the graph. Any number of tokens."""
     sequences = family()
     rows = list(range(len(sequences)))
     plain, compiled = (
@@ -202,7 +202,7 @@ def test_compiled_layers_agree_and_compile_once():
         for _ in range(2)
     )
     compiled.load_state_dict(plain.state_dict())
-    compile_layers(compiled.value_model.backbone)
+    compile_layers(compiled.value_model.backbone, backend="aot_eager")
     for chosen in (rows, rows[:3], rows[4:]):
         a, a_grads = gradients(plain, [pack(sequences, chosen)], Objective())
         b, b_grads = gradients(compiled, [pack(sequences, chosen)], Objective())

@@ -81,6 +81,7 @@ def _kernel_dtype(query: Tensor) -> torch.dtype | None:
     return None
 
 
+@torch.compiler.disable  # its lengths are data: compiled, it would be compiled for each
 def _one_by_one(
     query: Tensor,
     key: Tensor,

@@ -120,10 +120,13 @@ def add_adapter(
                 module.cast_input_dtype_enabled = False
 
 
-def compile_layers(backbone: Any) -> None:
-    """Compile each decoder layer (one compilation serves all), for any number of tokens."""
+def compile_layers(backbone: Any, **options: Any) -> None:
+    """Compile each decoder layer (one compilation serves all), for any number of tokens.
+
+    `options` go to torch.compile.
+    """
     for layer in find_layers(backbone):
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, **options)
 
 
 def use_liger(backbone: Any) -> None:
