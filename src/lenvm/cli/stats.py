@@ -22,6 +22,9 @@ def register(app: typer.Typer) -> None:
             int | None, typer.Option(min=1, help="With --downsample: completions of each.")
         ] = None,
         seed: Annotated[int, typer.Option(help="With --downsample: which ones.")] = 0,
+        plot: Annotated[
+            Path | None, typer.Option(help="Draw the lengths of each domain here (PNG).")
+        ] = None,
     ) -> None:
         """Counts, truncation, length percentiles and a gamma for training."""
         from lenvm.data.stats import compute_stats
@@ -42,6 +45,10 @@ def register(app: typer.Typer) -> None:
         elif prompts or per_prompt:
             raise InputError("--prompts and --per-prompt need --downsample FILE")
         found = compute_stats(read_trajectories(*files))
+        if plot:
+            from lenvm.reports.lengths import draw_lengths
+
+            draw_lengths(found, plot)
         if as_json:
             typer.echo(json.dumps(found.to_json(), indent=2))
         else:

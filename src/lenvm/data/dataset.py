@@ -1,201 +1,342 @@
-"""Trajectories as packed batches: token arrays, and batches without a padding token.
+"""Trajectory files as memory-mapped token arrays, and the sequences of a split chosen from them.
 
-A batch is one row of N tokens: whole sequences (prompt and completion) side by side, positions
-restarting, `cu_seqlens` at their borders. `labels` hold the remaining length n of the state after
-each token where it counts in the loss (s_0 .. s_{L-1}: positions P-1 .. P+L-2), -100 elsewhere.
+A JSON-lines file is parsed once; its tokens and an index of the sequences stand beside it in a
+hidden folder and are mapped afterwards, so that a data set may be larger than memory and starting
+costs nothing. What goes into which batch is `data/packing.py`.
 
-Shape legend: N tokens of a batch, S sequences.
+Shape legend: S sequences (one completion each, its prompt in front), G prompts.
 """
 
-import random
+import fcntl
+import hashlib
+import json
+import shutil
+import tempfile
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from lenvm.data.trajectory import Trajectory
-from lenvm.errors import DataError
+from lenvm.data.images import resolve_images
+from lenvm.data.trajectory import Trajectory, read_trajectories
+from lenvm.errors import DataError, InputError
+from lenvm.files import read_json, write_json
 
-IGNORED = -100
-Censoring = Literal["drop", "one_sided"]
+STORE_VERSION = 1
+Censoring = Literal["drop", "one_sided", "bootstrap"]
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Array = np.ndarray[Any, np.dtype[Any]]
+INDEX = np.dtype(
+    [
+        ("start", "<i8"),
+        ("prompt_length", "<i4"),
+        ("length", "<i4"),  # of the completion
+        ("complete", "?"),
+        ("split", "i1"),
+        ("domain", "<i2"),
+        ("group", "<i8"),  # hash of the prompt
+        ("images", "<i4"),  # entry of `images`, -1 for none
+    ]
+)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TokenStore:
-    """Sequences in flat arrays; `dropped` counts what was left out, by reason."""
+    """One trajectory file: `tokens` int32, mapped; `index` [S] of INDEX records."""
 
-    tokens: np.ndarray[Any, np.dtype[np.int32]]
-    offsets: np.ndarray[Any, np.dtype[np.int64]]
-    """[S + 1] where each sequence starts in `tokens`."""
-    prompt_lengths: np.ndarray[Any, np.dtype[np.int64]]
-    complete: np.ndarray[Any, np.dtype[np.bool_]]
-    domains: list[str]
-    prompt_hashes: list[str]
-    images: list[tuple[str, ...]]
-    """Image files of each sequence's prompt."""
-    dropped: Counter[str] = field(default_factory=Counter)
+    path: Path
+    tokens: Array
+    index: Array
+    domains: tuple[str, ...]
+    images: tuple[tuple[str, ...], ...]
+    """Image files of prompts, absolute."""
+    sha256: str
+    """Of the trajectory file."""
 
     @classmethod
-    def build(
+    def load(cls, path: Path) -> "TokenStore":
+        """Map a trajectory file, parsing it first where its store is missing or out of date.
+
+        Several processes may call this at once: one builds, the others wait. Raises DataError for a
+        file that is missing, empty or malformed, or a folder that cannot be written to.
+        """
+        if not path.is_file():
+            raise DataError(f"no trajectory file {path}")
+        folder = path.with_name(f".{path.name}.tokens")
+        with _locked(folder.with_suffix(".lock")):
+            if not _is_current(path, folder):
+                _build(path, folder)
+        meta = read_json(folder / "meta.json")
+        tokens: Array = np.memmap(folder / "tokens.i32", dtype="<i4", mode="r")
+        index = np.load(folder / "index.npy", mmap_mode="r")
+        images = tuple(tuple(files) for files in meta["images"])
+        return cls(path, tokens, index, tuple(meta["domains"]), images, meta["sha256"])
+
+
+def _is_current(path: Path, folder: Path) -> bool:
+    meta_path = folder / "meta.json"
+    if not meta_path.exists():
+        return False
+    meta, stat = read_json(meta_path), path.stat()
+    if meta["version"] != STORE_VERSION or meta["size"] != stat.st_size:
+        return False
+    if meta["mtime_ns"] == stat.st_mtime_ns:
+        return True
+    if meta["sha256"] != hash_file(path):  # touched or copied: what it holds decides
+        return False
+    write_json(meta_path, {**meta, "mtime_ns": stat.st_mtime_ns})
+    return True
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_group(prompt_hash: str) -> int:
+    """A prompt's hash as a signed 64-bit number."""
+    digest = hashlib.blake2b(prompt_hash.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _build(path: Path, folder: Path) -> None:
+    stat, sha256 = path.stat(), hash_file(path)
+    try:
+        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    except OSError as error:
+        raise DataError(
+            f"cannot write beside {path}: {error.strerror}; copy it elsewhere"
+        ) from None
+    try:
+        rows, domains, images = _write_tokens(path, part / "tokens.i32")
+        np.save(part / "index.npy", np.array(rows, dtype=INDEX))
+        meta = {
+            "version": STORE_VERSION,
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+            "sha256": sha256,
+            "domains": domains,
+            "images": images,
+        }
+        write_json(part / "meta.json", meta)
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_tokens(path: Path, out: Path) -> tuple[list[Any], list[str], list[list[str]]]:
+    rows: list[Any] = []
+    domains: dict[str, int] = {}
+    images: dict[tuple[str, ...], int] = {}
+    start = 0
+    with out.open("wb") as file:
+        for t in read_trajectories(path):
+            files = tuple(resolve_images(t.images, path.parent))
+            array("i", t.prompt_token_ids).tofile(file)
+            array("i", t.completion_token_ids).tofile(file)
+            rows.append(
+                (
+                    start,
+                    len(t.prompt_token_ids),
+                    t.length,
+                    t.is_complete,
+                    SPLITS.index(t.split),
+                    domains.setdefault(t.domain, len(domains)),
+                    hash_group(t.prompt_hash),
+                    images.setdefault(files, len(images)) if files else -1,
+                )
+            )
+            start += len(t.prompt_token_ids) + t.length
+    return rows, list(domains), [list(files) for files in images]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror}; the parsed form of a trajectory file stands "
+            "beside it, so copy the file to a folder that can be written to"
+        ) from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The sequences of one split over all files: arrays [S] in file order."""
+
+    stores: tuple[TokenStore, ...]
+    source: Array
+    """Which store."""
+    start: Array
+    prompt_lengths: Array
+    lengths: Array
+    """Of the completions, tokens, the ending token counted."""
+    complete: Array
+    """False: cut off, the length is a lower bound."""
+    groups: Array
+    """Hash of the prompt: completions of one prompt share it."""
+    domain: Array
+    """Entry of `domains`."""
+    image_sets: Array
+    """Entry of the store's `images`, -1 for none."""
+    domains: tuple[str, ...]
+    dropped: Counter[str] = field(default_factory=Counter)
+    """What was left out, by reason."""
+
+    @classmethod
+    def select(
         cls,
-        trajectories: Iterable[Trajectory],
+        stores: Sequence[TokenStore],
+        split: Split | None,
         *,
         max_tokens: int = 8192,
         censoring: Censoring = "drop",
-        vocab_size: int | None = None,
-    ) -> "TokenStore":
-        """Sequences over `max_tokens` are dropped and counted, never cut; truncated completions are
-        dropped and counted, or kept as censored. DataError for a token outside the vocabulary."""
-        parts: list[np.ndarray[Any, np.dtype[np.int32]]] = []
-        prompts, complete, domains, hashes, images = [], [], [], [], []
-        dropped: Counter[str] = Counter()
-        for t in trajectories:
-            if not t.is_complete and censoring == "drop":
-                dropped["truncated"] += 1
-                continue
-            ids = np.array([*t.prompt_token_ids, *t.completion_token_ids], dtype=np.int32)
-            if len(ids) > max_tokens:
-                dropped["too_long"] += 1
-                continue
-            if vocab_size is not None and (ids.min() < 0 or ids.max() >= vocab_size):
-                raise DataError(
-                    f"trajectory {t.id} has token {int(ids.max())}, outside the backbone's "
-                    f"vocabulary of {vocab_size}: it was sampled with another tokenizer"
-                )
-            parts.append(ids)
-            prompts.append(len(t.prompt_token_ids))
-            complete.append(t.is_complete)
-            domains.append(t.domain)
-            hashes.append(t.prompt_hash)
-            images.append(tuple(t.images))
-        return cls(
-            tokens=np.concatenate(parts) if parts else np.zeros(0, np.int32),
-            offsets=np.cumsum([0, *(len(p) for p in parts)], dtype=np.int64),
-            prompt_lengths=np.array(prompts, dtype=np.int64),
-            complete=np.array(complete, dtype=np.bool_),
-            domains=domains,
-            prompt_hashes=hashes,
-            images=images,
-            dropped=dropped,
-        )
-
-    def __len__(self) -> int:
-        return len(self.prompt_lengths)
-
-    @property
-    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """[S] tokens of each sequence, prompt and completion."""
-        return np.diff(self.offsets)
-
-    @property
-    def completion_lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """[S] generated tokens of each sequence."""
-        return self.lengths - self.prompt_lengths
-
-    def sequence(self, index: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """Token ids of one sequence."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-
-def pack(store: TokenStore, indices: Sequence[int]) -> dict[str, Tensor]:
-    """One packed batch: input_ids, position_ids, labels, is_complete [1, N]; cu_seqlens [S + 1].
-
-    Where a completion is censored, its labels are lower bounds and `is_complete` is False.
-    """
-    lengths = store.lengths[list(indices)]
-    total = int(lengths.sum())
-    input_ids = torch.empty(total, dtype=torch.long)
-    positions = torch.empty(total, dtype=torch.long)
-    labels = torch.full((total,), IGNORED, dtype=torch.long)
-    complete = torch.ones(total, dtype=torch.bool)
-    start = 0
-    for index, length in zip(indices, lengths.tolist(), strict=True):
-        end, prompt = start + length, int(store.prompt_lengths[index])
-        input_ids[start:end] = torch.from_numpy(store.sequence(index).astype(np.int64))
-        positions[start:end] = torch.arange(length)
-        answer = length - prompt
-        labels[start + prompt - 1 : end - 1] = torch.arange(answer, 0, -1)
-        complete[start:end] = bool(store.complete[index])
-        start = end
-    cu_seqlens = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
-    return {
-        "input_ids": input_ids.unsqueeze(0),
-        "position_ids": positions.unsqueeze(0),
-        "labels": labels.unsqueeze(0),
-        "shift_labels": labels.unsqueeze(0),
-        "is_complete": complete.unsqueeze(0),
-        "cu_seqlens": cu_seqlens,
-    }
-
-
-def plan_batches(
-    lengths: Sequence[int], batch_tokens: int, *, seed: int, grouped: Sequence[str] | None = None
-) -> list[list[int]]:
-    """Indices of each batch: shuffled sequences, packed in order up to `batch_tokens`.
-
-    A pure function of its arguments. A longer sequence stands alone. `grouped` keeps the sequences
-    of one group (a prompt's completions) together, the paper's ablation.
-    """
-    order = list(range(len(lengths)))
-    generator = random.Random(seed)
-    generator.shuffle(order)
-    if grouped is not None:
-        rank = {g: generator.random() for g in sorted(set(grouped))}
-        order.sort(key=lambda i: rank[grouped[i]])
-    batches: list[list[int]] = []
-    used = batch_tokens
-    for index in order:
-        if used + lengths[index] > batch_tokens and (used or not batches):
-            batches.append([])
-            used = 0
-        batches[-1].append(index)
-        used += lengths[index]
-    return batches
-
-
-AddImages = Callable[[Sequence[Sequence[int]], Sequence[Sequence[str]]], dict[str, Any]]
-"""(token ids, image files) of a batch's sequences -> the entries that a VLM's batch has instead."""
-
-
-class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Packed batches of a store, one item each; `set_epoch` reshuffles."""
-
-    def __init__(
-        self,
-        store: TokenStore,
-        batch_tokens: int,
-        *,
+        max_prompts: int | None = None,
+        max_per_prompt: int | None = None,
         seed: int = 0,
-        grouped: bool = False,
-        add_images: AddImages | None = None,
-    ) -> None:
-        self.store, self.batch_tokens, self.seed = store, batch_tokens, seed
-        self.add_images = add_images
-        self.groups = store.prompt_hashes if grouped else None
-        self.set_epoch(0)
+    ) -> "Sequences":
+        """The sequences of `split` (None: of all) that can be used.
 
-    def set_epoch(self, epoch: int) -> None:
-        self.batches = plan_batches(
-            self.store.lengths.tolist(),
-            self.batch_tokens,
-            seed=self.seed + epoch,
-            grouped=self.groups,
+        Sequences over `max_tokens` are dropped and counted, never cut; truncated completions too
+        where `censoring` is "drop". Down-sampling keeps `max_prompts` prompts and `max_per_prompt`
+        completions of each, chosen by hash and seed, so that a smaller choice is part of a larger.
+        """
+        index = np.concatenate([np.asarray(store.index) for store in stores])
+        source = np.repeat(np.arange(len(stores)), [len(store.index) for store in stores])
+        domains = sorted({name for store in stores for name in store.domains})
+        tables = [np.array([domains.index(n) for n in s.domains], np.int64) for s in stores]
+        domain = np.concatenate([t[s.index["domain"]] for t, s in zip(tables, stores, strict=True)])
+        keep = np.ones(len(index), bool)
+        if split is not None:
+            keep &= index["split"] == SPLITS.index(split)
+        dropped: Counter[str] = Counter()
+
+        def drop(reason: str, bad: Array) -> None:
+            nonlocal keep
+            dropped[reason] += int((keep & bad).sum())
+            keep = keep & ~bad
+
+        if censoring == "drop":
+            drop("truncated", ~index["complete"])
+        total = index["prompt_length"].astype(np.int64) + index["length"]
+        drop("too_long", total > max_tokens)
+        drop("not_sampled", ~_downsample(index["group"], keep, max_prompts, max_per_prompt, seed))
+        rows = np.flatnonzero(keep)
+        index = index[rows]
+        return cls(
+            stores=tuple(stores),
+            source=source[rows],
+            start=index["start"].astype(np.int64),
+            prompt_lengths=index["prompt_length"].astype(np.int64),
+            lengths=index["length"].astype(np.int64),
+            complete=index["complete"],
+            groups=index["group"],
+            domain=domain[rows],
+            image_sets=index["images"],
+            domains=tuple(domains),
+            dropped=+dropped,
         )
 
+    @classmethod
+    def from_trajectories(cls, trajectories: Sequence[Trajectory], **options: Any) -> "Sequences":
+        """The same from trajectories in memory (`options` as of `select`), all splits."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "t.jsonl"
+            path.write_text("".join(json.dumps(t.to_json()) + "\n" for t in trajectories))
+            store = TokenStore.load(path)
+            store = TokenStore(
+                path, store.tokens.copy(), store.index.copy(), store.domains, store.images, ""
+            )
+        return cls.select([store], None, **options)
+
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.lengths)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        rows = self.batches[index]
-        batch = pack(self.store, rows)
-        if self.add_images is not None:
-            ids = [self.store.sequence(row).tolist() for row in rows]
-            batch |= self.add_images(ids, [self.store.images[row] for row in rows])
-        return batch
+    @property
+    def totals(self) -> Array:
+        """[S] tokens of each sequence, prompt and completion."""
+        return self.prompt_lengths + self.lengths
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self[i] for i in range(len(self)))
+    def tokens(self, i: int) -> Array:
+        """Token ids of sequence i, int32."""
+        start = self.start[i]
+        store = self.stores[self.source[i]]
+        ids: Array = store.tokens[start : start + self.prompt_lengths[i] + self.lengths[i]]
+        return ids
+
+    def images(self, i: int) -> tuple[str, ...]:
+        """Image files of sequence i's prompt."""
+        entry = self.image_sets[i]
+        return () if entry < 0 else self.stores[self.source[i]].images[entry]
+
+    def check_vocabulary(self, size: int) -> None:
+        """DataError where a token id lies outside a vocabulary of `size` tokens."""
+        for i in range(len(self)):
+            ids = self.tokens(i)
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= size:
+                raise DataError(
+                    f"{self.stores[self.source[i]].path} holds token {high if low >= 0 else low}, "
+                    f"but the backbone's vocabulary has {size}: it was sampled with another "
+                    "tokenizer. Train on the backbone that sampled it, or sample again."
+                )
+
+
+def mixing_weights(weights: Mapping[str, float], stores: Sequence[TokenStore]) -> Array:
+    """[stores] how often an epoch sees each file: 0.5 a fresh half of it, 2 all of it twice.
+
+    `weights` by file name or path; a file without one counts once. Raises InputError for a weight
+    that is not positive or names no file.
+    """
+    found = np.ones(len(stores))
+    for name, weight in weights.items():
+        matches = [i for i, s in enumerate(stores) if name in (str(s.path), s.path.name)]
+        if not matches or not 0 < weight < float("inf"):
+            files = ", ".join(s.path.name for s in stores)
+            raise InputError(
+                f"weight of {name!r} is {weight}; allowed: a positive number for one of {files}"
+            )
+        found[matches] = weight
+    return found
+
+
+def _downsample(
+    groups: Array, keep: Array, prompts: int | None, per_prompt: int | None, seed: int
+) -> Array:
+    """Mask [S]: the sequences of `keep` that stay; chosen by rank of a seeded hash."""
+    chosen = keep.copy()
+    if prompts is not None:
+        names = np.unique(groups[keep])
+        names = names[np.argsort(scramble(names, seed), kind="stable")][:prompts]
+        chosen &= np.isin(groups, names)
+    if per_prompt is not None:
+        rows = np.flatnonzero(chosen)
+        rank = scramble(groups[rows] + np.arange(len(groups))[rows], seed + 1)
+        order = rows[np.lexsort((rank, groups[rows]))]
+        first = np.r_[True, groups[order][1:] != groups[order][:-1]] if len(order) else []
+        starts = np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))
+        chosen[:] = False
+        chosen[order[np.arange(len(order)) - starts < per_prompt]] = True
+    return chosen | ~keep
+
+
+def scramble(x: Array, seed: int) -> Array:
+    """A 64-bit mix of integers (splitmix64's finaliser): the same everywhere, for ever."""
+    with np.errstate(over="ignore"):
+        z = x.astype(np.uint64) + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))

@@ -3,6 +3,7 @@
 One pass, a few bytes a completion: files larger than memory are fine.
 """
 
+import math
 import random
 from array import array
 from collections import Counter, defaultdict
@@ -33,6 +34,8 @@ class LengthStats:
     max: int
     percentiles: dict[int, int]
     """Of all completions; those of truncated ones are lower bounds."""
+    histogram: dict[int, int] = field(default_factory=dict)
+    """Lower edge of a bin of lengths -> completions in it (`compute_histogram`)."""
 
     @property
     def truncated_share(self) -> float:
@@ -84,7 +87,17 @@ class _Group:
             mean=sum(lengths) / len(lengths),
             max=lengths[-1],
             percentiles={p: compute_percentile(lengths, p) for p in PERCENTILES},
+            histogram=compute_histogram(lengths),
         )
+
+
+def compute_histogram(lengths: Iterable[int]) -> dict[int, int]:
+    """Lower edge -> number of lengths, in bins of a quarter octave."""
+    counts = Counter(int(4 * math.log2(length) + 1e-9) for length in lengths)
+    merged: Counter[int] = Counter()
+    for index, count in counts.items():
+        merged[math.ceil(2 ** (index / 4) - 1e-9)] += count
+    return dict(sorted(merged.items()))
 
 
 def compute_percentile(sorted_lengths: Sequence[int], percent: float) -> int:

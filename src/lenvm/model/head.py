@@ -221,7 +221,11 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.summary(F.silu(self.fc(hidden.float())))  # type: ignore[no-any-return]
+            # FSDP and DeepSpeed hand out bf16 copies of the weights; the sums are fp32 all the same
+            w1, b1, w2, b2 = (
+                p.float() for layer in (self.fc, self.summary) for p in (layer.weight, layer.bias)
+            )
+            return F.linear(F.silu(F.linear(hidden.float(), w1, b1)), w2, b2)
 
     def belief(self, raw: Tensor, gamma: float) -> LengthBelief:
         """raw [..., 1] -> belief over [...]."""

@@ -181,14 +181,27 @@ class LengthValueModel(nn.Module):
         raw: Tensor = self(**inputs)
         return raw.cpu()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the checkpoint; an older one at `folder` is replaced in one step."""
+    def save_pretrained(
+        self, folder: str | Path, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write the checkpoint; an older one at `folder` is replaced in one step.
+
+        `state_dict` (`backbone.*`, `head.*`) stands for the own one where the parameters are spread
+        over processes.
+        """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            self.backbone.save_pretrained(partial)
-            head = {f"v_head.{k}": v.contiguous() for k, v in self.head.state_dict().items()}
+            own = self.state_dict() if state_dict is None else state_dict
+            backbone, head = (
+                {k.removeprefix(p): v for k, v in own.items() if k.startswith(p)}
+                for p in ("backbone.", "head.")
+            )
+            self.backbone.save_pretrained(
+                partial, state_dict=None if state_dict is None else backbone
+            )
+            head = {f"v_head.{k}": v.contiguous() for k, v in head.items()}
             save_file(head, partial / HEAD_FILE, metadata={"format": "pt"})
             write_json(partial / CONFIG_FILE, self.config.model_dump())
             if self.tokenizer is not None:

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lenvm.errors import DataError, InputError
 from lenvm.model.head import HeadName
+from lenvm.model.value_model import TargetName
+from lenvm.training.model import Trainable
+from lenvm.training.objective import Aggregation, CensoringName, LossName, Objective
 
 
 class TrainingConfig(BaseModel):
@@ -27,45 +30,104 @@ class TrainingConfig(BaseModel):
     head: HeadName = "distribution"
     gamma: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = "auto"
     """auto: 1 - gamma^(L99) = 0.99 of the training completions."""
-    loss: Literal["mse", "huber", "bce"] = "mse"
+    target: TargetName = "discounted_return"
+    """Where the scalar head's error is measured; its output is the same for all."""
+    loss: LossName = "mse"
     """Of the scalar head; the distribution head has its likelihood."""
-    trainable: Literal["full", "lora", "last", "head"] = "full"
+    relative: bool = False
+    """Errors relative to the target."""
+    huber_delta: Annotated[float, Field(gt=0)] = 0.1
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Distribution head: probability moved to the neighbouring bins."""
+    aggregation: Aggregation = "token"
+    """Another than `token` shifts what the model learns to predict."""
+    td_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """TD(lambda) targets; 1 is the closed form."""
+    include_eos: bool = False
+    """Train the terminal state too."""
+    censoring: CensoringName = "drop"
+    """Truncated completions: left out, lower bounds, or continued by the model's own estimate."""
+    trainable: Trainable = "full"
     last_layers: Annotated[int, Field(ge=1)] = 6
     """With trainable = "last": how many upper layers train. What lies below is computed once."""
     train_vision: bool = False
     """Of a VLM: let the vision tower train too."""
+    cache_frozen: bool | None = None
+    """With trainable = "last": keep the frozen layers' output in memory (2 H bytes a token). None:
+    in a run of one process."""
     lora_rank: Annotated[int, Field(ge=1)] = 16
-    censoring: Literal["drop", "one_sided"] = "drop"
-    """Truncated completions: left out, or used as lower bounds."""
+    lora_alpha: Annotated[float, Field(gt=0)] | None = None
+    """None = 2 lora_rank."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     epochs: Annotated[float, Field(gt=0)] = 2.0
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     head_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """None = learning_rate."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     batch_tokens: Annotated[int, Field(ge=64)] = 16_384
-    """Tokens of one packed micro batch on one device."""
+    """Tokens of one packed micro batch on one device, at most."""
     accumulation: Annotated[int, Field(ge=1)] = 1
-    """Micro batches of one optimizer step."""
+    """An optimizer step takes up to accumulation x batch_tokens tokens, over all processes."""
+    batch_sequences: Annotated[int, Field(ge=1)] | None = None
+    """Sequences of an optimizer step over all processes, instead of `accumulation`."""
     max_tokens: Annotated[int, Field(ge=2)] = 8192
     """Longer sequences are dropped and counted, never cut."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """How often an epoch sees a file (by path or name): 0.5 half of it, 2 all of it twice."""
+    max_prompts: Annotated[int, Field(ge=1)] | None = None
+    """Training prompts to use; a smaller number is part of a larger one's."""
+    max_per_prompt: Annotated[int, Field(ge=1)] | None = None
+    """Completions of each."""
     grouped: bool = False
     """Keep a prompt's completions in one batch (ablation)."""
+    share_prompts: bool = False
+    """Compute a prompt once for all its completions of a batch; implies grouped."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the backbone's products; weights, optimizer and head are fp32. auto: bf16 where fast."""
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """Compile the layers with torch.compile: a minute at the start, much faster on a GPU."""
+    liger: bool = False
+    """Liger's fused kernels (package liger-kernel)."""
     evals: Annotated[int, Field(ge=1)] = 4
     """Evaluations over the run, besides the one before the first step."""
+    best_metric: str | None = None
+    """Keep the model of the evaluation where this was least, e.g. `loss`, `prompt_mre`; None: the
+    last."""
     seed: int = 0
 
     @model_validator(mode="after")
-    def _last_fits(self) -> Self:
+    def _fits(self) -> Self:
         if self.init_from is not None:
             if given := {"backbone", "head", "gamma"} & self.model_fields_set:
                 raise ValueError(f"init_from brings its own {', '.join(sorted(given))}")
-            if self.trainable == "lora":
+            if self.trainable in ("lora", "dora"):
                 raise ValueError("init_from goes with trainable = 'full', 'last' or 'head'")
-        if self.trainable != "last" and "last_layers" in self.model_fields_set:
-            raise ValueError("last_layers needs trainable = 'last'")
+        given = self.model_fields_set
+        if self.trainable != "last" and given & {"last_layers", "cache_frozen"}:
+            raise ValueError("last_layers and cache_frozen need trainable = 'last'")
+        if self.batch_sequences is not None and "accumulation" in given:
+            raise ValueError("give batch_sequences or accumulation, not both")
+        if self.share_prompts and self.cache_frozen:
+            raise ValueError("share_prompts does not go with cache_frozen")
         return self
+
+    def objective(self, longest: int) -> Objective:
+        """The loss. longest: completion of the training data, tokens."""
+        return Objective(
+            target=self.target,
+            loss=self.loss,
+            relative=self.relative,
+            aggregation=self.aggregation,
+            censoring=self.censoring,
+            lambda_=self.td_lambda,
+            include_eos=self.include_eos,
+            smoothing=self.smoothing,
+            huber_delta=self.huber_delta,
+            length_scale=float(longest),
+        )
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> "TrainingConfig":

@@ -1,43 +1,42 @@
-"""Trajectories -> a value model: a subclass of transformers.Trainer; no logits, no padding.
+"""Trajectories -> a value model: `train`, from a configuration to a checkpoint.
 
-With `trainable = "last"` the frozen layers are run once over the data and their output is kept, so
-that every epoch costs the upper layers alone.
+Started again, it continues; finished, it returns its result; with other settings or data, it
+refuses. Under torchrun or `accelerate launch` every process calls it.
 """
 
-import copy
 import json
-import math
-import random
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainingArguments
 
 from lenvm import returns
-from lenvm.data.dataset import IGNORED, PackedDataset, TokenStore, pack, plan_batches
-from lenvm.data.images import read_with_images
-from lenvm.errors import DataError, TrainingError
-from lenvm.files import JsonlWriter, claim, read_json, write_json
+from lenvm.data.dataset import Sequences, Split, TokenStore, mixing_weights
+from lenvm.data.packing import BatchPlan, Hidden
+from lenvm.errors import DataError, InputError
+from lenvm.files import JsonlWriter, claim, read_json, read_jsonl, write_json, write_text
 from lenvm.model.device import has_fast_bf16, pick_device
 from lenvm.model.head import DistributionHead
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
-from lenvm.training.attention import use_packed_attention
+from lenvm.training.attention import restore_attention
 from lenvm.training.config import TrainingConfig
-from lenvm.training.metrics import token_errors
-from lenvm.training.objective import sum_loss
+from lenvm.training.frozen import run_frozen, split_upper
+from lenvm.training.loop import (
+    LenVMTrainer,
+    Progress,
+    build_arguments,
+    find_checkpoint,
+    plan_evaluations,
+)
+from lenvm.training.model import add_adapter, choose_parameters, compile_layers, use_liger
+from lenvm.training.steps import Packer, RunSteps, plan_evaluation
 from lenvm.training.vision import freeze_tower, prepare_images
 
-Progress = Callable[[str, int, int], None]
-"""(stage, done, total)."""
-
-
-Datasets = dict[str, "torch.utils.data.Dataset[dict[str, Tensor]]"]
+ADAPTERS = ("lora", "dora")
 
 
 @dataclass(frozen=True)
@@ -54,425 +53,249 @@ class TrainingResult:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Splits:
+    """The sequences of the run, and how often an epoch sees each file."""
+
+    train: Sequences
+    validation: Sequences
+    weights: Any
+
+
 def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> TrainingResult:
     """Train, or continue a run that was killed; a finished one returns its result at once.
 
     Raises DataError (no usable sequence, another tokenizer), InputError (changed settings) and
     TrainingError (a loss that is not finite) before anything is lost.
     """
+    stores = [TokenStore.load(Path(p)) for p in config.data]
+    args = build_arguments(config, _use_bf16(config))
+    is_first = args.process_index == 0
     output = Path(config.output)
-    paths = [Path(p) for p in config.data]
-    fingerprint = {str(p): p.stat().st_size if p.exists() else 0 for p in paths}
-    claim(output, "value_model", {**config.model_dump(), "data_bytes": fingerprint})
+    settings = {**config.model_dump(), "data_sha256": [s.sha256 for s in stores]}
+    with args.main_process_first(desc="claim"):
+        claim(output, "value_model", settings)
     result_path = output.with_name(output.name + ".result.json")
     if result_path.exists():
         return TrainingResult(**read_json(result_path))
-    stores = _load_stores(paths, config)
-    device = pick_device()
+    splits = _select(stores, config)
+    objective = config.objective(int(splits.train.lengths.max()))
+    if config.init_from is None:
+        objective.check(config.head)
     torch.manual_seed(config.seed)  # the fresh head
-    model = _build_model(config, stores["train"]).to(device)
-    _check_vocabulary(model, stores)
-    add_images = None
-    for store in stores.values():
-        files = prepare_images(model, store.images, store.sequence, trainable=config.trainable)
-        add_images = add_images or files
-    use_packed_attention(model.backbone)
-    trained = _prepare(model, config)
-    datasets: Datasets = {
-        name: PackedDataset(s, config.batch_tokens, seed=config.seed, add_images=add_images)
-        for name, s in stores.items()
+    model = _build_model(config, splits.train, args).to(args.device)
+    objective.check(model.config.head)
+    for sequences in (splits.train, splits.validation):
+        sequences.check_vocabulary(model.backbone.get_input_embeddings().num_embeddings)
+    images = [
+        prepare_images(model, s, trainable=config.trainable, share_prompts=config.share_prompts)
+        for s in (splits.train, splits.validation)
+    ]
+    add_images = images[0] or images[1]
+    trained, hidden = _prepare(model, config, splits, args, progress)
+    steps = RunSteps(_plan(splits, config, args), objective, config.epochs, args.process_index)
+    plan_evaluations(args, config, len(steps))
+    packers = {
+        name: Packer(
+            sequences,
+            args.device,
+            share_prompts=config.share_prompts and name == "train",
+            hidden=hidden.get(name),
+            add_images=add_images,
+        )
+        for name, sequences in (("train", splits.train), ("validation", splits.validation))
     }
-    if config.trainable == "last":
-        trained = _split_upper(model, config.last_layers)
-        datasets = {
-            name: _CachedDataset(
-                PackedDataset(s, config.batch_tokens, seed=config.seed),
-                _run_frozen(model, s, config, progress),
-            )
-            for name, s in stores.items()
-        }
-    with JsonlWriter(output.with_name(output.name + ".metrics.jsonl")) as writer:
-        trainer = LenVMTrainer(trained, config, datasets, writer, progress)
-        start = time.perf_counter()
-        seconds = trainer.run()
-        seconds = time.perf_counter() - start
-    if config.trainable == "lora":
-        model.config.base_model = config.backbone
-    else:
-        model.config.base_model = None
-    _restore_attention(model)
-    model.save_pretrained(output)
-    num_tokens = int(stores["train"].lengths.sum())
+    shares = plan_evaluation(splits.validation, config.batch_tokens, args.world_size)
+    trainer = LenVMTrainer(
+        trained, config, args, objective, steps, packers, shares[args.process_index], progress
+    )
+    try:
+        seconds = _run(trainer, config)
+    finally:
+        if trainer.writer is not None:
+            trainer.writer.close()
     result = TrainingResult(
-        num_sequences=len(stores["train"]),
-        num_tokens=num_tokens,
-        num_dropped=dict(stores["train"].dropped),
-        tokens_per_s=num_tokens * config.epochs / seconds,
+        num_sequences=len(splits.train),
+        num_tokens=int(splits.train.totals.sum()),
+        num_dropped=dict(splits.train.dropped),
+        tokens_per_s=trainer.clock.tokens_per_s(),
         val_loss_first=trainer.val_losses[0],
         val_loss_last=trainer.val_losses[-1],
         gamma=model.config.gamma,
         seconds=seconds,
     )
-    write_json(result_path, result.__dict__)
+    _save(trainer, model, config)
+    if is_first:
+        write_json(result_path, asdict(result))
+    trainer.accelerator.wait_for_everyone()
     return result
 
 
-class _Trained(nn.Module):
-    """The value model as the Trainer sees it: without a `config` that it would write into."""
-
-    accepts_loss_kwargs = True
-
-    def __init__(self, value_model: LengthValueModel) -> None:
-        super().__init__()
-        self.value_model = value_model
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        raw: Tensor = self.value_model(**inputs)
-        return raw
-
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        self.value_model.backbone.gradient_checkpointing_enable(**options)
+def _run(trainer: LenVMTrainer, config: TrainingConfig) -> float:
+    """Train to the end, from the last checkpoint where there is one; returns the seconds."""
+    last = find_checkpoint(Path(trainer.args.output_dir))
+    trainer.args.eval_on_start = last is None
+    _forget_after(trainer, last)
+    trainer.train(resume_from_checkpoint=last)
+    if config.best_metric is not None:
+        trainer.evaluate()  # the best one's weights are back
+    return trainer.clock.seconds()
 
 
-class LenVMTrainer(Trainer):  # type: ignore[misc]
-    """Sums the loss over states and divides by their number in the whole global batch."""
+def _forget_after(trainer: LenVMTrainer, checkpoint: str | None) -> None:
+    """Cut what the metrics file holds beyond the checkpoint, and recall the validation losses."""
+    path = _metrics_path(Path(trainer.lenvm.output))
+    step = -1 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+    rows = [row for _, row in read_jsonl(path)] if path.exists() else []
+    kept = [row for row in rows if row["step"] <= step]
+    trainer.val_losses = [row["eval_loss"] for row in kept if "eval_loss" in row]
+    trainer.accelerator.wait_for_everyone()  # all have read it
+    if trainer.args.process_index == 0:
+        if len(kept) < len(rows):
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        trainer.writer = JsonlWriter(path)
 
-    def __init__(
-        self,
-        model: LengthValueModel,
-        config: TrainingConfig,
-        datasets: Datasets,
-        writer: JsonlWriter,
-        progress: Progress,
-    ) -> None:
-        steps = math.ceil(
-            len(datasets["train"])  # type: ignore[arg-type]
-            / config.accumulation
-            * config.epochs
+
+def _metrics_path(output: Path) -> Path:
+    return output.with_name(output.name + ".metrics.jsonl")
+
+
+def _use_bf16(config: TrainingConfig) -> bool:
+    device = pick_device()
+    if config.precision == "fp16" and device == "cpu":
+        raise InputError("precision is 'fp16', which needs a GPU; use 'auto', 'bf16' or 'fp32'")
+    return config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
+
+
+def _select(stores: list[TokenStore], config: TrainingConfig) -> Splits:
+    splits: dict[Split, Sequences] = {}
+    names: tuple[Split, ...] = ("train", "validation")
+    for name in names:
+        sampling = (
+            {"max_prompts": config.max_prompts, "max_per_prompt": config.max_per_prompt}
+            if name == "train"
+            else {}
         )
-        self.lenvm, self.writer, self.val_losses = config, writer, [math.nan]
-        super().__init__(
-            model=_Trained(model),
-            args=_arguments(config, steps),
-            train_dataset=datasets["train"],
-            eval_dataset=datasets["validation"],
-            data_collator=lambda items: items[0],
-            callbacks=[_Progress(progress)],
+        found = Sequences.select(
+            stores,
+            name,
+            max_tokens=config.max_tokens,
+            censoring=config.censoring,
+            seed=config.seed,
+            **sampling,
         )
-        self.remove_callback(PrinterCallback)
-
-    def run(self) -> float:
-        """Train to the end, from the last checkpoint where there is one; returns the seconds."""
-        last = (
-            get_last_checkpoint(self.args.output_dir)
-            if Path(self.args.output_dir).is_dir()
-            else None
-        )
-        start = time.perf_counter()
-        if last is None:
-            self.evaluate()
-        else:
-            self._read_val_losses()
-        self.train(resume_from_checkpoint=last)
-        self.evaluate()
-        return time.perf_counter() - start
-
-    def _get_train_sampler(self, *_: Any) -> "_RunSampler":
-        return _RunSampler(len(self.train_dataset), self.lenvm.epochs, self.lenvm.seed)
-
-    def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
-        """AdamW with the head's own learning rate."""
-        if getattr(self, "optimizer", None) is None:
-            head = {id(p) for p in self.lenvm_model.head.parameters()}
-            live = [p for p in self.model.parameters() if p.requires_grad]
-            rate = self.lenvm.learning_rate
-            groups = [
-                {"params": [p for p in live if id(p) not in head], "lr": rate},
-                {
-                    "params": [p for p in live if id(p) in head],
-                    "lr": self.lenvm.head_learning_rate or rate,
-                },
-            ]
-            self.optimizer = torch.optim.AdamW(
-                [g for g in groups if g["params"]],
-                betas=(0.9, 0.95),
-                weight_decay=self.lenvm.weight_decay,
-                fused=torch.cuda.is_available(),
+        if not len(found):
+            raise DataError(
+                f"no usable {name} sequence in {', '.join(config.data)}; dropped: "
+                f"{dict(found.dropped) or 'none'}"
             )
-        return self.optimizer
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        raw, remaining, complete = self._states(model, inputs)
-        loss = sum_loss(
-            self.lenvm_model.head,
-            raw,
-            remaining,
-            complete,
-            self.lenvm_model.config.gamma,
-            loss=self.lenvm.loss,
-        )
-        if not bool(torch.isfinite(loss)):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step}; lower learning_rate "
-                f"(now {self.lenvm.learning_rate}) or check the data; the last checkpoint is kept"
-            )
-        count = num_items_in_batch if num_items_in_batch is not None else remaining.numel()
-        scale = self.accelerator.num_processes if num_items_in_batch is not None else 1
-        return loss * scale / count
-
-    @property
-    def lenvm_model(self) -> LengthValueModel:
-        model: LengthValueModel = self.accelerator.unwrap_model(self.model).value_model
-        return model
-
-    def _states(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw outputs, remaining lengths and completeness of the states that count."""
-        labels = inputs["labels"][0]
-        names = ("labels", "shift_labels", "is_complete")
-        raw = model(**{k: v for k, v in inputs.items() if k not in names})[0]
-        counted = labels != IGNORED
-        return raw[counted], labels[counted], inputs["is_complete"][0][counted]
-
-    @torch.no_grad()
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Validation loss per state and errors in tokens, over all ranks' shares."""
-        model = self.lenvm_model
-        was_training = self.model.training
-        self.model.eval()
-        rank, world = self.args.process_index, self.args.world_size
-        total, lengths, truths = torch.zeros(2, dtype=torch.float64), [], []
-        for index in range(rank, len(self.eval_dataset), world):
-            inputs = self._prepare_inputs(dict(self.eval_dataset[index]))
-            raw, remaining, complete = self._states(self.model, inputs)
-            loss = sum_loss(
-                model.head, raw, remaining, complete, model.config.gamma, loss=self.lenvm.loss
-            )
-            total += torch.tensor([loss.item(), remaining.numel()], dtype=torch.float64)
-            lengths.append(model.belief(raw).length().cpu())
-            truths.append(remaining.cpu())
-        total = self.accelerator.reduce(total.to(self.args.device)).cpu()
-        self.model.train(was_training)
-        metrics = {"eval_loss": (total[0] / total[1]).item()}
-        errors = token_errors(torch.cat(lengths), torch.cat(truths))
-        metrics |= {f"eval_{name}": value for name, value in errors.items()}
-        self.val_losses = [x for x in self.val_losses if not math.isnan(x)] + [metrics["eval_loss"]]
-        self.log(metrics)
-        return metrics
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log(logs, *args, **kwargs)
-        if self.is_world_process_zero():
-            self.writer.write({"step": self.state.global_step, **logs})
-
-    def _read_val_losses(self) -> None:
-        rows = [json.loads(line) for line in self.writer.path.read_text().splitlines()]
-        self.val_losses = [row["eval_loss"] for row in rows if "eval_loss" in row] or [math.nan]
+        splits[name] = found
+    weights = mixing_weights(config.weights, stores) if config.weights else None
+    return Splits(splits["train"], splits["validation"], weights)
 
 
-class _RunSampler(torch.utils.data.Sampler[int]):
-    """Order of the batches over the whole run, epoch after epoch: a pure function of the seed.
-
-    The Trainer sees one epoch, so that a resumed run skips exactly what was done.
-    """
-
-    def __init__(self, size: int, epochs: float, seed: int) -> None:
-        self.size, self.total, self.seed = size, math.ceil(size * epochs), seed
-
-    def __iter__(self) -> Iterator[int]:
-        for start in range(0, self.total, self.size):
-            order = list(range(self.size))
-            random.Random(f"{self.seed}/{start}").shuffle(order)
-            yield from order[: self.total - start]
-
-    def __len__(self) -> int:
-        return self.total
-
-
-class _Progress(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress("train", state.global_step, state.max_steps)
-
-
-class _CachedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Packed batches whose input is the frozen layers' output, [tokens of the store, H]."""
-
-    def __init__(self, dataset: PackedDataset, hidden: Tensor) -> None:
-        self.dataset, self.hidden = dataset, hidden
-        self.store = dataset.store
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        batch = self.dataset[index]
-        del batch["input_ids"]
-        offsets = self.store.offsets
-        parts = [self.hidden[offsets[i] : offsets[i + 1]] for i in self.dataset.batches[index]]
-        batch["inputs_embeds"] = torch.cat(parts).float().unsqueeze(0)
-        return batch
-
-
-def _arguments(config: TrainingConfig, steps: int) -> TrainingArguments:
-    output = Path(config.output)
-    every = max(1, steps // config.evals)
-    return TrainingArguments(
-        output_dir=str(output.with_name(output.name + ".state")),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=config.accumulation,
-        num_train_epochs=1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(config.warmup_ratio * steps),
-        max_grad_norm=1.0,
-        bf16=has_fast_bf16(pick_device()),
-        gradient_checkpointing=config.gradient_checkpointing,
-        logging_steps=max(1, steps // 50),
-        eval_strategy="steps",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=1,
+def _plan(splits: Splits, config: TrainingConfig, args: TrainingArguments) -> BatchPlan:
+    return BatchPlan(
+        splits.train,
+        config.batch_tokens,
+        step_sequences=config.batch_sequences,
+        step_tokens=config.batch_tokens * config.accumulation,
+        world_size=args.world_size,
         seed=config.seed,
-        data_seed=config.seed,
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=torch.cuda.is_available(),
+        grouped=config.grouped or config.share_prompts,
+        share_prompts=config.share_prompts,
+        weights=splits.weights,
     )
 
 
-def _load_stores(paths: list[Path], config: TrainingConfig) -> dict[str, TokenStore]:
-    stores = {}
-    for split in ("train", "validation"):
-        rows = (t for t in read_with_images(*paths) if t.split == split)
-        store = TokenStore.build(rows, max_tokens=config.max_tokens, censoring=config.censoring)
-        if not len(store):
-            raise DataError(
-                f"no usable {split} sequence in {', '.join(config.data)}; dropped: "
-                f"{dict(store.dropped) or 'none'}"
-            )
-        stores[split] = store
-    return stores
-
-
-def _check_vocabulary(model: LengthValueModel, stores: dict[str, TokenStore]) -> None:
-    size = model.backbone.get_input_embeddings().num_embeddings
-    for store in stores.values():
-        if int(store.tokens.max()) >= size:
-            raise DataError(
-                f"the data holds token {int(store.tokens.max())}, the backbone's vocabulary has "
-                f"{size}: the completions were sampled with another tokenizer"
-            )
-
-
-def _build_model(config: TrainingConfig, store: TokenStore) -> LengthValueModel:
+def _build_model(
+    config: TrainingConfig, sequences: Sequences, args: TrainingArguments
+) -> LengthValueModel:
     """The value model to train: of `init_from`, else the backbone with a fresh head."""
     if config.init_from is not None:
-        return LengthValueModel.from_pretrained(config.init_from, dtype=torch.float32)
+        return LengthValueModel.from_pretrained(config.init_from, dtype=torch.float32).train()
     gamma = config.gamma
     if gamma == "auto":
-        gamma = returns.compute_gamma(store.completion_lengths.tolist())
-    frozen_bf16 = config.trainable == "lora" and torch.cuda.is_available()  # adapters stay fp32
+        gamma = returns.compute_gamma(sequences.lengths.tolist())
+    # a frozen base needs no fp32 weights; adapters and head have them
+    low = config.trainable in ADAPTERS and args.bf16 and args.device.type == "cuda"
     model = LengthValueModel.build(
         config.backbone,
-        LenVMConfig(gamma=gamma, head=config.head),
-        dtype=torch.bfloat16 if frozen_bf16 else torch.float32,
+        LenVMConfig(gamma=gamma, head=config.head, target=config.target),
+        dtype=torch.bfloat16 if low else torch.float32,
     )
-    _start_from_marginal(model, store)
-    return model
+    start_from_marginal(model, sequences.lengths)
+    return model.train()
 
 
-def _start_from_marginal(model: LengthValueModel, store: TokenStore) -> None:
-    """Let the fresh head say what is true on average, so that training starts from there."""
-    answers = torch.from_numpy(store.completion_lengths)
-    remaining = torch.cat([torch.arange(1, int(n) + 1) for n in answers])
+def start_from_marginal(model: LengthValueModel, lengths: np.ndarray[Any, Any]) -> None:
+    """Let a fresh head say what is true on average, so that training starts from there."""
+    times = torch.bincount(torch.from_numpy(np.asarray(lengths)))
+    at_least = times.flip(0).cumsum(0).flip(0)  # states with n tokens left
+    remaining = torch.arange(1, len(at_least))
+    weight = at_least[1:].double()
     head = model.head
     with torch.no_grad():
         if isinstance(head, DistributionHead):
-            counts = torch.bincount(head.bins.index(remaining), minlength=len(head.bins)) + 0.05
+            index = head.bins.index(remaining)
+            counts = torch.full((len(head.bins),), 0.05, dtype=torch.float64)
+            counts.index_add_(0, index, weight)
             head.summary.bias.copy_(counts.log() - counts.log().mean())
         else:
-            u = -returns.length_to_value(remaining, model.config.gamma).mean()
-            head.summary.bias.copy_(torch.logit(u))
+            u = -returns.length_to_value(remaining, model.config.gamma).double()
+            head.summary.bias.copy_(torch.logit((u * weight).sum() / weight.sum()))
 
 
-def _prepare(model: LengthValueModel, config: TrainingConfig) -> LengthValueModel:
-    """Freeze, or wrap with LoRA, as configured. A vision tower stays as it is by default."""
-    excluded = freeze_tower(model.backbone, train_vision=config.train_vision)
-    if config.trainable == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=2 * config.lora_rank,
-            target_modules="all-linear",
-            exclude_modules=excluded,
+def _prepare(
+    model: LengthValueModel,
+    config: TrainingConfig,
+    splits: Splits,
+    args: TrainingArguments,
+    progress: Progress,
+) -> tuple[LengthValueModel, dict[str, Hidden]]:
+    """What the Trainer gets (the whole model, or its upper layers), and kept hidden states."""
+    if config.liger:
+        use_liger(model.backbone)
+    left_out = freeze_tower(model.backbone, train_vision=config.train_vision)
+    if config.trainable in ADAPTERS:
+        alpha = config.lora_alpha or 2 * config.lora_rank
+        dora = config.trainable == "dora"
+        add_adapter(
+            model, config.lora_rank, alpha, config.lora_dropout, dora=dora, left_out=left_out
         )
-        model.backbone = get_peft_model(model.backbone, lora)
-    elif config.trainable != "full":
-        model.backbone.requires_grad_(False)
-    return model
+        model.to(args.device)
+    else:
+        choose_parameters(model, config.trainable, config.last_layers)
+    trained, hidden = model, {}
+    cached = config.cache_frozen if config.cache_frozen is not None else args.world_size == 1
+    if config.trainable == "last" and cached and not config.share_prompts:
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            for name, sequences in (("train", splits.train), ("validation", splits.validation)):
+                hidden[name] = run_frozen(
+                    model,
+                    sequences,
+                    config.last_layers,
+                    config.batch_tokens,
+                    _stage(progress, "frozen layers"),
+                )
+        trained = split_upper(model, config.last_layers)
+    if config.compile:
+        compile_layers(trained.backbone)
+    return trained, hidden
 
 
-def _split_upper(model: LengthValueModel, last_layers: int) -> LengthValueModel:
-    """A value model of the last layers and the head, sharing their parameters."""
-    layers = model.backbone.layers
-    if last_layers > len(layers):
-        raise TrainingError(f"last_layers is {last_layers}; the backbone has {len(layers)} layers")
-    backbone = copy.copy(model.backbone)
-    backbone._modules = dict(model.backbone._modules)
-    backbone.layers = layers[len(layers) - last_layers :]
-    backbone.embed_tokens = nn.Identity()
-    upper = copy.copy(model)
-    upper._modules = {**model._modules, "backbone": backbone}
-    for module in (backbone.layers, backbone.norm, model.head):
-        module.requires_grad_(True)
-    return upper
+def _stage(progress: Progress, name: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(name, done, total)
 
 
-@torch.no_grad()
-def _run_frozen(
-    model: LengthValueModel, store: TokenStore, config: TrainingConfig, progress: Progress
-) -> Tensor:
-    """Output of the frozen layers for every token of the store: [tokens, H] bf16, on the CPU."""
-    layers, norm = model.backbone.layers, model.backbone.norm
-    model.backbone.layers = layers[: len(layers) - config.last_layers]
-    model.backbone.norm = nn.Identity()
-    batches = plan_batches(store.lengths.tolist(), config.batch_tokens, seed=0)
-    hidden: Tensor | None = None
-    try:
-        for done, indices in enumerate(batches):
-            batch = pack(store, indices)
-            out = model.backbone(
-                input_ids=batch["input_ids"].to(layers[0].mlp.down_proj.weight.device),
-                position_ids=batch["position_ids"].to(layers[0].mlp.down_proj.weight.device),
-                cu_seqlens=batch["cu_seqlens"],
-                use_cache=False,
-            ).last_hidden_state[0]
-            if hidden is None:
-                hidden = torch.empty(len(store.tokens), out.shape[-1], dtype=torch.bfloat16)
-            for part, index in zip(
-                out.split(store.lengths[indices].tolist()), indices, strict=True
-            ):
-                hidden[store.offsets[index] : store.offsets[index + 1]] = part.to(torch.bfloat16)
-            progress("frozen layers", done + 1, len(batches))
-    finally:
-        model.backbone.layers, model.backbone.norm = layers, norm
-    assert hidden is not None
-    return hidden
-
-
-def _restore_attention(model: LengthValueModel) -> None:
-    for config in (model.backbone.config, model.backbone.config.get_text_config()):
-        config._attn_implementation = "sdpa"
+def _save(trainer: LenVMTrainer, model: LengthValueModel, config: TrainingConfig) -> None:
+    """Write the checkpoint; where the weights are spread over processes, they are gathered."""
+    model.config.base_model = config.backbone if config.trainable in ADAPTERS else None
+    restore_attention(model.backbone)
+    state = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        state = {k.removeprefix("value_model."): v for k, v in whole.items()}
+    if trainer.args.process_index == 0:
+        model.save_pretrained(Path(config.output), state_dict=state)
+    trainer.accelerator.wait_for_everyone()

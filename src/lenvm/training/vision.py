@@ -1,9 +1,9 @@
 """What a VLM needs in training: images in its batches, a vision tower that stays as it is."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-from lenvm.data.dataset import AddImages
+from lenvm.data.dataset import Sequences
+from lenvm.data.packing import AddImages
 from lenvm.errors import DataError, InputError
 from lenvm.model.value_model import LengthValueModel
 from lenvm.model.vision import vision_tower
@@ -13,19 +13,15 @@ TOWER_MODULES = r"(.*\.)?visual\..*"
 
 
 def prepare_images(
-    model: LengthValueModel,
-    images: Sequence[Sequence[str]],
-    tokens: Callable[[int], Any],
-    *,
-    trainable: str,
+    model: LengthValueModel, sequences: Sequences, *, trainable: str, share_prompts: bool
 ) -> AddImages | None:
-    """What adds the images and M-RoPE positions to a packed batch; None where no data has images.
+    """What adds the images and M-RoPE positions to a packed batch; None for a text model.
 
-    images: the files of each sequence; tokens: its ids (an array) by number. Raises before the
-    first step: DataError for a backbone that reads text alone, a missing file, or placeholders that
-    do not fit; InputError for a way of training that keeps hidden states.
+    Raises before the first step: DataError for a backbone that reads text alone, a missing file, or
+    placeholders that do not fit; InputError for a way of training that images do not go with.
     """
-    if not any(images):
+    has_images = bool((sequences.image_sets >= 0).any())
+    if model.images is None and not has_images:
         return None
     if model.images is None:
         raise DataError(
@@ -37,8 +33,10 @@ def prepare_images(
             "trainable = 'last' keeps hidden states of text models only; with images use 'full', "
             "'lora' or 'head'"
         )
-    for row, files in enumerate(images):
-        model.images.check(tokens(row).tolist(), files)
+    if share_prompts:
+        raise InputError("share_prompts is for text models; leave it out with a VLM")
+    for row in range(len(sequences)):
+        model.images.check(sequences.tokens(row).tolist(), sequences.images(row))
     return model.images.batch
 
 

@@ -1,0 +1,314 @@
+"""The training loop: a subclass of transformers.Trainer, whose accelerate engine brings DDP, FSDP2
+and DeepSpeed.
+
+One item of the data set is a whole optimizer step, so the global mean is exact: the denominator is
+known before the first micro batch, whatever the accumulation and the number of processes.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from lenvm.data.dataset import Array
+from lenvm.errors import InputError, TrainingError
+from lenvm.files import JsonlWriter, write_text
+from lenvm.model.value_model import LengthValueModel
+from lenvm.training.config import TrainingConfig
+from lenvm.training.evaluation import Evaluation
+from lenvm.training.model import PackedModel
+from lenvm.training.objective import Objective, States
+from lenvm.training.steps import Packer, RunSteps, Step, count
+
+Progress = Callable[[str, int, int], None]
+"""(stage, done, total)."""
+COMPLETE = "complete"
+"""File that a whole checkpoint holds: it is written last."""
+
+
+class LenVMTrainer(Trainer):  # type: ignore[misc]
+    """Sums the loss over states and divides by their number in the whole global batch."""
+
+    def __init__(
+        self,
+        model: LengthValueModel,
+        config: TrainingConfig,
+        args: TrainingArguments,
+        objective: Objective,
+        steps: RunSteps,
+        packers: dict[str, Packer],
+        validation: list[Array],
+        progress: Progress,
+    ) -> None:
+        self.lenvm, self.objective = config, objective
+        self.writer: JsonlWriter | None = None
+        self.packers, self.validation = packers, validation
+        self.val_losses: list[float] = []
+        self.clock = Clock()
+        self._pending: deque[tuple[int, Tensor, Any]] = deque()
+        super().__init__(
+            model=PackedModel(model),
+            args=args,
+            train_dataset=steps,
+            eval_dataset=[],
+            callbacks=[_EveryStep(self, progress)],
+        )
+        self.remove_callback(PrinterCallback)
+
+    # data
+
+    def get_train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(
+            self.train_dataset, batch_size=1, shuffle=False, collate_fn=lambda items: items[0]
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Step], *_: Any) -> tuple[list[Step], None]:
+        return [next(epoch_iterator)], None
+
+    def floating_point_ops(self, inputs: Step) -> int:
+        """Not counted here: benchmarks/training.py does."""
+        return 0
+
+    # a step
+
+    def training_step(self, model: nn.Module, inputs: Step, *_: Any) -> Tensor:
+        """All micro batches of an optimizer step; the loss as this process's share x processes."""
+        model.train()
+        scale = self.args.world_size / inputs.denominator  # gradients are averaged over processes
+        total = torch.zeros((), device=self.args.device)
+        for number, rows in enumerate(inputs.micro_batches):
+            is_last = number == len(inputs.micro_batches) - 1
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            with nullcontext() if is_last else self._unsynchronised(model):
+                loss = self._sum(model, rows) * scale
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self._watch(total)
+        self.clock.tokens += inputs.num_tokens
+        return total
+
+    def _sum(self, model: nn.Module, rows: Array) -> Tensor:
+        batch = self.packers["train"](rows)
+        raw = model(batch)  # accelerate wrapped its forward in autocast
+        value_model = self.value_model
+        loss = self.objective.sum(value_model.head, raw, States.of(batch), value_model.config.gamma)
+        return loss if batch.counts else loss * 0.0
+
+    def _unsynchronised(self, model: nn.Module) -> AbstractContextManager[None]:
+        if self.is_deepspeed_enabled:  # its engine is told by the accelerator
+            return nullcontext()
+        context: AbstractContextManager[None] = self.accelerator.no_sync(model=model)
+        return context
+
+    def _watch(self, loss: Tensor) -> None:
+        """Remember a loss, and look at those two steps old (at the first one at once): the device
+        is never waited for."""
+        event = None
+        if loss.is_cuda:
+            loss = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
+            event = torch.Event("cuda")
+            event.record()
+        self._pending.append((self.state.global_step, loss, event))
+        self.check_pending(keep=2 if event is not None and self.clock.tokens else 0)
+
+    def check_pending(self, keep: int = 0) -> None:
+        """TrainingError where one of the losses, but for the last `keep`, is not finite."""
+        while len(self._pending) > keep:
+            step, loss, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            if not math.isfinite(loss.item()):
+                raise TrainingError(
+                    f"the loss is {loss.item()} at step {step}; lower learning_rate (now "
+                    f"{self.lenvm.learning_rate}) or check the data; the last checkpoint is kept"
+                )
+
+    @property
+    def value_model(self) -> LengthValueModel:
+        model: LengthValueModel = self.accelerator.unwrap_model(self.model).value_model
+        return model
+
+    # optimizer
+
+    def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
+        """AdamW with the head's own learning rate."""
+        if getattr(self, "optimizer", None) is None:
+            live = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            rate = self.lenvm.learning_rate
+            head = [p for n, p in live if n.startswith("value_model.head.")]
+            rest = [p for n, p in live if not n.startswith("value_model.head.")]
+            groups = [
+                {"params": rest, "lr": rate},
+                {"params": head, "lr": self.lenvm.head_learning_rate or rate},
+            ]
+            self.optimizer = torch.optim.AdamW(
+                [g for g in groups if g["params"]],
+                betas=(0.9, 0.95),
+                weight_decay=self.lenvm.weight_decay,
+                fused=torch.cuda.is_available(),
+            )
+        return self.optimizer
+
+    # evaluation
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Metrics of the validation split, the same on every process."""
+        self.check_pending()
+        began = time.perf_counter()
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        model = self.model_wrapped if sharded else self.model
+        value_model, packer = self.value_model, self.packers["validation"]
+        gamma = value_model.config.gamma
+        scores = Evaluation(packer.sequences, gamma, self.args.device)
+        was_training = model.training
+        model.eval()
+        for rows in self.validation:
+            batch = packer(rows)
+            raw = model(batch)
+            states = States.of(batch)
+            loss = self.objective.sum(value_model.head, raw, states, gamma)
+            weight = count(self.objective, packer.sequences, rows)
+            scores.add(batch, states, value_model.belief(raw), loss, weight)
+        model.train(was_training)
+        metrics = scores.metrics(lambda flat: self.accelerator.reduce(flat, "sum"))
+        metrics = {f"eval_{name}": value for name, value in metrics.items()}
+        if not math.isfinite(metrics["eval_loss"]):
+            raise TrainingError(
+                f"the validation loss is {metrics['eval_loss']} at step {self.state.global_step}; "
+                "check the data and the weights that training starts from"
+            )
+        best = self.lenvm.best_metric
+        if best is not None and not isinstance(metrics.get(f"eval_{best}"), float):
+            names = sorted(n[5:] for n, v in metrics.items() if isinstance(v, float))
+            raise InputError(f"best_metric is {best!r}; this run has {', '.join(names)}")
+        self.val_losses.append(metrics["eval_loss"])
+        seconds = time.perf_counter() - began
+        self.clock.other += seconds
+        self.log({**metrics, "eval_seconds": seconds})
+        return metrics
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = {**logs, "tokens_per_s": self.clock.tokens_per_s()}
+        super().log(logs, *args, **kwargs)
+        if self.writer is not None:
+            self.writer.write({"step": self.state.global_step, **logs})
+
+    # checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_pending()
+        began = time.perf_counter()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            last = folder / f"checkpoint-{self.state.global_step}"
+            write_text(last / COMPLETE, json.dumps({"step": self.state.global_step}))
+            keep = {last, Path(self.state.best_model_checkpoint or last)}
+            for old in folder.glob("checkpoint-*"):
+                if old not in keep:
+                    shutil.rmtree(old)
+        self.clock.other += time.perf_counter() - began
+
+
+def find_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint; one that a kill left unfinished is not one."""
+    found = [p.parent for p in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
+
+
+@dataclass
+class Clock:
+    """Tokens over the time of training steps alone; the first one, which compiles, left out."""
+
+    tokens: int = 0
+    other: float = 0.0
+    """Seconds of evaluations and checkpoints."""
+    first: tuple[int, float] | None = None
+    """Tokens and time when the first step ended."""
+    began: float = field(default_factory=time.perf_counter)
+
+    def end_first(self) -> None:
+        self.first = self.tokens, time.perf_counter() - self.other
+
+    def seconds(self) -> float:
+        """Since the start, all in all."""
+        return time.perf_counter() - self.began
+
+    def tokens_per_s(self) -> float:
+        now = time.perf_counter() - self.other
+        if self.first is not None and self.tokens > self.first[0]:
+            return (self.tokens - self.first[0]) / (now - self.first[1])
+        return self.tokens / (now - self.began)
+
+
+class _EveryStep(TrainerCallback):  # type: ignore[misc]
+    """Progress, and an evaluation after the last step."""
+
+    def __init__(self, trainer: LenVMTrainer, progress: Progress) -> None:
+        self.trainer, self.progress = trainer, progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.clock = Clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.clock.first is None:
+            self.trainer.check_pending()
+            self.trainer.clock.end_first()
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+        self.progress("train", state.global_step, state.max_steps)
+
+
+def build_arguments(config: TrainingConfig, use_bf16: bool) -> TrainingArguments:
+    """transformers' settings; `plan_evaluations` completes them once the steps are known."""
+    output = Path(config.output)
+    use_cpu = not torch.cuda.is_available()
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    best = None if config.best_metric is None else f"eval_{config.best_metric}"
+    return TrainingArguments(
+        output_dir=str(output.with_name(output.name + ".state")),
+        per_device_train_batch_size=1,
+        num_train_epochs=1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        max_grad_norm=config.max_grad_norm,
+        bf16=use_bf16,
+        fp16=config.precision == "fp16",
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        save_strategy="steps",
+        metric_for_best_model=best,
+        greater_is_better=None if best is None else False,
+        load_best_model_at_end=best is not None,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=use_cpu,
+        ddp_backend="gloo" if use_cpu and distributed else None,
+        ddp_find_unused_parameters=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+
+
+def plan_evaluations(args: TrainingArguments, config: TrainingConfig, num_steps: int) -> None:
+    """Set what depends on the number of steps."""
+    args.warmup_steps = round(config.warmup_ratio * num_steps)
+    args.logging_steps = max(1, num_steps // 50)
+    args.eval_steps = args.save_steps = max(1, num_steps // config.evals)

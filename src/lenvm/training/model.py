@@ -1,0 +1,152 @@
+"""The module that is trained: which of its parameters learn, LoRA, and compiled layers.
+
+Shape legend: N tokens of a batch, M states, H hidden size, D head outputs.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lenvm.data.packing import PackedBatch
+from lenvm.errors import InputError, TrainingError
+from lenvm.model.value_model import LengthValueModel
+from lenvm.model.vision import embed_images
+from lenvm.training.attention import use_packed_attention
+
+Trainable = Literal["full", "lora", "dora", "last", "head"]
+
+
+class PackedModel(nn.Module):
+    """A value model that reads a `PackedBatch`: raw head outputs [M, D] fp32 of its states.
+
+    It has no `config`, so that transformers' Trainer finds none to write into.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, value_model: LengthValueModel) -> None:
+        super().__init__()
+        use_packed_attention(value_model.backbone)
+        self.value_model = value_model
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        backbone, embeds = self.value_model.backbone, batch.inputs_embeds
+        if embeds is not None:
+            embeds = embeds.float()
+        elif batch.image_inputs is not None:
+            embeds = embed_images(backbone, batch.input_ids, **batch.image_inputs)
+        hidden = backbone(
+            input_ids=batch.input_ids if embeds is None else None,
+            inputs_embeds=embeds,
+            position_ids=batch.position_ids,
+            packing=batch.packing,
+            use_cache=False,
+        ).last_hidden_state
+        states = hidden.flatten(0, 1).index_select(0, batch.state_index)
+        raw: Tensor = self.value_model.head(states)
+        return raw
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """What FSDP wraps."""
+        return getattr(self.value_model.backbone, "_no_split_modules", None)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        self.value_model.backbone.gradient_checkpointing_enable(**options)
+
+
+def find_layers(backbone: Any) -> nn.ModuleList:
+    """The decoder layers, under LoRA and in VLMs alike. Raises InputError where there are none."""
+    lists = [
+        module
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and name.rsplit(".", 1)[-1] == "layers"
+        and len(module)
+        and hasattr(module[0], "self_attn")
+        and "visual" not in name
+        and "vision" not in name
+    ]
+    if not lists:
+        raise InputError(f"{type(backbone).__name__} has no decoder layers that lenvm knows")
+    return max(lists, key=len)
+
+
+def choose_parameters(model: LengthValueModel, trainable: Trainable, last_layers: int) -> None:
+    """Freeze all but what trains. The head always does."""
+    if trainable == "full":
+        return
+    model.backbone.requires_grad_(False)
+    if trainable == "last":
+        layers = find_layers(model.backbone)
+        if last_layers > len(layers):
+            raise TrainingError(
+                f"last_layers is {last_layers}; the backbone has {len(layers)} layers"
+            )
+        for module in (*layers[len(layers) - last_layers :], find_norm(model.backbone)):
+            module.requires_grad_(True)
+
+
+def find_norm(backbone: Any) -> nn.Module:
+    """The norm after the last layer."""
+    norms = [m for name, m in backbone.named_modules() if name.rsplit(".", 1)[-1] == "norm"]
+    if not norms:
+        raise InputError(f"{type(backbone).__name__} has no final norm that lenvm knows")
+    norm: nn.Module = norms[-1]
+    return norm
+
+
+def add_adapter(
+    model: LengthValueModel,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    *,
+    dora: bool = False,
+    left_out: str | None = None,
+) -> None:
+    """LoRA (or DoRA) on every linear layer of the backbone but `left_out` (a regular expression);
+    adapters in fp32.
+
+    peft would cast each layer's input to fp32 and autocast would cast it back; autocast alone does.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_dora=dora,
+        target_modules="all-linear",
+        exclude_modules=left_out,
+    )
+    # the first layer's input then has a gradient like all others': checkpointing needs it, and one
+    # compilation serves all layers
+    model.backbone.enable_input_require_grads()
+    model.backbone = get_peft_model(model.backbone, lora)
+    if any(p.dtype != torch.float32 for p in model.backbone.parameters()):
+        for module in model.backbone.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False
+
+
+def compile_layers(backbone: Any, **options: Any) -> None:
+    """Compile each decoder layer (one compilation serves all), for any number of tokens.
+
+    `options` go to torch.compile.
+    """
+    for layer in find_layers(backbone):
+        layer.compile(dynamic=True, **options)
+
+
+def use_liger(backbone: Any) -> None:
+    """Liger's fused norm, rotary and SwiGLU kernels. InputError where they do not run."""
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError:
+        raise InputError(
+            "liger = true needs the package: pip install liger-kernel (GPU only); or compile = true"
+        ) from None
+    _apply_liger_kernel_to_instance(model=backbone)

@@ -1,0 +1,125 @@
+"""The token store, and the sequences chosen from it."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lenvm.data.dataset import Sequences, TokenStore, mixing_weights
+from lenvm.errors import DataError, InputError
+from training.test_trainer import trajectory, write_rows
+
+
+def store(tmp_path: Path, num: int = 30, name: str = "t.jsonl", per_prompt: int = 1) -> TokenStore:
+    rows = [
+        trajectory(
+            i,
+            5 + i % 7,
+            "validation" if i % 5 == 0 else "train",
+            id=f"{i:016x}-{k}",
+            sample_index=k,
+            domain=("math", "code")[i % 2],
+        )
+        for i in range(num)
+        for k in range(per_prompt)
+    ]
+    return TokenStore.load(Path(write_rows(tmp_path / name, rows)))
+
+
+def test_tokens_are_mapped_as_they_stand_in_the_file(tmp_path: Path):
+    found = store(tmp_path)
+    assert isinstance(found.tokens, np.memmap)
+    sequences = Sequences.select([found], "train")
+    rows = [json.loads(x) for x in (tmp_path / "t.jsonl").read_text().splitlines()]
+    rows = [r for r in rows if r["split"] == "train"]
+    assert len(rows) == len(sequences)
+    for i, row in enumerate(rows):
+        ids = row["prompt_token_ids"] + row["completion_token_ids"]
+        assert sequences.tokens(i).tolist() == ids
+        assert sequences.lengths[i] == len(row["completion_token_ids"])
+        assert sequences.domains[sequences.domain[i]] == row["domain"]
+
+
+def test_a_file_is_parsed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import lenvm.data.dataset as dataset
+
+    store(tmp_path)
+    path = tmp_path / "t.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "read_trajectories", None)
+        TokenStore.load(path)
+        os.utime(path, (1, 1))  # touched, the same content
+        TokenStore.load(path)
+    write_rows(path, [trajectory(0, 9, "train")])
+    assert len(TokenStore.load(path).index) == 1
+
+
+def test_a_store_that_a_kill_left_half_written_is_built_again(tmp_path: Path):
+    store(tmp_path)
+    folder = tmp_path / ".t.jsonl.tokens"
+    (folder / "meta.json").unlink()
+    assert len(TokenStore.load(tmp_path / "t.jsonl").index) == 30
+
+
+def test_missing_and_malformed_files_are_named(tmp_path: Path):
+    with pytest.raises(DataError, match=r"no trajectory file .*x\.jsonl"):
+        TokenStore.load(tmp_path / "x.jsonl")
+    (tmp_path / "y.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(DataError, match=r"y\.jsonl:1"):
+        TokenStore.load(tmp_path / "y.jsonl")
+    assert not list(tmp_path.glob(".y.jsonl*.part"))
+
+
+def test_truncated_and_too_long_are_dropped_and_counted():
+    rows = [
+        trajectory(0, 5, "train"),
+        trajectory(1, 5, "train", finish_reason="length"),
+        trajectory(2, 50, "train"),
+    ]
+    found = Sequences.from_trajectories(rows, max_tokens=20)
+    assert len(found) == 1
+    assert found.dropped == {"truncated": 1, "too_long": 1}
+    kept = Sequences.from_trajectories(rows, censoring="one_sided")
+    assert kept.complete.tolist() == [True, False, True]
+
+
+def test_a_smaller_sample_is_part_of_a_larger_one(tmp_path: Path):
+    found = store(tmp_path, 40, per_prompt=4)
+
+    def sample(prompts: int | None, per_prompt: int | None) -> set[int]:
+        chosen = Sequences.select(
+            [found], None, max_prompts=prompts, max_per_prompt=per_prompt, seed=3
+        )
+        return set(chosen.start.tolist())
+
+    assert sample(10, 1) < sample(10, 2) < sample(20, 2) < sample(20, 4) < sample(None, None)
+    assert len(sample(10, 2)) == 20
+    assert sample(40, 4) == sample(None, None)
+
+
+def test_files_of_different_domains_share_numbers(tmp_path: Path):
+    one = store(tmp_path)
+    rows = [trajectory(100 + i, 5, "train", domain="poems") for i in range(3)]
+    two = TokenStore.load(Path(write_rows(tmp_path / "u.jsonl", rows)))
+    both = Sequences.select([one, two], "train")
+    assert both.domains == ("code", "math", "poems")
+    names = [both.domains[d] for d in both.domain]
+    assert names.count("poems") == 3
+    assert both.tokens(len(both) - 1).tolist() == [4, 40, 40, 8, 8, 8, 8, 2]
+
+
+def test_weights_name_files(tmp_path: Path):
+    stores = [store(tmp_path), store(tmp_path, name="u.jsonl")]
+    assert mixing_weights({"u.jsonl": 0.5}, stores).tolist() == [1.0, 0.5]
+    for bad in ({"v.jsonl": 1.0}, {"u.jsonl": 0.0}, {"u.jsonl": float("inf")}):
+        with pytest.raises(InputError, match=next(iter(bad))):
+            mixing_weights(bad, stores)
+
+
+def test_a_token_outside_the_vocabulary_is_found(tmp_path: Path):
+    sequences = Sequences.select([store(tmp_path)], "train")
+    sequences.check_vocabulary(64)
+    with pytest.raises(DataError, match="token 40"):
+        sequences.check_vocabulary(40)
