@@ -27,8 +27,6 @@ class EngineGenerator:
             return "no value model is loaded (--lenvm)"
         if feature == "conditional" and value_model.config.head != "distribution":  # type: ignore[union-attr]
             return "the value model has no distribution head"
-        if feature in ("eos_bias", "eos_decay"):
-            return f"the in-process engine has no {feature.replace('_', ' ')}"
         return None
 
     def count_tokens(self, text: str) -> int:
@@ -70,6 +68,10 @@ class EngineGenerator:
                 min_p=sampling.min_p,
                 seed=sampling.seed,
                 max_tokens=request.max_tokens,
+                logit_bias=dict.fromkeys(self.engine.eos_token_ids, request.eos_bias)
+                if request.eos_bias
+                else {},
+                exponential_decay_length_penalty=request.eos_decay,
             ),
             control=request.control,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lenvm.errors import InputError
-from lenvm.evals.arms import Arm
+from lenvm.evals.arms import DEFAULTS, Arm
 from lenvm.evals.bootstrap import Resampler
 from lenvm.evals.generator import Generator, Sampling
 from lenvm.evals.judge import Judge, load_judgements
@@ -157,7 +157,7 @@ def summarise(
     arms = []
     for name, reason in skipped.items():
         rows = [g for g in grades if g["arm"] == name]
-        arm = Arm.parse(name, [name.partition(":")[0]])
+        arm = Arm.parse(name, DEFAULTS)
         arms.append(
             {
                 "arm": name,

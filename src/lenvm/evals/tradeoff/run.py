@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lenvm.errors import InputError
-from lenvm.evals.arms import Arm
+from lenvm.evals.arms import DEFAULTS, Arm
 from lenvm.evals.generator import Generator, Sampling
 from lenvm.evals.runner import (
     Case,
@@ -68,6 +68,21 @@ def run_tradeoff(
     progress: Progress = ignore_progress,
 ) -> dict[str, Any]:
     """Answer what is missing, grade everything, write the folder; returns the summary."""
+    records, manifest, skipped = answer_questions(config, generator, folder, progress=progress)
+    return summarise(folder, records, manifest, skipped, progress=progress)
+
+
+def answer_questions(
+    config: TradeoffConfig,
+    generator: Generator,
+    folder: Path,
+    *,
+    progress: Progress = ignore_progress,
+) -> tuple[list[Record], dict[str, Any], dict[str, str | None]]:
+    """Answer what is missing, without grading: (records, manifest, why arms were skipped).
+
+    `regrade_tradeoff` grades the folder, on any machine.
+    """
     questions = load_questions(config.source, limit=config.limit)
     check_limit(config, generator)
     skipped = {arm.name: arm.why_skipped(generator) for arm in config.arms}
@@ -78,7 +93,7 @@ def run_tradeoff(
     follow_ups = list(_force_answers(cases, records))
     if follow_ups:
         records += run_cases(folder, EVALUATION, manifest, follow_ups, generator, progress=progress)
-    return summarise(folder, records, manifest, skipped, progress=progress)
+    return records, manifest, skipped
 
 
 def regrade_tradeoff(folder: Path, *, progress: Progress = ignore_progress) -> dict[str, Any]:
@@ -103,7 +118,7 @@ def summarise(
 ) -> dict[str, Any]:
     """grades.jsonl and summary.json from records; returns the summary."""
     grades = grade_records(records, on_progress=lambda done, total: progress("grade", done, total))
-    arms = [Arm.parse(name, [name.partition(":")[0]]) for name in skipped]
+    arms = [Arm.parse(name, DEFAULTS) for name in skipped]
     notes = [f"{name} did not run: {reason}" for name, reason in skipped.items() if reason]
     errors = sum(g["grader_error"] is not None for g in grades)
     if errors:
