@@ -35,9 +35,10 @@ def run(
 ) -> None:
     """Run the steps of a call that are not finished, one after another."""
     started = time.monotonic()
-    from lenvm.model.device import pick_device
     from recipes.results.lab import Lab
     from recipes.results.plan import load_plan, run_steps
+
+    from lenvm.model.device import pick_device
 
     found = load_plan(plan, dry=dry)
     paths = dict(found.generators) | dict(g.split("=", 1) for g in generator or [])

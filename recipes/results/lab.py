@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recipes.results.tokens import TokenFolder
 
 from lenvm import __version__
 from lenvm.engines.transformers import TransformersEngine
@@ -26,7 +27,6 @@ from lenvm.model.bundled import resolve_model
 from lenvm.model.device import has_fast_bf16
 from lenvm.model.tokenization import load_tokenizer
 from lenvm.model.value_model import LengthValueModel
-from recipes.results.tokens import TokenFolder
 
 
 class OutOfTime(Exception):

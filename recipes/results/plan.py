@@ -4,6 +4,11 @@
 [generators]
 coder05 = "qwen2.5-coder-0.5b.gguf"
 
+[headline]
+prediction = "coder05-lora"     # the model
+frontier = "coder05-frontier"   # the step ...
+arm = "conditional:2 tolerance=0.05"
+
 [defaults.lifebench]            # options of every step of that kind
 [dry.lifebench]                 # options that make it tiny (--dry)
 
@@ -22,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.results.lab import Lab
+
 from lenvm.errors import InputError
 from lenvm.files import read_json, write_json
-from recipes.results.lab import Lab
 
 OWN = ("name", "call", "kind", "result")
 
@@ -44,6 +50,8 @@ class Step:
 class Plan:
     generators: Mapping[str, str]
     steps: Sequence[Step]
+    headline: Mapping[str, str]
+    """Which step, model and arm the result files' headlines speak of."""
 
     def of_call(self, call: str) -> list[Step]:
         """The steps of a call, in order, or the one step of that name."""
@@ -75,7 +83,7 @@ def load_plan(path: Path, *, dry: bool = False) -> Plan:
     generators = raw["generators"]
     if dry:
         generators = dict.fromkeys(generators, raw.get("dry", {}).get("generator", "smollm2"))
-    return Plan(generators, steps)
+    return Plan(generators, steps, raw.get("headline", {}))
 
 
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ TRAINING: tuple[tuple[str, bool, Texts], ...] = (
     ("instructions", False, _array("alpaca/alpaca_en_demo.json", "instruction", "input")),
     ("instructions", False, _field("dolly/dolly.jsonl", "prompt")),
 )
-"""(domain, whether a model trained on it may ship, texts). shared/data/README.md has the licences."""
+"""(domain, whether a model trained on it may ship, texts); licences: shared/data/README.md."""
 
 HELD_OUT: tuple[tuple[str, Texts], ...] = (
     ("math", _field("gsm8k/test_first660.jsonl", "question")),
@@ -78,8 +78,9 @@ HELD_OUT: tuple[tuple[str, Texts], ...] = (
 
 
 def load_prompts(data: Path, which: str, per_domain: Mapping[str, int] | int) -> list[Prompt]:
-    """`which`: "shippable", "all" or "not_shippable" (training), or "held_out". At most `per_domain`
-    prompts of each domain (0: none), drawn evenly from its files, in an order that mixes domains.
+    """`which`: "shippable", "all" or "not_shippable" (training), or "held_out". At most
+    `per_domain` prompts of each domain (0: none), drawn evenly from its files, in an order that
+    mixes domains.
     """
     if which not in ("shippable", "all", "not_shippable", "held_out"):
         raise InputError(f"prompts are {which!r}; allowed: shippable, all, not_shippable, held_out")

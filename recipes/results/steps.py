@@ -1,13 +1,16 @@
-"""What a step of the plan does, by `kind`. Each continues where it stopped, keeps its raw results as
-they come, and returns (figures, whether it is finished). Nothing is graded here that can be graded
-on a machine without a GPU (`collect.py`).
+"""What a step of the plan does, by `kind`. Each continues where it stopped, keeps its raw results
+as they come, and returns (figures, whether it is finished). Nothing is graded here that can be
+graded on a machine without a GPU (`collect.py`).
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from recipes.results.lab import Lab, OutOfTime
+from recipes.results.prompts import load_prompts
+from recipes.results.tokens import TokenWriter
 
 from lenvm.cli._engine_generator import EngineGenerator
 from lenvm.data.prompts import Prompt
@@ -17,9 +20,6 @@ from lenvm.evals.arms import parse_arms
 from lenvm.evals.generator import GenerationRequest, OnResponse, Sampling
 from lenvm.guidance.request import LengthControl
 from lenvm.model.tokenization import encode_prompt
-from recipes.results.lab import Lab, OutOfTime
-from recipes.results.prompts import load_prompts
-from recipes.results.tokens import TokenWriter
 
 Options = Mapping[str, Any]
 Found = tuple[dict[str, Any], bool]
@@ -154,7 +154,7 @@ def prediction(lab: Lab, name: str, o: Options) -> Found:
         is_scalar = own.head == "scalar"
         for gamma in [None, *([] if is_scalar else o.get("gammas", ()))]:
             label = model_name if gamma is None else f"{model_name}@{gamma:g}"
-            model.config = own if gamma is None else replace(own, gamma=gamma)
+            model.config = own if gamma is None else own.model_copy(update={"gamma": gamma})
             start = time.monotonic()
             predictor = ValueModelPredictor(model, label, batch_tokens=o.get("batch_tokens", 32768))
             summary = run_prediction(config, predictor, lab.folder / "prediction" / name / label)
@@ -174,13 +174,13 @@ def prediction(lab: Lab, name: str, o: Options) -> Found:
 
 
 class TimedGenerator:
-    """An engine that begins no answer after `end`, finishes those begun, and then raises OutOfTime.
-    Answers are begun sample by sample, so that what fits the time is the same for every arm."""
+    """An engine that begins no answer after `end` and finishes those begun; `num_left` are for the
+    next call. Answers are begun sample by sample and item by item, so that what fits the time is
+    the same for every arm. Forced answers, which are short, are always given."""
 
     def __init__(self, inner: EngineGenerator, end: float) -> None:
         self.inner, self.end, self.model = inner, end, inner.model
-        self.tokens, self.seconds = 0, 0.0
-        self.num_begun = 0
+        self.tokens, self.seconds, self.num_begun, self.num_left = 0, 0.0, 0, 0
 
     @property
     def max_length(self) -> int:
@@ -194,15 +194,13 @@ class TimedGenerator:
 
     def generate(self, requests: Iterable[GenerationRequest], on_response: OnResponse) -> None:
         ordered = sorted(requests, key=_sample_and_item)
-        begun = 0
-        start = time.monotonic()
+        start, begun = time.monotonic(), self.num_begun
 
         def until_the_end() -> Iterator[GenerationRequest]:
-            nonlocal begun
             for request in ordered:
-                if time.monotonic() > self.end:
+                if time.monotonic() > self.end and not request.answer_prefix:
                     return
-                begun += 1
+                self.num_begun += 1
                 yield request
 
         def count(response: Any) -> None:
@@ -211,9 +209,7 @@ class TimedGenerator:
 
         self.inner.generate(until_the_end(), count)
         self.seconds += time.monotonic() - start
-        self.num_begun += begun
-        if begun < len(ordered):
-            raise OutOfTime(f"{len(ordered) - begun} of {len(ordered)} answers are left")
+        self.num_left += len(ordered) - (self.num_begun - begun)
 
 
 def _sample_and_item(request: GenerationRequest) -> tuple[int, str]:
@@ -222,32 +218,28 @@ def _sample_and_item(request: GenerationRequest) -> tuple[int, str]:
     return int(parts[-1]), parts[1]
 
 
-def _answer(lab: Lab, o: Options, max_tokens: int, run: Callable[[TimedGenerator], Any]) -> Found:
+def _answer(lab: Lab, o: Options, run: Callable[[TimedGenerator], Any]) -> Found:
     """Run an evaluation's requests in the time there is."""
     engine = lab.engine(
         o["generator"],
         o.get("value_model"),
         batch=o["batch"],
-        tokens=max_tokens + PROMPT_ROOM,
+        tokens=o["max_tokens"] + PROMPT_ROOM,
         candidates=o["sampling"].get("top_k") or 16,
     )
-    guided_before = engine.guidance_s
+    before = engine.guidance_s
     generator = TimedGenerator(EngineGenerator(engine, o["generator"]), _end(lab, o.get("seconds")))
-    finished = True
-    try:
-        run(generator)
-    except OutOfTime as error:
-        print(f"  {error}", flush=True)
-        finished = False
+    run(generator)
     return {
         "generator": o["generator"],
         "value_model": o.get("value_model"),
         "num_answers": generator.num_begun,
+        "num_left": generator.num_left,
         "tokens": generator.tokens,
         "seconds": generator.seconds,
         "tokens_per_s": generator.tokens / max(generator.seconds, 1e-9),
-        "guidance_s": engine.guidance_s - guided_before,
-    }, finished
+        "guidance_s": engine.guidance_s - before,
+    }, generator.num_left == 0
 
 
 def lifebench(lab: Lab, name: str, o: Options) -> Found:
@@ -267,7 +259,7 @@ def lifebench(lab: Lab, name: str, o: Options) -> Found:
         sampling=Sampling(seed=o.get("seed", 2), **o["sampling"]),
     )
     folder = lab.folder / "answers" / name
-    return _answer(lab, o, o["max_tokens"], lambda g: run_lifebench(config, g, folder))
+    return _answer(lab, o, lambda g: run_lifebench(config, g, folder, allow_missing=True))
 
 
 def tradeoff(lab: Lab, name: str, o: Options) -> Found:
@@ -285,7 +277,7 @@ def tradeoff(lab: Lab, name: str, o: Options) -> Found:
         sampling=Sampling(seed=o.get("seed", 3), **o["sampling"]),
     )
     folder = lab.folder / "answers" / name
-    return _answer(lab, o, o["max_tokens"], lambda g: answer_questions(config, g, folder))
+    return _answer(lab, o, lambda g: answer_questions(config, g, folder, allow_missing=True))
 
 
 # -- grids and tokens -----------------------------------------------------------------------------
@@ -350,7 +342,7 @@ def length_tokens(lab: Lab, name: str, o: Options) -> Found:
     config = LengthTokensConfig(
         (lab.trajectories(o["tokens"]),), split="all", limit=o.get("limit"), chunk=64
     )
-    predictor = ValueModelPredictor(model, o["value_model"], batch_tokens=32768)
+    predictor = ValueModelPredictor(model, o["value_model"], batch_tokens=32768, levels=())
     start = time.monotonic()
     summary = run_length_tokens(
         config, predictor, model.tokenizer, lab.folder / "length_tokens" / name

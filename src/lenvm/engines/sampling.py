@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lenvm.errors import InputError
 
-
 FEW = 256
 """Up to this many candidates are found without sorting the vocabulary."""
 
@@ -136,8 +135,8 @@ def truncate(logits_RV: Tensor, params: list[SamplingParams]) -> Tensor:
 
 
 def _truncate_sorted(logits: Tensor, params: list[SamplingParams]) -> Tensor:
-    """top-k first, then top-p over what is left: the order of vLLM and SGLang. Where every row has a
-    small top-k, no more than that many are sorted out."""
+    """top-k first, then top-p over what is left: the order of vLLM and SGLang. Where every row has
+    a small top-k, no more than that many are sorted out."""
     device, width = logits.device, logits.shape[-1]
     top_k = torch.tensor([p.top_k or width for p in params], device=device).unsqueeze(-1)
     top_p = torch.tensor([p.top_p for p in params], device=device).unsqueeze(-1)

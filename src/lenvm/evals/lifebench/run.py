@@ -98,9 +98,11 @@ def run_lifebench(
     folder: Path,
     *,
     judge: Judge | None = None,
+    allow_missing: bool = False,
     progress: Progress = ignore_progress,
 ) -> dict[str, Any]:
-    """Answer what is missing, grade everything, write the folder; returns the summary.
+    """Answer what is missing, grade everything, write the folder; returns the summary. What the
+    generator leaves out has failed, or with `allow_missing` waits for the next run.
 
     Raises DataError for a bad file, InputError for a target over the server's limit or a folder of
     another configuration.
@@ -118,7 +120,14 @@ def run_lifebench(
         graded[record["id"]] = grade_record(record)
 
     records = run_cases(
-        folder, EVALUATION, manifest, cases, generator, progress=progress, on_record=grade
+        folder,
+        EVALUATION,
+        manifest,
+        cases,
+        generator,
+        progress=progress,
+        on_record=grade,
+        allow_missing=allow_missing,
     )
     if judge is not None:
         judge.score(folder, [r for r in records if r["error"] is None], progress=progress)

@@ -77,9 +77,11 @@ def answer_questions(
     generator: Generator,
     folder: Path,
     *,
+    allow_missing: bool = False,
     progress: Progress = ignore_progress,
 ) -> tuple[list[Record], dict[str, Any], dict[str, str | None]]:
-    """Answer what is missing, without grading: (records, manifest, why arms were skipped).
+    """Answer what is missing, without grading: (records, manifest, why arms were skipped). What the
+    generator leaves out has failed, or with `allow_missing` waits for the next run.
 
     `regrade_tradeoff` grades the folder, on any machine.
     """
@@ -89,10 +91,11 @@ def answer_questions(
     active = [arm for arm in config.arms if skipped[arm.name] is None]
     manifest = config.to_json(generator.model, questions)
     cases = list(_build_cases(config, questions, active))
-    records = run_cases(folder, EVALUATION, manifest, cases, generator, progress=progress)
+    options: dict[str, Any] = {"progress": progress, "allow_missing": allow_missing}
+    records = run_cases(folder, EVALUATION, manifest, cases, generator, **options)
     follow_ups = list(_force_answers(cases, records))
     if follow_ups:
-        records += run_cases(folder, EVALUATION, manifest, follow_ups, generator, progress=progress)
+        records += run_cases(folder, EVALUATION, manifest, follow_ups, generator, **options)
     return records, manifest, skipped
 
 
@@ -176,7 +179,9 @@ def _build_cases(
 
 def _force_answers(cases: Sequence[Case], records: Sequence[Record]) -> Iterator[Case]:
     """The second requests of `budget_answer`: drafts that were cut off are made to answer."""
-    for case, record in zip(cases, records, strict=True):
+    of_case = {case.id: case for case in cases}
+    for record in records:
+        case = of_case[record["id"]]
         cut = record["error"] is None and record["finish_reason"] == "length"
         if not case.arm.startswith("budget_answer") or not cut:
             continue
