@@ -1,7 +1,8 @@
 """The in-process engine as an evaluation's generator: no server, the same records."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from lenvm.engines.sampling import SamplingParams
@@ -15,6 +16,7 @@ class EngineGenerator:
 
     def __init__(self, engine: TransformersEngine, model: str) -> None:
         self.engine, self.model = engine, model
+        self._encode_text = lru_cache(maxsize=8192)(self._encode)
 
     @property
     def max_length(self) -> int:
@@ -54,13 +56,15 @@ class EngineGenerator:
         return f"prompt and max_tokens need {need} tokens, the limit is {self.max_length}"
 
     def _convert(self, request: GenerationRequest) -> Request:
-        tokenizer, sampling = self.engine.tokenizer, request.sampling
-        ids = encode_prompt(tokenizer, [dict(m) for m in request.messages])
+        sampling = request.sampling
+        ids = self._encode_messages(request.messages)
         if request.answer_prefix:
-            ids += tokenizer(request.answer_prefix, add_special_tokens=False).input_ids
+            ids += tuple(
+                self.engine.tokenizer(request.answer_prefix, add_special_tokens=False).input_ids
+            )
         return Request(
             id=request.id,
-            prompt_token_ids=tuple(ids),
+            prompt_token_ids=ids,
             sampling=SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -75,6 +79,15 @@ class EngineGenerator:
             ),
             control=request.control,
         )
+
+    def _encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        """Token ids; arms and samples of a question share them."""
+        rows = tuple(tuple(m.items()) for m in messages)
+        is_text = all(isinstance(value, str) for row in rows for _, value in row)
+        return self._encode_text(rows) if is_text else self._encode(rows)
+
+    def _encode(self, rows: tuple[tuple[tuple[str, Any], ...], ...]) -> tuple[int, ...]:
+        return tuple(encode_prompt(self.engine.tokenizer, [dict(row) for row in rows]))
 
 
 def _to_response(completion: Completion, latency_s: float) -> GenerationResponse:
