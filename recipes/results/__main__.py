@@ -87,6 +87,19 @@ def unpack(folder: Path, lab: Path) -> None:
 
 
 @app.command()
+def ship(
+    lab: Path,
+    name: Annotated[str, typer.Argument(help="A value model of the lab.")],
+    base: Annotated[str, typer.Argument(help="Its backbone, as users name it.")],
+    target: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
+) -> None:
+    """Write a checkpoint that ships, at most 20 MB, with its model card."""
+    from recipes.results.ship import ship as write
+
+    print(f"{target}: {write(lab, name, base, target) / 1e6:.1f} MB")
+
+
+@app.command()
 def collect(
     lab: Path,
     out: Path = Path("benchmarks/results"),

@@ -107,7 +107,7 @@ class Lab:
             dtype=self.dtype,
             device=self.device,
             max_requests=batch,
-            max_tokens=batch * tokens,
+            max_tokens=max(batch * tokens, 4096),
             max_candidates=candidates,
         )
         self._engine = (key, engine)

@@ -23,8 +23,10 @@ from lenvm.model.tokenization import encode_prompt
 
 Options = Mapping[str, Any]
 Found = tuple[dict[str, Any], bool]
-PROMPT_ROOM = 1100
-"""Tokens that a prompt may have: the longest of shared/data has 1,034."""
+MAX_PROMPT = 1100
+"""Tokens that a prompt may have."""
+MEAN_PROMPT = 300
+"""More than the mean of every set: what a request's prompt takes of the KV budget."""
 
 
 # -- sampling -------------------------------------------------------------------------------------
@@ -38,7 +40,7 @@ def sample(lab: Lab, name: str, o: Options) -> Found:
         o["generator"],
         o.get("value_model"),
         batch=o["batch"],
-        tokens=o["max_tokens"] + PROMPT_ROOM,
+        tokens=o["max_tokens"] + MEAN_PROMPT,
         candidates=o.get("top_k") or 16,
     )
     controls = [c and LengthControl.parse(c) for c in o.get("controls", [None])]
@@ -59,7 +61,7 @@ def sample(lab: Lab, name: str, o: Options) -> Found:
                 if not missing:
                     continue
                 ids = tuple(encode_prompt(engine.tokenizer, prompt.conversation))
-                if len(ids) > PROMPT_ROOM:
+                if len(ids) > MAX_PROMPT:
                     continue
                 if time.monotonic() > end:
                     break
@@ -93,14 +95,14 @@ def sample(lab: Lab, name: str, o: Options) -> Found:
 def train(lab: Lab, name: str, o: Options) -> Found:
     """A value model: {backbone, data: [token folders], seconds, tokens_per_s, max_epochs, options}.
 
-    As many epochs as fit: seconds x tokens_per_s / tokens, at most max_epochs.
+    As many epochs as fit: seconds x tokens_per_s / tokens read, at most max_epochs.
     """
     from lenvm.training.config import TrainingConfig
     from lenvm.training.trainer import train as run
 
     lab.release()
     files = [lab.trajectories(d) for d in o["data"]]
-    num_tokens = sum(lab.tokens(d).summary()["num_tokens"] for d in o["data"])
+    num_tokens = sum(lab.tokens(d).summary()["num_read"] for d in o["data"])
     seconds = min(o["seconds"], lab.remaining_s)
     epochs = min(o["max_epochs"], seconds * o["tokens_per_s"] / max(num_tokens, 1))
     epochs = max(0.05, round(epochs, 2))
@@ -126,7 +128,6 @@ def train(lab: Lab, name: str, o: Options) -> Found:
         "trainable": config.trainable,
         "epochs": epochs,
         "data": list(o["data"]),
-        "num_completion_tokens": num_tokens,
         "training_tokens": round(epochs * result.num_tokens),
         "gpu_seconds": time.monotonic() - start,
         **{k: v for k, v in vars(result).items() if k != "num_dropped"},
@@ -224,7 +225,7 @@ def _answer(lab: Lab, o: Options, run: Callable[[TimedGenerator], Any]) -> Found
         o["generator"],
         o.get("value_model"),
         batch=o["batch"],
-        tokens=o["max_tokens"] + PROMPT_ROOM,
+        tokens=o["max_tokens"] + MEAN_PROMPT,
         candidates=o["sampling"].get("top_k") or 16,
     )
     before = engine.guidance_s

@@ -52,7 +52,8 @@ class TokenFolder:
         return found
 
     def summary(self) -> dict[str, Any]:
-        """Counts: prompts, completions, tokens, truncated, by domain."""
+        """Counts: prompts, completions, their tokens (`num_read`: with the prompt of each), those
+        cut off, completions by domain."""
         prompts, rows = self.prompts(), self.completions()
         domains: dict[str, int] = {}
         for row in rows:
@@ -62,6 +63,7 @@ class TokenFolder:
             "num_prompts": len({r["p"] for r in rows}),
             "num_completions": len(rows),
             "num_tokens": sum(r["n"] for r in rows),
+            "num_read": sum(r["n"] + len(prompts[r["p"]]["ids"]) for r in rows),
             "num_truncated": sum(not r["stop"] for r in rows),
             "completions_by_domain": domains,
         }

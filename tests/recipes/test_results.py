@@ -1,20 +1,25 @@
 """The recipe of the results: every kind of step end to end on tiny models, resuming, travelling."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lenvm.errors import InputError
+from lenvm.model.value_model import LengthValueModel
 from tiny import tiny_generator, tiny_tokenizer
 
 sys.path.append(str(Path(__file__).parents[2]))  # recipes are not part of the package
+from benchmarks import plot_results, results_page
 from recipes.results import prompts, travel
 from recipes.results.collect import collect
 from recipes.results.lab import Lab
 from recipes.results.plan import load_plan, run_steps
+from recipes.results.ship import ship
 
 PLAN = Path(__file__).parents[2] / "recipes" / "results" / "plan.toml"
 TEXTS = [f"w{i} w{i % 7 + 9} w{i % 5 + 20}" for i in range(6, 60)]
@@ -279,3 +284,47 @@ def test_prompts_that_may_not_ship_stay_apart(data):
     assert not both & hashes("held_out")
     with pytest.raises(InputError, match="allowed: shippable"):
         hashes("mine")
+
+
+def test_a_model_of_shippable_prompts_ships_without_paths_of_this_machine(tmp_path, lab, generator):
+    size = ship(lab.folder, "coder05-lora", generator, tmp_path / "checkpoint")
+    assert 0 < size < 20_000_000
+    text = "".join(p.read_text() for p in (tmp_path / "checkpoint").glob("*.json"))
+    assert str(lab.folder) not in text
+    card = (tmp_path / "checkpoint/README.md").read_text()
+    assert "error at the prompt, math" in card
+    assert "80% interval covers" in card
+    model = LengthValueModel.from_pretrained(tmp_path / "checkpoint")
+    raw = model.read([[1, 7, 8]])[0]
+    own = LengthValueModel.from_pretrained(lab.folder / "models/coder05-lora")
+    torch.testing.assert_close(raw, own.read([[1, 7, 8]])[0], atol=0.05, rtol=0.05)
+
+
+def test_a_model_of_other_prompts_does_not_ship(tmp_path, lab):
+    shutil.copytree(lab.folder, tmp_path / "lab")
+    path = tmp_path / "lab/steps/coder05-sample.json"
+    path.write_text(path.read_text().replace("shippable", "all"))
+    with pytest.raises(InputError, match="only models of shippable prompts"):
+        ship(tmp_path / "lab", "coder05-lora", "base", tmp_path / "checkpoint")
+
+
+def test_page_and_pictures_are_made_from_the_files_alone(tmp_path, lab, plan):
+    list(collect(plan, lab.folder, tmp_path / "results"))
+    images = {p.name for p in plot_results.main(tmp_path / "results", tmp_path / "docs/images")}
+    assert {"prediction.png", "coder05_frontier.png", "tradeoff_coder05_gsm8k.png"} <= images
+    assert {"scaling.png", "length_tokens_longer.png"} <= images
+    page = tmp_path / "docs/results.md"
+    results_page.main(tmp_path / "results", page)
+    text = page.read_text()
+    found = json.loads((tmp_path / "results/frontier_h200.json").read_text())
+    score = found["runs"]["coder05-frontier"]["arms"][2]["equal_to"]["score"]
+    assert f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]" in text
+    assert "17.0%" in text
+    assert "(images/prediction.png)" in text
+    ablations = text[text.index("## Ablations") : text.index("## What it cost")]
+    assert "not measured yet" in ablations
+    results_page.main(tmp_path / "nothing", page)
+    assert page.read_text().count("not measured yet") > 20
+    for line in page.read_text().splitlines():
+        if line.startswith("|"):
+            assert line.endswith("|")

@@ -1,0 +1,450 @@
+"""Write docs/results.md from the result files: every number is read, none is typed.
+
+    python benchmarks/results_page.py                    # benchmarks/results -> docs/results.md
+    python benchmarks/results_page.py RESULTS PAGE
+
+The paper's figures beside ours are those of arXiv 2604.27039. A cell without a file says so.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Numbers = Mapping[str, Any]
+MISSING = "not measured yet"
+DOMAINS = ("math", "code", "instructions")
+PAPER_MRE = {"1.5B": (17.0, 29.0, 33.0), "7B": (11.0, 19.5, 23.0), "32B": (9.8, 14.9, 17.1)}
+NAMES = {
+    "coder05": "Qwen2.5-Coder-0.5B",
+    "coder15": "Qwen2.5-Coder-1.5B",
+    "smollm2": "SmolLM2-135M",
+}
+
+
+def main(results: Path, page: Path) -> None:
+    """Write the page."""
+    found = {
+        name: json.loads(path.read_text(encoding="utf-8"))
+        if (path := results / file).exists()
+        else None
+        for name, file in FILES.items()
+    }
+    images = page.parent / "images"
+    parts = [HEAD, *(section(found[name], images) for name, section in SECTIONS.items())]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n\n".join(p.strip() for p in parts) + "\n", encoding="utf-8")
+
+
+HEAD = """
+# Results
+
+What the paper (arXiv 2604.27039) measured, measured again with small real models on one H200. Every
+number below is read from a file under `benchmarks/results/` by `benchmarks/results_page.py`; the
+files are made by `python -m recipes.results` ([plan](../recipes/results/PLAN.md)) and name commit,
+hardware and versions. Brackets are 95% intervals (1,000 bootstrap resamples of whole prompts,
+[method](evaluation.md)). The paper's generators have 3 billion parameters and more, ours 135 M to
+1.5 billion, so its figures stand beside ours as a mark, not as the same experiment.
+"""
+
+
+# -- sections -------------------------------------------------------------------------------------
+
+
+def prediction(found: Numbers | None, images: Path) -> str:
+    models = (found or {}).get("models", {})
+    rows: list[list[str]] = []
+    for name, model in models.items():
+        domains = model["domains"]
+        rows.append(
+            [
+                f"**{_title(name)}**, {model['head']} head, gamma {model['gamma']:.4g}",
+                *(_percent(_get(domains, d, "mre")) for d in DOMAINS),
+                *(_percent(_get(domains, d, "median_re"), short=True) for d in DOMAINS),
+                *(
+                    _percent(_get(domains, "all", "coverage", c), short=True)
+                    for c in ("50", "80", "95")
+                ),
+            ]
+        )
+    for held_out in dict.fromkeys(m["held_out"] for m in models.values()):
+        first = next(m for m in models.values() if m["held_out"] == held_out)
+        for baseline in ("constant", "constant_per_domain", "prompt_length", "ridge"):
+            own = [_get(first, "domains", d, "baselines", baseline) or {} for d in DOMAINS]
+            rows.append(
+                [
+                    f"{baseline.replace('_', ' ')}, {held_out}",
+                    *(_percent(b.get("mre")) for b in own),
+                    *(_percent(b.get("median_re"), short=True) for b in own),
+                    *["-"] * 3,
+                ]
+            )
+    if not rows:
+        rows = [["ours", *[MISSING] * 3, *["-"] * 6]]
+    rows += [
+        [f"paper, {size}", *(f"{v:.1f}%" for v in row), *["-"] * 6]
+        for size, row in PAPER_MRE.items()
+    ]
+    columns = ["predictor", *(f"MRE {d}" for d in DOMAINS), *(f"median {d}" for d in DOMAINS)]
+    return _join(
+        "## Length before the first token",
+        "Relative error of the predicted length at the end of the prompt, against Eq. 14's length "
+        "of 64 completions a prompt, on held-out prompts; and how many single lengths fall inside "
+        "the 50, 80 and 95% intervals. A few instructions that are answered in a handful of tokens "
+        "dominate their mean, so the median stands beside it.",
+        _table([*columns, "in 50%", "in 80%", "in 95%"], rows),
+        _image(images, "prediction.png", "Mean relative error by domain"),
+        _about(found),
+    )
+
+
+def positions(found: Numbers | None, images: Path) -> str:
+    rows = [
+        [
+            _title(name),
+            f"{model['gamma']:.4g}",
+            *(
+                _percent(p["median_re"], short=True)
+                for p in _get(model, "domains", "all", "positions") or []
+            ),
+        ]
+        for name, model in ((found or {}).get("models", {})).items()
+    ]
+    return _join(
+        "## While decoding: the heads at three discounts",
+        "Median relative error of the remaining length after 0, 25, 50 and 75% of an answer. A "
+        "distribution head answers for every gamma, a scalar head for the one it was trained with.",
+        _table(
+            ["model", "gamma", "at 0%", "25%", "50%", "75%"],
+            rows or [["ours", "-", *[MISSING] * 4]],
+        ),
+    )
+
+
+def lifebench(found: Numbers | None, images: Path) -> str:
+    rows = []
+    for name, run in ((found or {}).get("runs", {})).items():
+        for arm in run["arms"]:
+            for kind in ("at_most", "at_least"):
+                if arm[kind] is not None:
+                    rows.append(_arm_row(name, arm, kind))
+    paper = [
+        ["paper, Qwen2.5-3B", "Equal-To", "25.6 -> 62.6", "83% -> 56%", *["not reported"] * 3],
+        ["paper, Qwen2.5-7B", "Equal-To", "30.9 -> 64.8", "71% -> 44%", *["not reported"] * 3],
+        ["paper, Qwen3-30B-A3B", "Equal-To", "36.8 -> 67.2", "90% -> 57%", *["not reported"] * 3],
+        ["paper, best", "At-Most / At-Least", "99.4 / 99.8", "-", *["not reported"] * 3],
+    ]
+    head = (found or {}).get("headline", {})
+    lines = [
+        ["Equal-To score", _number(head.get("equal_to_score")), "at least 85"],
+        ["the same unguided", _number(head.get("equal_to_score_unguided")), "-"],
+        ["Equal-To deviation", _share(head.get("equal_to_deviation")), "at most 10%"],
+        [
+            "loss of log-probability, nats a token",
+            _number(head.get("log_prob_loss"), 2),
+            "at most 0.3",
+        ],
+        ["natural endings", _share(head.get("natural_endings")), "near the unguided"],
+        ["the same unguided", _share(head.get("natural_endings_unguided")), "-"],
+        ["At-Most score", _number(head.get("at_most_score")), "at least 99.4"],
+        ["At-Least score", _number(head.get("at_least_score")), "at least 99.8"],
+    ]
+    columns = ["who", "constraint", "score", "deviation", "nats lost", "natural ends", "repetition"]
+    return _join(
+        "## LIFEBench: at most, at least",
+        f"The headline, with `{(found or {}).get('arm', 'the rule')}`:",
+        _table(["figure", "ours", "goal"], lines),
+        "Every arm:",
+        _table(columns, [*(rows or [["ours", "-", MISSING, *["-"] * 4]]), *paper]),
+        _about(found),
+    )
+
+
+def frontier(found: Numbers | None, images: Path) -> str:
+    rows, pictures = [], []
+    for name, run in ((found or {}).get("runs", {})).items():
+        rows += [_arm_row(name, a, "equal_to") for a in run["arms"] if a["equal_to"] is not None]
+        pictures.append(
+            _image(images, f"{name.replace('-', '_')}.png", f"Score against loss: {name}")
+        )
+    columns = ["who", "constraint", "score", "deviation", "nats lost", "natural ends", "repetition"]
+    return _join(
+        "## The control frontier",
+        "Equal-To on LIFEBench, English: what a rule reaches in length score, and what it costs in "
+        "the text's log-probability under the unguided generator. All arms draw from the same "
+        "tokens (top-k 15, top-p 0.999, T = 1). An ending is natural where the answer ended by "
+        "itself at the end of a sentence or code block.",
+        _table(columns, rows or [["ours", "Equal-To", MISSING, *["-"] * 4]]),
+        *pictures,
+        _by_target(found),
+        _about(found),
+    )
+
+
+def _by_target(found: Numbers | None) -> str:
+    tables = []
+    for name, run in ((found or {}).get("runs", {})).items():
+        arms = [a for a in run["arms"] if a["equal_to"] is not None]
+        if not arms:
+            continue
+        targets = [str(t["target"]) for t in arms[0]["equal_to"]["by_target"]]
+        rows = [
+            [a["label"], *(_number(_value(t["score"])) for t in a["equal_to"]["by_target"])]
+            for a in arms
+        ]
+        tables.append(f"{_title(name)}, score by target:\n\n" + _table(["arm", *targets], rows))
+    return "\n\n".join(tables)
+
+
+def _arm_row(run: str, arm: Numbers, kind: str) -> list[str]:
+    row, quality = arm[kind], arm[kind]["quality"]
+    return [
+        f"{_title(run)}: {arm['label']}",
+        {"equal_to": "Equal-To", "at_most": "At-Most", "at_least": "At-Least"}[kind],
+        _interval(row["score"], 1),
+        _percent(row["deviation"]),
+        _interval(quality["log_prob_loss"], 2),
+        _percent(quality["natural_end"], short=True),
+        _percent(quality["rep_4"], short=True),
+    ]
+
+
+def tradeoff(found: Numbers | None, images: Path) -> str:
+    rows, pictures = [], []
+    for name, run in ((found or {}).get("runs", {})).items():
+        for arm in run["arms"]:
+            if arm["pass_at_1"] is None:
+                continue
+            rows.append(
+                [
+                    f"{_title(name)}: {arm['label']}",
+                    _percent(arm["pass_at_1"]),
+                    _interval(arm["mean_length"], 0),
+                    _percent(arm["relative_length"], short=True),
+                    str(arm["num_requests"]),
+                ]
+            )
+        image = f"tradeoff_{name.replace('-', '_')}.png"
+        pictures.append(_image(images, image, f"pass@1 against length: {name}"))
+    head = (found or {}).get("headline", {})
+    lines = [
+        ["GSM8K, unguided", _share(head.get("gsm8k_accuracy_unguided")), "paper, 3B: about 75%"],
+        [
+            "at two thirds of that length",
+            _share(head.get("gsm8k_accuracy_at_two_thirds_length")),
+            "paper, 3B: 63% at about 200 of 320 tokens",
+        ],
+        [
+            "best baseline at that length",
+            _share(head.get("best_baseline_at_two_thirds_length")),
+            "paper: truncation 6%",
+        ],
+    ]
+    return _join(
+        "## Accuracy against length",
+        _table(["figure", "ours", "mark"], lines),
+        _table(
+            ["arm", "pass@1", "mean tokens", "of unguided", "answers"],
+            rows or [["ours", MISSING, *["-"] * 3]],
+        ),
+        *pictures,
+        _about(found),
+    )
+
+
+def scaling(found: Numbers | None, images: Path) -> str:
+    return _grid(
+        found,
+        images,
+        "## Scaling",
+        "Paper: the loss falls with model size, prompts, and completions per prompt (1, 2, 4, 16).",
+    )
+
+
+def ablations(found: Numbers | None, images: Path) -> str:
+    return _grid(
+        found,
+        images,
+        "## Ablations",
+        "Paper: the discounted return beats the log-length, then raw and normalised length; "
+        "shuffled beats grouped batches; a larger gamma is better early and a smaller one late; "
+        "bf16, fp16 and fp32 are equal.",
+    )
+
+
+def _grid(found: Numbers | None, images: Path, title: str, paper: str) -> str:
+    parts = [title, paper]
+    for name, run in ((found or {}).get("runs", {})).items():
+        axes = list(run["grid"]["axes"])
+        rows = [
+            [
+                *(str(c["axes"].get(a, "-")) for a in axes),
+                *(f"{c['metrics'][m]:.4f}" if m in c["metrics"] else "-" for m in METRICS),
+            ]
+            for c in run["cells"]
+        ]
+        parts.append(f"{_title(name)}:\n\n" + _table([*axes, *METRICS.values()], rows))
+        parts.append(_image(images, f"{name.replace('-', '_')}.png", name))
+    if not found:
+        parts.append(_table(["trained", *METRICS.values()], [["ours", *[MISSING] * len(METRICS)]]))
+    return _join(*parts, _about(found))
+
+
+METRICS = {
+    "val_loss": "validation loss",
+    "mre": "MRE",
+    "median_re": "median",
+    "mre_at_0.25": "at 25%",
+    "mre_at_0.5": "at 50%",
+    "mre_at_0.75": "at 75%",
+}
+
+
+def length_tokens(found: Numbers | None, images: Path) -> str:
+    rows = []
+    for name, run in ((found or {}).get("runs", {})).items():
+        for side in ("longer", "shorter"):
+            words = ", ".join(
+                f"`{r['token']}`" for r in run[f"{side}_by_event"][:20] if "`" not in r["token"]
+            )
+            rows.append([_title(name), side, words.replace("|", "\\|")])
+    return _join(
+        "## Length tokens",
+        "Tokens after which the value says a longer or shorter answer by more than 0.01 (u = 1 - "
+        "gamma^length), by number of events; case and leading space folded.",
+        _table(["model", "makes it", "tokens"], rows or [["ours", "-", MISSING]]),
+        _image(images, "length_tokens_longer.png", "Tokens that make answers longer"),
+        _image(images, "length_tokens_shorter.png", "Tokens that make answers shorter"),
+        _about(found),
+    )
+
+
+def cost(found: Numbers | None, images: Path) -> str:
+    training = [
+        [
+            name,
+            t["head"],
+            t["trainable"],
+            f"{t['training_tokens'] / 1e6:.1f} M",
+            f"{t['epochs']:g}",
+            f"{t['gpu_seconds']:.0f} s",
+            f"{t['tokens_per_s']:,.0f}",
+        ]
+        for name, t in ((found or {}).get("training", {})).items()
+    ]
+    sampling = [
+        [
+            name,
+            str(s["num_prompts"]),
+            str(s["num_completions"]),
+            f"{s['num_tokens'] / 1e6:.1f} M",
+            f"{s['num_truncated'] / max(1, s['num_completions']):.1%}",
+            f"{s['tokens_per_s']:,.0f}",
+        ]
+        for name, s in ((found or {}).get("sampling", {})).items()
+    ]
+    return _join(
+        "## What it cost",
+        "Value models (one H200; tokens are read tokens, prompts counted):",
+        _table(
+            ["model", "head", "trained", "tokens", "epochs", "GPU time", "tokens/s"],
+            training or [[MISSING, *["-"] * 6]],
+        ),
+        "Sampled completions:",
+        _table(
+            ["set", "prompts", "completions", "tokens", "cut off", "tokens/s"],
+            sampling or [[MISSING, *["-"] * 5]],
+        ),
+    )
+
+
+SECTIONS: dict[str, Callable[[Numbers | None, Path], str]] = {
+    "prediction": prediction,
+    "positions": positions,
+    "frontier": frontier,
+    "lifebench": lifebench,
+    "tradeoff": tradeoff,
+    "length_tokens": length_tokens,
+    "scaling": scaling,
+    "ablations": ablations,
+    "cost": cost,
+}
+FILES = {
+    name: f"{ {'positions': 'prediction', 'cost': 'prediction'}.get(name, name) }_h200.json"
+    for name in SECTIONS
+} | {"length_tokens": "length_tokens.json"}
+
+
+# -- cells ----------------------------------------------------------------------------------------
+
+
+def _get(values: Any, *keys: str) -> Any:
+    for key in keys:
+        values = (values or {}).get(key)
+    return values
+
+
+def _title(name: str) -> str:
+    first, _, rest = name.partition("-")
+    return f"{NAMES.get(first, first)} {rest}".strip()
+
+
+def _value(interval: Numbers | None) -> float | None:
+    return None if interval is None else float(interval["value"])
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def _share(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1%}"
+
+
+def _interval(interval: Numbers | None, digits: int) -> str:
+    if interval is None:
+        return "-"
+    value, low, high = (f"{interval[k]:.{digits}f}" for k in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _percent(interval: Numbers | None, *, short: bool = False) -> str:
+    if interval is None:
+        return "-"
+    value, low, high = (f"{100 * interval[k]:.1f}" for k in ("value", "low", "high"))
+    return f"{value}%" if short else f"{value}% [{low}, {high}]"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def _image(images: Path, name: str, text: str) -> str:
+    return f"![{text}](images/{name})" if (images / name).exists() else ""
+
+
+def _about(found: Numbers | None) -> str:
+    """Who measured, and what it took."""
+    if not found:
+        return ""
+    steps = [
+        f"{name} {s['gpu_seconds']:.0f} s"
+        + (f", {s['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in s else "")
+        + ("" if s["finished"] else " (not finished)")
+        for name, s in found["steps"].items()
+    ]
+    return f"*{found['hardware']}, commit {found['commit'] or 'unknown'}; {'; '.join(steps)}.*"
+
+
+def _join(*parts: str) -> str:
+    return "\n\n".join(p for p in parts if p)
+
+
+if __name__ == "__main__":
+    places = [Path(p) for p in sys.argv[1:]] or [
+        Path("benchmarks/results"),
+        Path("docs/results.md"),
+    ]
+    main(*places)
