@@ -14,6 +14,10 @@ from typing import Any
 
 Numbers = Mapping[str, Any]
 MISSING = "not measured yet"
+ARM_COLUMNS = (
+    *("who", "constraint", "score", "deviation", "nats lost"),
+    *("natural ends", "likely ends", "repetition"),
+)
 DOMAINS = ("math", "code", "instructions")
 PAPER_MRE = {"1.5B": (17.0, 29.0, 33.0), "7B": (11.0, 19.5, 23.0), "32B": (9.8, 14.9, 17.1)}
 NAMES = {
@@ -130,10 +134,10 @@ def lifebench(found: Numbers | None, images: Path) -> str:
                 if arm[kind] is not None:
                     rows.append(_arm_row(name, arm, kind))
     paper = [
-        ["paper, Qwen2.5-3B", "Equal-To", "25.6 -> 62.6", "83% -> 56%", *["not reported"] * 3],
-        ["paper, Qwen2.5-7B", "Equal-To", "30.9 -> 64.8", "71% -> 44%", *["not reported"] * 3],
-        ["paper, Qwen3-30B-A3B", "Equal-To", "36.8 -> 67.2", "90% -> 57%", *["not reported"] * 3],
-        ["paper, best", "At-Most / At-Least", "99.4 / 99.8", "-", *["not reported"] * 3],
+        ["paper, Qwen2.5-3B", "Equal-To", "25.6 -> 62.6", "83% -> 56%", *["not reported"] * 4],
+        ["paper, Qwen2.5-7B", "Equal-To", "30.9 -> 64.8", "71% -> 44%", *["not reported"] * 4],
+        ["paper, Qwen3-30B-A3B", "Equal-To", "36.8 -> 67.2", "90% -> 57%", *["not reported"] * 4],
+        ["paper, best", "At-Most / At-Least", "99.4 / 99.8", "-", *["not reported"] * 4],
     ]
     head = (found or {}).get("headline", {})
     lines = [
@@ -150,13 +154,12 @@ def lifebench(found: Numbers | None, images: Path) -> str:
         ["At-Most score", _number(head.get("at_most_score")), "at least 99.4"],
         ["At-Least score", _number(head.get("at_least_score")), "at least 99.8"],
     ]
-    columns = ["who", "constraint", "score", "deviation", "nats lost", "natural ends", "repetition"]
     return _join(
         "## LIFEBench: at most, at least",
         f"The headline, with `{(found or {}).get('arm', 'the rule')}`:",
         _table(["figure", "ours", "goal"], lines),
         "Every arm:",
-        _table(columns, [*(rows or [["ours", "-", MISSING, *["-"] * 4]]), *paper]),
+        _table(ARM_COLUMNS, [*(rows or [["ours", "-", MISSING, *["-"] * 5]]), *paper]),
         _about(found),
     )
 
@@ -168,14 +171,14 @@ def frontier(found: Numbers | None, images: Path) -> str:
         pictures.append(
             _image(images, f"{name.replace('-', '_')}.png", f"Score against loss: {name}")
         )
-    columns = ["who", "constraint", "score", "deviation", "nats lost", "natural ends", "repetition"]
     return _join(
         "## The control frontier",
         "Equal-To on LIFEBench, English: what a rule reaches in length score, and what it costs in "
         "the text's log-probability under the unguided generator. All arms draw from the same "
         "tokens (top-k 15, top-p 0.999, T = 1). An ending is natural where the answer ended by "
-        "itself at the end of a sentence or code block.",
-        _table(columns, rows or [["ours", "Equal-To", MISSING, *["-"] * 4]]),
+        "itself at the end of a sentence or code block, likely where the generator gave it 1% or "
+        "more: what control forces is not.",
+        _table(ARM_COLUMNS, rows or [["ours", "Equal-To", MISSING, *["-"] * 5]]),
         *pictures,
         _by_target(found),
         _about(found),
@@ -206,6 +209,7 @@ def _arm_row(run: str, arm: Numbers, kind: str) -> list[str]:
         _percent(row["deviation"]),
         _interval(quality["log_prob_loss"], 2),
         _percent(quality["natural_end"], short=True),
+        _percent(quality.get("likely_end"), short=True),
         _percent(quality["rep_4"], short=True),
     ]
 

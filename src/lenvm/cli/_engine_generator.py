@@ -98,5 +98,6 @@ def _to_response(completion: Completion, latency_s: float) -> GenerationResponse
         num_prompt_tokens=len(completion.request.prompt_token_ids),
         finish_reason=completion.finish_reason or "",
         mean_log_prob=sum(completion.log_probs) / len(completion.log_probs),
+        last_log_prob=completion.log_probs[-1],
         latency_s=latency_s,
     )

@@ -173,6 +173,7 @@ def _to_record(case: Case, response: GenerationResponse, generator: Generator) -
         "num_prompt_tokens": response.num_prompt_tokens,
         "finish_reason": response.finish_reason,
         "mean_log_prob": response.mean_log_prob,
+        "last_log_prob": response.last_log_prob,
         "visible_tokens": visible,
         "latency_s": round(response.latency_s, 4),
         "error": response.error,
