@@ -57,10 +57,10 @@ class GenerationResponse:
     mean_log_prob: float | None = None
     """Mean log-probability of the answer's tokens under the generator itself, unguided; None where
     the server reports another distribution's, or none."""
-    last_log_prob: float | None = None
-    """The same of its last token alone: of the ending, where it ended by itself. None: not told."""
     latency_s: float = 0.0
     error: str | None = None
+    last_log_prob: float | None = None
+    """Log-probability of the last token alone: of the ending, where the answer ended by itself."""
 
 
 OnResponse = Callable[[GenerationResponse], None]

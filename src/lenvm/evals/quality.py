@@ -81,12 +81,13 @@ def measure_record(record: Mapping[str, Any], text: str, *, answered: bool) -> d
     if not answered:
         quality = {name: None if name in ANSWER_QUALITY else False for name in quality}
     failed, tokens = record["error"] is not None, record["num_tokens"]
-    last = record.get("last_log_prob")
-    is_told = answered and last is not None
+    last, likely = record.get("last_log_prob"), None
+    if answered and last is not None:
+        likely = quality["ended_by_eos"] and last >= LIKELY
     return {
         "log_prob": None if failed else record["mean_log_prob"],
         **quality,
-        "likely_end": quality["ended_by_eos"] and last >= LIKELY if is_told else None,
+        "likely_end": likely,
         "ms_per_token": None if failed or not tokens else 1000 * record["latency_s"] / tokens,
     }
 
