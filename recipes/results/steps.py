@@ -35,7 +35,9 @@ MEAN_PROMPT = 300
 def sample(lab: Lab, name: str, o: Options) -> Found:
     """Completions of the plan's `sets`, one after another in one stream, so that the GPU is full
     from the first to the last: {generator, batch, max_tokens, top_k, top_p, sets: [{name, prompts,
-    per_domain, n, seconds}], value_model?, controls?}. `n` is a number or one per domain."""
+    per_domain, n, seconds}], value_model?, controls?}. `n` is a number or one per domain.
+
+    A set is finished when its own seconds are over: it is as large as they allow."""
     engine = lab.engine(
         o["generator"],
         o.get("value_model"),
@@ -64,6 +66,7 @@ def sample(lab: Lab, name: str, o: Options) -> Found:
                 if len(ids) > MAX_PROMPT:
                     continue
                 if time.monotonic() > end:
+                    finished[s["name"]] = end < lab.deadline
                     break
                 for k in missing:
                     request_id = f"{s['name']}/{prompt.prompt_hash}-{k}"
