@@ -8,23 +8,31 @@ The paper's figures beside ours are those of arXiv 2604.27039. A cell without a 
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-Numbers = Mapping[str, Any]
-MISSING = "not measured yet"
+from results_cells import (
+    MISSING,
+    Numbers,
+    about,
+    image,
+    interval,
+    join,
+    look_up,
+    number,
+    percent,
+    share,
+    table,
+    title,
+    value_of,
+)
+
 ARM_COLUMNS = (
     *("who", "constraint", "score", "deviation", "nats lost"),
     *("natural ends", "likely ends", "repetition"),
 )
 DOMAINS = ("math", "code", "instructions")
 PAPER_MRE = {"1.5B": (17.0, 29.0, 33.0), "7B": (11.0, 19.5, 23.0), "32B": (9.8, 14.9, 17.1)}
-NAMES = {
-    "coder05": "Qwen2.5-Coder-0.5B",
-    "coder15": "Qwen2.5-Coder-1.5B",
-    "smollm2": "SmolLM2-135M",
-}
 
 
 def main(results: Path, page: Path) -> None:
@@ -38,7 +46,7 @@ def main(results: Path, page: Path) -> None:
     images = page.parent / "images"
     parts = [HEAD, *(section(found[name], images) for name, section in SECTIONS.items())]
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n\n".join(p.strip() for p in parts) + "\n", encoding="utf-8")
+    page.write_text("\n\n".join(p.strip() for p in parts if p) + "\n", encoding="utf-8")
 
 
 HEAD = """
@@ -63,11 +71,11 @@ def prediction(found: Numbers | None, images: Path) -> str:
         domains = model["domains"]
         rows.append(
             [
-                f"**{_title(name)}**, {model['head']} head, gamma {model['gamma']:.4g}",
-                *(_percent(_get(domains, d, "mre")) for d in DOMAINS),
-                *(_percent(_get(domains, d, "median_re"), short=True) for d in DOMAINS),
+                f"**{title(name)}**, {model['head']} head, gamma {model['gamma']:.4g}",
+                *(percent(look_up(domains, d, "mre")) for d in DOMAINS),
+                *(percent(look_up(domains, d, "median_re"), short=True) for d in DOMAINS),
                 *(
-                    _percent(_get(domains, "all", "coverage", c), short=True)
+                    percent(look_up(domains, "all", "coverage", c), short=True)
                     for c in ("50", "80", "95")
                 ),
             ]
@@ -75,12 +83,12 @@ def prediction(found: Numbers | None, images: Path) -> str:
     for held_out in dict.fromkeys(m["held_out"] for m in models.values()):
         first = next(m for m in models.values() if m["held_out"] == held_out)
         for baseline in ("constant", "constant_per_domain", "prompt_length", "ridge"):
-            own = [_get(first, "domains", d, "baselines", baseline) or {} for d in DOMAINS]
+            own = [look_up(first, "domains", d, "baselines", baseline) or {} for d in DOMAINS]
             rows.append(
                 [
                     f"{baseline.replace('_', ' ')}, {held_out}",
-                    *(_percent(b.get("mre")) for b in own),
-                    *(_percent(b.get("median_re"), short=True) for b in own),
+                    *(percent(b.get("mre")) for b in own),
+                    *(percent(b.get("median_re"), short=True) for b in own),
                     *["-"] * 3,
                 ]
             )
@@ -91,35 +99,35 @@ def prediction(found: Numbers | None, images: Path) -> str:
         for size, row in PAPER_MRE.items()
     ]
     columns = ["predictor", *(f"MRE {d}" for d in DOMAINS), *(f"median {d}" for d in DOMAINS)]
-    return _join(
+    return join(
         "## Length before the first token",
         "Relative error of the predicted length at the end of the prompt, against Eq. 14's length "
         "of 64 completions a prompt, on held-out prompts; and how many single lengths fall inside "
         "the 50, 80 and 95% intervals. A few instructions that are answered in a handful of tokens "
         "dominate their mean, so the median stands beside it.",
-        _table([*columns, "in 50%", "in 80%", "in 95%"], rows),
-        _image(images, "prediction.png", "Mean relative error by domain"),
-        _about(found),
+        table([*columns, "in 50%", "in 80%", "in 95%"], rows),
+        image(images, "prediction.png", "Mean relative error by domain"),
+        about(found),
     )
 
 
 def positions(found: Numbers | None, images: Path) -> str:
     rows = [
         [
-            _title(name),
+            title(name),
             f"{model['gamma']:.4g}",
             *(
-                _percent(p["median_re"], short=True)
-                for p in _get(model, "domains", "all", "positions") or []
+                percent(p["median_re"], short=True)
+                for p in look_up(model, "domains", "all", "positions") or []
             ),
         ]
         for name, model in ((found or {}).get("models", {})).items()
     ]
-    return _join(
+    return join(
         "## While decoding: the heads at three discounts",
         "Median relative error of the remaining length after 0, 25, 50 and 75% of an answer. A "
         "distribution head answers for every gamma, a scalar head for the one it was trained with.",
-        _table(
+        table(
             ["model", "gamma", "at 0%", "25%", "50%", "75%"],
             rows or [["ours", "-", *[MISSING] * 4]],
         ),
@@ -141,26 +149,26 @@ def lifebench(found: Numbers | None, images: Path) -> str:
     ]
     head = (found or {}).get("headline", {})
     lines = [
-        ["Equal-To score", _number(head.get("equal_to_score")), "at least 85"],
-        ["the same unguided", _number(head.get("equal_to_score_unguided")), "-"],
-        ["Equal-To deviation", _share(head.get("equal_to_deviation")), "at most 10%"],
+        ["Equal-To score", number(head.get("equal_to_score")), "at least 85"],
+        ["the same unguided", number(head.get("equal_to_score_unguided")), "-"],
+        ["Equal-To deviation", share(head.get("equal_to_deviation")), "at most 10%"],
         [
             "loss of log-probability, nats a token",
-            _number(head.get("log_prob_loss"), 2),
+            number(head.get("log_prob_loss"), 2),
             "at most 0.3",
         ],
-        ["natural endings", _share(head.get("natural_endings")), "near the unguided"],
-        ["the same unguided", _share(head.get("natural_endings_unguided")), "-"],
-        ["At-Most score", _number(head.get("at_most_score")), "at least 99.4"],
-        ["At-Least score", _number(head.get("at_least_score")), "at least 99.8"],
+        ["natural endings", share(head.get("natural_endings")), "near the unguided"],
+        ["the same unguided", share(head.get("natural_endings_unguided")), "-"],
+        ["At-Most score", number(head.get("at_most_score")), "at least 99.4"],
+        ["At-Least score", number(head.get("at_least_score")), "at least 99.8"],
     ]
-    return _join(
+    return join(
         "## LIFEBench: at most, at least",
         f"The headline, with `{(found or {}).get('arm', 'the rule')}`:",
-        _table(["figure", "ours", "goal"], lines),
+        table(["figure", "ours", "goal"], lines),
         "Every arm:",
-        _table(ARM_COLUMNS, [*(rows or [["ours", "-", MISSING, *["-"] * 5]]), *paper]),
-        _about(found),
+        table(ARM_COLUMNS, [*(rows or [["ours", "-", MISSING, *["-"] * 5]]), *paper]),
+        about(found),
     )
 
 
@@ -169,19 +177,19 @@ def frontier(found: Numbers | None, images: Path) -> str:
     for name, run in ((found or {}).get("runs", {})).items():
         rows += [_arm_row(name, a, "equal_to") for a in run["arms"] if a["equal_to"] is not None]
         pictures.append(
-            _image(images, f"{name.replace('-', '_')}.png", f"Score against loss: {name}")
+            image(images, f"{name.replace('-', '_')}.png", f"Score against loss: {name}")
         )
-    return _join(
+    return join(
         "## The control frontier",
         "Equal-To on LIFEBench, English: what a rule reaches in length score, and what it costs in "
         "the text's log-probability under the unguided generator. All arms draw from the same "
         "tokens (top-k 15, top-p 0.999, T = 1). An ending is natural where the answer ended by "
         "itself at the end of a sentence or code block, likely where the generator gave it 1% or "
         "more: what control forces is not.",
-        _table(ARM_COLUMNS, rows or [["ours", "Equal-To", MISSING, *["-"] * 5]]),
+        table(ARM_COLUMNS, rows or [["ours", "Equal-To", MISSING, *["-"] * 5]]),
         *pictures,
         _by_target(found),
-        _about(found),
+        about(found),
     )
 
 
@@ -193,24 +201,24 @@ def _by_target(found: Numbers | None) -> str:
             continue
         targets = [str(t["target"]) for t in arms[0]["equal_to"]["by_target"]]
         rows = [
-            [a["label"], *(_number(_value(t["score"])) for t in a["equal_to"]["by_target"])]
+            [a["label"], *(number(value_of(t["score"])) for t in a["equal_to"]["by_target"])]
             for a in arms
         ]
-        tables.append(f"{_title(name)}, score by target:\n\n" + _table(["arm", *targets], rows))
+        tables.append(f"{title(name)}, score by target:\n\n" + table(["arm", *targets], rows))
     return "\n\n".join(tables)
 
 
 def _arm_row(run: str, arm: Numbers, kind: str) -> list[str]:
     row, quality = arm[kind], arm[kind]["quality"]
     return [
-        f"{_title(run)}: {arm['label']}",
+        f"{title(run)}: {arm['label']}",
         {"equal_to": "Equal-To", "at_most": "At-Most", "at_least": "At-Least"}[kind],
-        _interval(row["score"], 1),
-        _percent(row["deviation"]),
-        _interval(quality["log_prob_loss"], 2),
-        _percent(quality["natural_end"], short=True),
-        _percent(quality.get("likely_end"), short=True),
-        _percent(quality["rep_4"], short=True),
+        interval(row["score"], 1),
+        percent(row["deviation"]),
+        interval(quality["log_prob_loss"], 2),
+        percent(quality["natural_end"], short=True),
+        percent(quality.get("likely_end"), short=True),
+        percent(quality["rep_4"], short=True),
     ]
 
 
@@ -222,38 +230,38 @@ def tradeoff(found: Numbers | None, images: Path) -> str:
                 continue
             rows.append(
                 [
-                    f"{_title(name)}: {arm['label']}",
-                    _percent(arm["pass_at_1"]),
-                    _interval(arm["mean_length"], 0),
-                    _percent(arm["relative_length"], short=True),
+                    f"{title(name)}: {arm['label']}",
+                    percent(arm["pass_at_1"]),
+                    interval(arm["mean_length"], 0),
+                    percent(arm["relative_length"], short=True),
                     str(arm["num_requests"]),
                 ]
             )
-        image = f"tradeoff_{name.replace('-', '_')}.png"
-        pictures.append(_image(images, image, f"pass@1 against length: {name}"))
+        drawn = f"tradeoff_{name.replace('-', '_')}.png"
+        pictures.append(image(images, drawn, f"pass@1 against length: {name}"))
     head = (found or {}).get("headline", {})
     lines = [
-        ["GSM8K, unguided", _share(head.get("gsm8k_accuracy_unguided")), "paper, 3B: about 75%"],
+        ["GSM8K, unguided", share(head.get("gsm8k_accuracy_unguided")), "paper, 3B: about 75%"],
         [
             "at two thirds of that length",
-            _share(head.get("gsm8k_accuracy_at_two_thirds_length")),
+            share(head.get("gsm8k_accuracy_at_two_thirds_length")),
             "paper, 3B: 63% at about 200 of 320 tokens",
         ],
         [
             "best baseline at that length",
-            _share(head.get("best_baseline_at_two_thirds_length")),
+            share(head.get("best_baseline_at_two_thirds_length")),
             "paper: truncation 6%",
         ],
     ]
-    return _join(
+    return join(
         "## Accuracy against length",
-        _table(["figure", "ours", "mark"], lines),
-        _table(
+        table(["figure", "ours", "mark"], lines),
+        table(
             ["arm", "pass@1", "mean tokens", "of unguided", "answers"],
             rows or [["ours", MISSING, *["-"] * 3]],
         ),
         *pictures,
-        _about(found),
+        about(found),
     )
 
 
@@ -277,8 +285,8 @@ def ablations(found: Numbers | None, images: Path) -> str:
     )
 
 
-def _grid(found: Numbers | None, images: Path, title: str, paper: str) -> str:
-    parts = [title, paper]
+def _grid(found: Numbers | None, images: Path, heading: str, paper: str) -> str:
+    parts = [heading, paper]
     for name, run in ((found or {}).get("runs", {})).items():
         axes = list(run["grid"]["axes"])
         rows = [
@@ -288,11 +296,11 @@ def _grid(found: Numbers | None, images: Path, title: str, paper: str) -> str:
             ]
             for c in run["cells"]
         ]
-        parts.append(f"{_title(name)}:\n\n" + _table([*axes, *METRICS.values()], rows))
-        parts.append(_image(images, f"{name.replace('-', '_')}.png", name))
+        parts.append(f"{title(name)}:\n\n" + table([*axes, *METRICS.values()], rows))
+        parts.append(image(images, f"{name.replace('-', '_')}.png", name))
     if not found:
-        parts.append(_table(["trained", *METRICS.values()], [["ours", *[MISSING] * len(METRICS)]]))
-    return _join(*parts, _about(found))
+        parts.append(table(["trained", *METRICS.values()], [["ours", *[MISSING] * len(METRICS)]]))
+    return join(*parts, about(found))
 
 
 METRICS = {
@@ -312,15 +320,15 @@ def length_tokens(found: Numbers | None, images: Path) -> str:
             words = ", ".join(
                 f"`{r['token']}`" for r in run[f"{side}_by_event"][:20] if "`" not in r["token"]
             )
-            rows.append([_title(name), side, words.replace("|", "\\|")])
-    return _join(
+            rows.append([title(name), side, words.replace("|", "\\|")])
+    return join(
         "## Length tokens",
         "Tokens after which the value says a longer or shorter answer by more than 0.01 (u = 1 - "
         "gamma^length), by number of events; case and leading space folded.",
-        _table(["model", "makes it", "tokens"], rows or [["ours", "-", MISSING]]),
-        _image(images, "length_tokens_longer.png", "Tokens that make answers longer"),
-        _image(images, "length_tokens_shorter.png", "Tokens that make answers shorter"),
-        _about(found),
+        table(["model", "makes it", "tokens"], rows or [["ours", "-", MISSING]]),
+        image(images, "length_tokens_longer.png", "Tokens that make answers longer"),
+        image(images, "length_tokens_shorter.png", "Tokens that make answers shorter"),
+        about(found),
     )
 
 
@@ -348,18 +356,50 @@ def cost(found: Numbers | None, images: Path) -> str:
         ]
         for name, s in ((found or {}).get("sampling", {})).items()
     ]
-    return _join(
+    return join(
         "## What it cost",
         "Value models (one H200; tokens are read tokens, prompts counted):",
-        _table(
+        table(
             ["model", "head", "trained", "tokens", "epochs", "GPU time", "tokens/s"],
             training or [[MISSING, *["-"] * 6]],
         ),
         "Sampled completions:",
-        _table(
+        table(
             ["set", "prompts", "completions", "tokens", "cut off", "tokens/s"],
             sampling or [[MISSING, *["-"] * 5]],
         ),
+    )
+
+
+def first_frontier(found: Numbers | None, images: Path) -> str:
+    """The measurement that the README's picture shows; means over targets, without intervals."""
+    if found is None:
+        return ""
+    arms: dict[str, list[Numbers]] = {}
+    for key, point in found["control"].items():
+        arms.setdefault(key.split(" | ")[1], []).append(point)
+    means = {
+        arm: {k: sum(p[k] for p in points) / len(points) for k in points[0]}
+        for arm, points in arms.items()
+    }
+    rows = [
+        [
+            arm,
+            number(m["score"]),
+            share(m["deviation"]),
+            number(means["none"]["log_prob"] - m["log_prob"], 2),
+            share(m["natural_end"]),
+            f"{m['tokens_per_s']:,.0f}",
+        ]
+        for arm, m in means.items()
+    ]
+    return join(
+        "## SmolLM2-135M: the first frontier",
+        "Equal-To at 64, 128, 256 and 512 tokens, 48 items, at most 192 requests at once; natural "
+        "here: ended by itself where the generator gave the ending 1% or more.",
+        table(["arm", "score", "deviation", "nats lost", "natural ends", "tokens/s"], rows),
+        image(images, "frontier_smollm2.png", "Score against loss: SmolLM2-135M"),
+        f"*{found['hardware']}, commit {found['commit']}; `{found['command']}`.*",
     )
 
 
@@ -367,6 +407,7 @@ SECTIONS: dict[str, Callable[[Numbers | None, Path], str]] = {
     "prediction": prediction,
     "positions": positions,
     "frontier": frontier,
+    "first_frontier": first_frontier,
     "lifebench": lifebench,
     "tradeoff": tradeoff,
     "length_tokens": length_tokens,
@@ -375,75 +416,12 @@ SECTIONS: dict[str, Callable[[Numbers | None, Path], str]] = {
     "cost": cost,
 }
 FILES = {
-    name: f"{ {'positions': 'prediction', 'cost': 'prediction'}.get(name, name) }_h200.json"
-    for name in SECTIONS
-} | {"length_tokens": "length_tokens.json"}
-
-
-# -- cells ----------------------------------------------------------------------------------------
-
-
-def _get(values: Any, *keys: str) -> Any:
-    for key in keys:
-        values = (values or {}).get(key)
-    return values
-
-
-def _title(name: str) -> str:
-    first, _, rest = name.partition("-")
-    return f"{NAMES.get(first, first)} {rest}".strip()
-
-
-def _value(interval: Numbers | None) -> float | None:
-    return None if interval is None else float(interval["value"])
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    return MISSING if value is None else f"{value:.{digits}f}"
-
-
-def _share(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1%}"
-
-
-def _interval(interval: Numbers | None, digits: int) -> str:
-    if interval is None:
-        return "-"
-    value, low, high = (f"{interval[k]:.{digits}f}" for k in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
-def _percent(interval: Numbers | None, *, short: bool = False) -> str:
-    if interval is None:
-        return "-"
-    value, low, high = (f"{100 * interval[k]:.1f}" for k in ("value", "low", "high"))
-    return f"{value}%" if short else f"{value}% [{low}, {high}]"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
-
-
-def _image(images: Path, name: str, text: str) -> str:
-    return f"![{text}](images/{name})" if (images / name).exists() else ""
-
-
-def _about(found: Numbers | None) -> str:
-    """Who measured, and what it took."""
-    if not found:
-        return ""
-    steps = [
-        f"{name} {s['gpu_seconds']:.0f} s"
-        + (f", {s['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in s else "")
-        + ("" if s["finished"] else " (not finished)")
-        for name, s in found["steps"].items()
-    ]
-    return f"*{found['hardware']}, commit {found['commit'] or 'unknown'}; {'; '.join(steps)}.*"
-
-
-def _join(*parts: str) -> str:
-    return "\n\n".join(p for p in parts if p)
+    **{name: f"{name}_h200.json" for name in SECTIONS},
+    "positions": "prediction_h200.json",
+    "cost": "prediction_h200.json",
+    "length_tokens": "length_tokens.json",
+    "first_frontier": "frontier_smollm2_h200.json",
+}
 
 
 if __name__ == "__main__":

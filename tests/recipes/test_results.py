@@ -2,24 +2,22 @@
 
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-
-from lenvm.errors import InputError
-from lenvm.model.value_model import LengthValueModel
-from tiny import tiny_generator, tiny_tokenizer
-
-sys.path.append(str(Path(__file__).parents[2]))  # recipes are not part of the package
-from benchmarks import plot_results, results_page
 from recipes.results import prompts, travel
 from recipes.results.collect import collect
 from recipes.results.lab import Lab
 from recipes.results.plan import load_plan, run_steps
 from recipes.results.ship import ship
+
+import plot_results
+import results_page
+from lenvm.errors import InputError
+from lenvm.model.value_model import LengthValueModel
+from tiny import tiny_generator, tiny_tokenizer
 
 PLAN = Path(__file__).parents[2] / "recipes" / "results" / "plan.toml"
 TEXTS = [f"w{i} w{i % 7 + 9} w{i % 5 + 20}" for i in range(6, 60)]
