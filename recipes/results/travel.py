@@ -20,8 +20,9 @@ MAX_PARTS = 4
 MARKS = ".travelled.json"
 STAY = ("data/", "grids/*/data/*", "grids/*/cells/*/model*/*", "length_tokens/*/records.jsonl")
 ORDER = ("steps", "answers", "prediction", "grids", "length_tokens", "models", "tokens")
-PRESETS = {".safetensors": 0, ".u32": 3}
-"""Weights do not compress, and token ids hardly better at 6 than at 3, in three times the time."""
+PRESETS = {".safetensors": 0}
+"""Of lzma: weights do not compress; all else hardly better at 6 than at 3, in three times the
+time."""
 MAX_WEIGHTS = 40 * 2**20
 """Adapters travel, whole models do not."""
 
@@ -85,7 +86,7 @@ def _files(lab: Path) -> Iterator[Path]:
 
 def _compress(file: Path) -> bytes:
     data = file.read_bytes()
-    return lzma.compress(data, preset=PRESETS.get(file.suffix, 6))
+    return lzma.compress(data, preset=PRESETS.get(file.suffix, 3))
 
 
 def _mark(file: Path) -> list[int]:
