@@ -356,6 +356,11 @@ def cost(found: Numbers | None, images: Path) -> str:
         ]
         for name, s in ((found or {}).get("sampling", {})).items()
     ]
+    pace = [
+        [title(step), run, f"{p['tokens_per_s']:,.0f}", f"{p['guidance_share']:.0%}"]
+        for step, runs in ((found or {}).get("speed", {})).items()
+        for run, p in runs.items()
+    ]
     return join(
         "## What it cost",
         "Value models (one H200; tokens are read tokens, prompts counted):",
@@ -367,6 +372,12 @@ def cost(found: Numbers | None, images: Path) -> str:
         table(
             ["set", "prompts", "completions", "tokens", "cut off", "tokens/s"],
             sampling or [[MISSING, *["-"] * 5]],
+        ),
+        "Speed of the in-process engine, each kind of request alone (Equal-To by the best rule of "
+        "the value model, 15 candidates):",
+        table(
+            ["measured", "value model and batch", "tokens/s", "time in guidance"],
+            pace or [["ours", MISSING, "-", "-"]],
         ),
     )
 

@@ -50,6 +50,7 @@ def collect(plan: Plan, lab: Path, out: Path) -> Iterator[Path]:
             "steps": {s["name"]: _cost(s) for s in steps},
             "training": _trainings(lab),
             "sampling": _samplings(lab),
+            "speed": {s["name"]: s["figures"] for s in _all_steps(lab, "speed")},
             **build(plan, lab, steps),
         }
         suffix = "" if name == "length_tokens" else "_h200"

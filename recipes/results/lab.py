@@ -13,6 +13,7 @@ Everything but `data` travels between machines (`travel.py`).
 import gc
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ from lenvm.model.bundled import resolve_model
 from lenvm.model.device import has_fast_bf16
 from lenvm.model.tokenization import load_tokenizer
 from lenvm.model.value_model import LengthValueModel
+
+Options = Mapping[str, Any]
+"""What the plan says of a step."""
+Found = tuple[dict[str, Any], bool]
+"""(figures, whether the step is finished)."""
+MEAN_PROMPT = 300
+"""More than the mean of every set: what a request's prompt takes of the KV budget."""
 
 
 class OutOfTime(Exception):
@@ -144,3 +152,8 @@ class Lab:
                 "python": platform.python_version(),
             },
         }
+
+
+def end_of(lab: Lab, seconds: float | None) -> float:
+    """When a part that may take `seconds` begins nothing more."""
+    return min(lab.deadline, time.monotonic() + (seconds or float("inf")))

@@ -4,29 +4,23 @@ graded on a machine without a GPU (`collect.py`).
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.results.lab import Lab, OutOfTime
+from recipes.results.answers import lifebench, speed, tradeoff
+from recipes.results.lab import MEAN_PROMPT, Found, Lab, Options, OutOfTime, end_of
 from recipes.results.prompts import load_prompts
 from recipes.results.tokens import TokenWriter
 
-from lenvm.cli._engine_generator import EngineGenerator
 from lenvm.data.prompts import Prompt
 from lenvm.engines.sampling import SamplingParams
 from lenvm.engines.transformers import Request
-from lenvm.evals.arms import parse_arms
-from lenvm.evals.generator import GenerationRequest, OnResponse, Sampling
 from lenvm.guidance.request import LengthControl
 from lenvm.model.tokenization import encode_prompt
 
-Options = Mapping[str, Any]
-Found = tuple[dict[str, Any], bool]
 MAX_PROMPT = 1100
-"""Tokens that a prompt may have."""
-MEAN_PROMPT = 300
-"""More than the mean of every set: what a request's prompt takes of the KV budget."""
+"""Tokens that a prompt of a sampled set may have."""
 
 
 # -- sampling -------------------------------------------------------------------------------------
@@ -55,7 +49,7 @@ def sample(lab: Lab, name: str, o: Options) -> Found:
 
     def requests() -> Iterator[Request]:
         for s in o["sets"]:
-            writer, end = writers[s["name"]], _end(lab, s.get("seconds"))
+            writer, end = writers[s["name"]], end_of(lab, s.get("seconds"))
             prompts = load_prompts(lab.data, s["prompts"], s["per_domain"])
             for prompt in prompts[: s.get("limit")]:
                 n = s["n"] if isinstance(s["n"], int) else s["n"].get(prompt.domain, 0)
@@ -174,116 +168,6 @@ def prediction(lab: Lab, name: str, o: Options) -> Found:
     return found, True
 
 
-# -- answers --------------------------------------------------------------------------------------
-
-
-class TimedGenerator:
-    """An engine that begins no answer after `end` and finishes those begun; `num_left` are for the
-    next call. Answers are begun sample by sample and item by item, so that what fits the time is
-    the same for every arm. Forced answers, which are short, are always given."""
-
-    def __init__(self, inner: EngineGenerator, end: float) -> None:
-        self.inner, self.end, self.model = inner, end, inner.model
-        self.tokens, self.seconds, self.num_begun, self.num_left = 0, 0.0, 0, 0
-
-    @property
-    def max_length(self) -> int:
-        return self.inner.max_length
-
-    def lacks(self, feature: Any) -> str | None:
-        return self.inner.lacks(feature)
-
-    def count_tokens(self, text: str) -> int:
-        return self.inner.count_tokens(text)
-
-    def generate(self, requests: Iterable[GenerationRequest], on_response: OnResponse) -> None:
-        ordered = sorted(requests, key=_sample_and_item)
-        start, begun = time.monotonic(), self.num_begun
-
-        def until_the_end() -> Iterator[GenerationRequest]:
-            for request in ordered:
-                if time.monotonic() > self.end and not request.answer_prefix:
-                    return
-                self.num_begun += 1
-                yield request
-
-        def count(response: Any) -> None:
-            self.tokens += response.num_tokens
-            on_response(response)
-
-        self.inner.generate(until_the_end(), count)
-        self.seconds += time.monotonic() - start
-        self.num_left += len(ordered) - (self.num_begun - begun)
-
-
-def _sample_and_item(request: GenerationRequest) -> tuple[int, str]:
-    """Ids are arm/item/.../sample: by sample, then all arms and targets of an item together."""
-    parts = request.id.removesuffix("/forced").split("/")
-    return int(parts[-1]), parts[1]
-
-
-def _answer(lab: Lab, o: Options, run: Callable[[TimedGenerator], Any]) -> Found:
-    """Run an evaluation's requests in the time there is."""
-    engine = lab.engine(
-        o["generator"],
-        o.get("value_model"),
-        batch=o["batch"],
-        tokens=o["max_tokens"] + MEAN_PROMPT,
-        candidates=o["sampling"].get("top_k") or 16,
-    )
-    before = engine.guidance_s
-    generator = TimedGenerator(EngineGenerator(engine, o["generator"]), _end(lab, o.get("seconds")))
-    run(generator)
-    return {
-        "generator": o["generator"],
-        "value_model": o.get("value_model"),
-        "num_answers": generator.num_begun,
-        "num_left": generator.num_left,
-        "tokens": generator.tokens,
-        "seconds": generator.seconds,
-        "tokens_per_s": generator.tokens / max(generator.seconds, 1e-9),
-        "guidance_s": engine.guidance_s - before,
-    }, generator.num_left == 0
-
-
-def lifebench(lab: Lab, name: str, o: Options) -> Found:
-    """LIFEBench: {generator, value_model, arms, constraints, targets, samples, limit, max_tokens,
-    sampling, batch, seconds}."""
-    from lenvm.evals.lifebench.arms import KINDS
-    from lenvm.evals.lifebench.run import LifebenchConfig, run_lifebench
-
-    config = LifebenchConfig(
-        file=lab.data / "lifebench" / "data_en.jsonl",
-        arms=tuple(parse_arms(o["arms"], KINDS)),
-        constraints=tuple(o["constraints"]),
-        targets=tuple(o["targets"]),
-        num_samples=o.get("samples", 1),
-        limit=o.get("limit"),
-        max_tokens=o["max_tokens"],
-        sampling=Sampling(seed=o.get("seed", 2), **o["sampling"]),
-    )
-    folder = lab.folder / "answers" / name
-    return _answer(lab, o, lambda g: run_lifebench(config, g, folder, allow_missing=True))
-
-
-def tradeoff(lab: Lab, name: str, o: Options) -> Found:
-    """Questions by arms: {generator, value_model, source, arms, samples, limit, max_tokens,
-    sampling, batch, seconds}. Graded by `collect`."""
-    from lenvm.evals.tradeoff.arms import KINDS
-    from lenvm.evals.tradeoff.run import TradeoffConfig, answer_questions
-
-    config = TradeoffConfig(
-        source=str(lab.data / o["source"]),
-        arms=tuple(parse_arms(o["arms"], KINDS)),
-        num_samples=o["samples"],
-        limit=o.get("limit"),
-        max_tokens=o["max_tokens"],
-        sampling=Sampling(seed=o.get("seed", 3), **o["sampling"]),
-    )
-    folder = lab.folder / "answers" / name
-    return _answer(lab, o, lambda g: answer_questions(config, g, folder, allow_missing=True))
-
-
 # -- grids and tokens -----------------------------------------------------------------------------
 
 
@@ -296,7 +180,7 @@ def grid(lab: Lab, name: str, o: Options) -> Found:
     from lenvm.evals.scaling.run import run_grid
 
     lab.release()
-    end, longest = _end(lab, o.get("seconds")), 0.0
+    end, longest = end_of(lab, o.get("seconds")), 0.0
     held_out = lab.trajectories(o["held_out"])
     base = {**o["grid"]["base"], "data": [str(lab.trajectories(d)) for d in o["data"]]}
     axes = read_axes(f"plan, step {name}", o["grid"]["axes"])
@@ -355,17 +239,13 @@ def length_tokens(lab: Lab, name: str, o: Options) -> Found:
     return {"num_tokens": summary["num_tokens"], "seconds": time.monotonic() - start}, True
 
 
-def _end(lab: Lab, seconds: float | None) -> float:
-    """When a part that may take `seconds` begins nothing more."""
-    return min(lab.deadline, time.monotonic() + (seconds or float("inf")))
-
-
 KINDS: dict[str, Callable[[Lab, str, Options], Found]] = {
     "sample": sample,
     "train": train,
     "prediction": prediction,
     "lifebench": lifebench,
     "tradeoff": tradeoff,
+    "speed": speed,
     "grid": grid,
     "length_tokens": length_tokens,
 }

@@ -239,6 +239,9 @@ def test_the_result_files_have_the_headlines_of_the_issues(tmp_path, lab, plan):
     gsm8k = written["tradeoff_h200.json"]["runs"]["coder05-gsm8k"]
     assert gsm8k["num_items"] == 5
     assert {a["arm"] for a in gsm8k["arms"]} >= {"prompt", "tilt:20", "budget:3"}
+    assert {"unguided, 3 requests", "coder05-lora, 3 requests"} == written["tradeoff_h200.json"][
+        "speed"
+    ]["coder05-speed"].keys()
     heads = written["prediction_h200.json"]["models"]
     assert {"coder05-lora", "coder05-lora@0.99", "coder05-scalar"} <= heads.keys()
     assert heads["coder05-lora"]["domains"]["math"]["coverage"]["80"] is not None
@@ -265,6 +268,7 @@ def test_the_plan_itself_is_sound(data):
             parse_arms(o["arms"], kinds[step.kind])
         used = [o.get("value_model"), o.get("held_out"), o.get("tokens")]
         used += [*o.get("models", []), *o.get("data", []), *o.get("training", [])]
+        used += o.get("value_models", [])
         assert {u for u in used if u} <= made, step.name
         assert o.get("generator", "coder05") in plan.generators
         for entry in o.get("sets", []):

@@ -3,8 +3,8 @@
 import time
 from dataclasses import dataclass, field
 
+from recipes.results.answers import TimedGenerator
 from recipes.results.collect import keep_complete
-from recipes.results.steps import TimedGenerator
 
 from lenvm.evals.generator import GenerationRequest, GenerationResponse
 
