@@ -21,7 +21,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 @app.command()
 def run(
-    call: Annotated[str, typer.Argument(help="Call of the plan, or the name of one step.")],
+    calls: Annotated[list[str], typer.Argument(help="Calls of the plan, or names of steps.")],
     lab: Annotated[Path, typer.Option(help="Folder of all that is made.")] = Path("runs/results"),
     data: Annotated[Path, typer.Option(help="The prompts: shared/data.")] = Path("../shared/data"),
     generator: Annotated[
@@ -33,7 +33,7 @@ def run(
     device: Annotated[str | None, typer.Option(help="cpu, cuda")] = None,
     commit: Annotated[str, typer.Option(help="Named in the result files.")] = "",
 ) -> None:
-    """Run the steps of a call that are not finished, one after another."""
+    """Run the steps of the calls that are not finished, one after another."""
     started = time.monotonic()
     from recipes.results.lab import Lab
     from recipes.results.plan import load_plan, run_steps
@@ -48,9 +48,9 @@ def run(
         generators=paths,
         device=pick_device(device),
         deadline=started + budget,
-        about={"command": f"python -m recipes.results run {call}", "commit": commit},
+        about={"command": f"python -m recipes.results run {' '.join(calls)}", "commit": commit},
     )
-    failed = run_steps(found.of_call(call), where)
+    failed = run_steps([step for call in calls for step in found.of_call(call)], where)
     if failed:
         print(f"failed: {', '.join(failed)}; the other steps are done, run the call again")
         raise typer.Exit(1)

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from recipes.results import prompts, travel
+from recipes.results.__main__ import app
 from recipes.results.collect import collect
 from recipes.results.lab import Lab
 from recipes.results.plan import load_plan, run_steps
 from recipes.results.ship import ship
+from typer.testing import CliRunner
 
 import plot_results
 import results_page
@@ -20,6 +22,7 @@ from lenvm.model.value_model import LengthValueModel
 from tiny import tiny_generator, tiny_tokenizer
 
 PLAN = Path(__file__).parents[2] / "recipes" / "results" / "plan.toml"
+TINY_PLAN = Path(__file__).with_name("tiny_plan.toml")
 TEXTS = [f"w{i} w{i % 7 + 9} w{i % 5 + 20}" for i in range(6, 60)]
 
 
@@ -92,7 +95,7 @@ def make_lab(folder: Path, data: Path, generator: str, **fields) -> Lab:
 
 @pytest.fixture(scope="module")
 def plan():
-    return load_plan(Path(__file__).with_name("tiny_plan.toml"))
+    return load_plan(TINY_PLAN)
 
 
 @pytest.fixture(scope="module")
@@ -330,3 +333,17 @@ def test_page_and_pictures_are_made_from_the_files_alone(tmp_path, lab, plan):
     for line in page.read_text().splitlines():
         if line.startswith("|"):
             assert line.endswith("|")
+
+
+def test_the_command_runs_several_calls_and_names_what_there_is(tmp_path, data, generator):
+    command = [*("run", "coder05-sample", "coder05-lora"), "--plan", str(TINY_PLAN)]
+    command += ["--lab", str(tmp_path), "--data", str(data), "--device", "cpu"]
+    found = CliRunner().invoke(app, [*command, "--generator", f"tiny={generator}"])
+    assert found.exit_code == 0, found.output
+    assert (tmp_path / "models/coder05-lora/adapter_model.safetensors").exists()
+    record = json.loads((tmp_path / "steps/coder05-lora.json").read_text())
+    assert record["command"] == "python -m recipes.results run coder05-sample coder05-lora"
+    listed = CliRunner().invoke(app, ["list", "--plan", str(TINY_PLAN), "--lab", str(tmp_path)])
+    lines = {line.split()[2]: line for line in listed.output.splitlines()}
+    assert "done" in lines["coder05-lora"]
+    assert lines["coder05-frontier"].endswith("-")
