@@ -65,8 +65,20 @@ def test_an_answer_is_continued_after_its_prefix(generator):
 def test_what_the_engine_lacks_is_said(generator):
     assert generator.lacks("control") is None
     assert "distribution head" in generator.lacks("conditional")
-    assert "eos bias" in generator.lacks("eos_bias")
+    assert generator.lacks("eos_bias") is None
     assert generator.lacks("count_tokens") is None
     assert generator.count_tokens("w7 w8 w9") == 3
     bare = EngineGenerator(TransformersEngine(tiny_generator(), tiny_tokenizer()), "bare")
     assert "no value model" in bare.lacks("control")
+
+
+def test_a_bias_on_the_ending_token_makes_answers_shorter_and_a_decay_ends_them(generator):
+    names = [str(i) for i in range(8)]
+
+    def total(**fields) -> int:
+        made = [request(n, max_tokens=60, sampling=Sampling(seed=int(n)), **fields) for n in names]
+        return sum(a.num_tokens for a in answers(generator, *made).values())
+
+    plain = total()
+    assert total(eos_bias=3.0) < plain
+    assert total(eos_decay=(4, 3.0)) < plain

@@ -53,3 +53,20 @@ def test_the_same_seed_gives_the_same_stream_and_other_indices_another():
 def test_bad_parameters_are_named(values: dict[str, object]):
     with pytest.raises(InputError, match=next(iter(values))):
         SamplingParams.parse(values)
+
+
+def test_a_small_top_k_keeps_what_a_sort_of_the_vocabulary_keeps():
+    logits = torch.randn(3, 900, generator=torch.Generator().manual_seed(0)) * 3
+    few = [SamplingParams(top_k=15, top_p=p) for p in (0.5, 0.9, 1.0)]
+    whole = [SamplingParams(top_k=700), SamplingParams(top_p=0.999), few[2]]
+    kept = truncate(logits, few)
+    for row, params in enumerate(few):
+        ranked = logits[row].sort(descending=True)
+        probs = ranked.values[:15].softmax(-1)
+        count = int(((probs.cumsum(-1) - probs) < params.top_p).sum())
+        assert set(kept[row].isfinite().nonzero().flatten().tolist()) == set(
+            ranked.indices[:count].tolist()
+        )
+    mixed = truncate(logits, whole)
+    assert mixed.isfinite().sum(-1).tolist()[0] == 700
+    assert torch.equal(mixed[2], kept[2])

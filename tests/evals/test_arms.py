@@ -18,6 +18,9 @@ KINDS = ["prompt", "soft", "hard", "tilt", "budget", "conditional"]
         ("tilt:-0.25", "tilt:-0.25", -0.25),
         ("tilt:0", "tilt:0", 0.0),
         ("budget:200", "budget:200", 200.0),
+        ("conditional:2 tolerance=0.05", "conditional:2 tolerance=0.05", 2.0),
+        ("conditional horizon=none  strict=false", "conditional:1 horizon=none strict=false", 1.0),
+        ("hard top_k=30", "hard top_k=30", None),
     ],
 )
 def test_arms_parse(text, name, parameter):
@@ -39,6 +42,14 @@ def test_arms_parse(text, name, parameter):
         "tilt:inf",
         "budget:0",
         "budget:1.5",
+        "prompt top_k=3",
+        "hard 30",
+        "hard top_k=x",
+        "hard top_k=0",
+        "hard top_k=3 top_k=4",
+        "soft:3 equal_to=4",
+        "soft:3 strength=4",
+        "hard colour=1",
     ],
 )
 def test_other_arms_are_refused(text):
@@ -58,4 +69,7 @@ def test_no_arms_are_refused():
 
 def test_labels_name_the_number():
     assert Arm.parse("tilt:12.5", KINDS).label == "LenVM tilt 12.5"
+    arm = Arm.parse("conditional:2 tolerance=0.05", KINDS)
+    assert arm.label == "LenVM conditional, evidence 2, tolerance 0.05"
+    assert arm.settings == (("tolerance", 0.05),)
     assert Arm.parse("hard", KINDS).label == "LenVM hard"

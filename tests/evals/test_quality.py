@@ -2,7 +2,14 @@
 
 import pytest
 
-from lenvm.evals.quality import distinct, ends_at_sentence, measure_text, repetition, split_words
+from lenvm.evals.quality import (
+    distinct,
+    ends_at_sentence,
+    measure_record,
+    measure_text,
+    repetition,
+    split_words,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,3 +67,25 @@ def test_a_natural_end_needs_eos_and_a_sentence():
     assert measure_text("Done.", "stop")["natural_end"]
     assert not measure_text("Done.", "length")["natural_end"]
     assert not measure_text("Done", "stop")["natural_end"]
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "last", "likely"),
+    [
+        ("stop", -0.5, True),
+        ("stop", -13.0, False),  # forced: the generator would not have ended here
+        ("length", -0.5, False),
+        ("stop", None, None),
+    ],
+)
+def test_an_ending_is_likely_where_the_generator_gave_it_a_hundredth(finish_reason, last, likely):
+    record = {
+        "finish_reason": finish_reason,
+        "mean_log_prob": -1.0,
+        "last_log_prob": last,
+        "error": None,
+        "num_tokens": 4,
+        "latency_s": 0.1,
+    }
+    assert measure_record(record, "Done.", answered=True)["likely_end"] is likely
+    assert measure_record(record, "Done.", answered=False)["likely_end"] is None

@@ -141,3 +141,15 @@ def test_results_are_whole_files(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["num_records"] == 2
     assert len((tmp_path / "grades.jsonl").read_bytes().splitlines()) == 2
+
+
+def test_a_generator_that_stops_leaves_the_rest_to_the_next_run(tmp_path):
+    def only_the_first(request):
+        return GenerationResponse(request.id, "ok.") if request.id == "prompt/0" else None
+
+    some = run_cases(tmp_path, "test", {}, cases(), Scripted(only_the_first), allow_missing=True)
+    assert [r["id"] for r in some] == ["prompt/0"]
+    assert len(load_records(tmp_path)) == 1
+    rest = Scripted()
+    assert len(run_cases(tmp_path, "test", {}, cases(), rest, allow_missing=True)) == 4
+    assert [r.id for r in rest.asked] == ["prompt/1", "prompt/2", "prompt/3"]

@@ -1,7 +1,8 @@
 """The in-process engine as an evaluation's generator: no server, the same records."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from lenvm.engines.sampling import SamplingParams
@@ -15,6 +16,7 @@ class EngineGenerator:
 
     def __init__(self, engine: TransformersEngine, model: str) -> None:
         self.engine, self.model = engine, model
+        self._encode_text = lru_cache(maxsize=8192)(self._encode)
 
     @property
     def max_length(self) -> int:
@@ -27,8 +29,6 @@ class EngineGenerator:
             return "no value model is loaded (--lenvm)"
         if feature == "conditional" and value_model.config.head != "distribution":  # type: ignore[union-attr]
             return "the value model has no distribution head"
-        if feature in ("eos_bias", "eos_decay"):
-            return f"the in-process engine has no {feature.replace('_', ' ')}"
         return None
 
     def count_tokens(self, text: str) -> int:
@@ -56,13 +56,15 @@ class EngineGenerator:
         return f"prompt and max_tokens need {need} tokens, the limit is {self.max_length}"
 
     def _convert(self, request: GenerationRequest) -> Request:
-        tokenizer, sampling = self.engine.tokenizer, request.sampling
-        ids = encode_prompt(tokenizer, [dict(m) for m in request.messages])
+        sampling = request.sampling
+        ids = self._encode_messages(request.messages)
         if request.answer_prefix:
-            ids += tokenizer(request.answer_prefix, add_special_tokens=False).input_ids
+            ids += tuple(
+                self.engine.tokenizer(request.answer_prefix, add_special_tokens=False).input_ids
+            )
         return Request(
             id=request.id,
-            prompt_token_ids=tuple(ids),
+            prompt_token_ids=ids,
             sampling=SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -70,9 +72,22 @@ class EngineGenerator:
                 min_p=sampling.min_p,
                 seed=sampling.seed,
                 max_tokens=request.max_tokens,
+                logit_bias=dict.fromkeys(self.engine.eos_token_ids, request.eos_bias)
+                if request.eos_bias
+                else {},
+                exponential_decay_length_penalty=request.eos_decay,
             ),
             control=request.control,
         )
+
+    def _encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        """Token ids; arms and samples of a question share them."""
+        rows = tuple(tuple(m.items()) for m in messages)
+        is_text = all(isinstance(value, str) for row in rows for _, value in row)
+        return self._encode_text(rows) if is_text else self._encode(rows)
+
+    def _encode(self, rows: tuple[tuple[tuple[str, Any], ...], ...]) -> tuple[int, ...]:
+        return tuple(encode_prompt(self.engine.tokenizer, [dict(row) for row in rows]))
 
 
 def _to_response(completion: Completion, latency_s: float) -> GenerationResponse:
@@ -83,5 +98,6 @@ def _to_response(completion: Completion, latency_s: float) -> GenerationResponse
         num_prompt_tokens=len(completion.request.prompt_token_ids),
         finish_reason=completion.finish_reason or "",
         mean_log_prob=sum(completion.log_probs) / len(completion.log_probs),
+        last_log_prob=completion.log_probs[-1],
         latency_s=latency_s,
     )

@@ -58,7 +58,7 @@ def register(group: typer.Typer) -> None:
         model = load_value_model(lenvm, device=pick_device(device))
         if model.tokenizer is None:
             raise CheckpointError("the value model has no tokenizer, so tokens cannot be shown")
-        predictor = ValueModelPredictor(model, name_value_model(lenvm))
+        predictor = ValueModelPredictor(model, name_value_model(lenvm), levels=())
         with stages() as progress:
             summary = run_length_tokens(
                 config, predictor, model.tokenizer, output, progress=progress

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from lenvm.errors import InputError
 
+FEW = 256
+"""Up to this many candidates are found without sorting the vocabulary."""
+
 
 class SamplingParams(BaseModel):
     """The usual parameters of a completion request, checked when made."""
@@ -120,19 +123,29 @@ def truncate(logits_RV: Tensor, params: list[SamplingParams]) -> Tensor:
         part = logits[floor]
         least = part.max(-1, keepdim=True).values + min_p.unsqueeze(-1)
         logits[floor] = part.masked_fill(part < least, -torch.inf)
-    sort = [i for i, p in enumerate(params) if (p.top_k or p.top_p < 1) and p.temperature > 0]
-    if sort:
-        logits[sort] = _truncate_sorted(logits[sort], [params[i] for i in sort])
+    drawn = [i for i, p in enumerate(params) if p.temperature > 0]
+    few = [i for i in drawn if 0 < params[i].top_k <= FEW]
+    many = [
+        i for i in drawn if params[i].top_k > FEW or (not params[i].top_k and params[i].top_p < 1)
+    ]
+    for rows in (few, many):
+        if rows:
+            logits[rows] = _truncate_sorted(logits[rows], [params[i] for i in rows])
     return logits
 
 
 def _truncate_sorted(logits: Tensor, params: list[SamplingParams]) -> Tensor:
-    """top-k first, then top-p over what is left: the order of vLLM and SGLang."""
+    """top-k first, then top-p over what is left: the order of vLLM and SGLang. Where every row has
+    a small top-k, no more than that many are sorted out."""
     device, width = logits.device, logits.shape[-1]
     top_k = torch.tensor([p.top_k or width for p in params], device=device).unsqueeze(-1)
     top_p = torch.tensor([p.top_p for p in params], device=device).unsqueeze(-1)
-    values, order = logits.sort(-1, descending=True)
-    rank = torch.arange(width, device=device)
+    most = min(width, max(p.top_k or width for p in params))
+    if most <= FEW:
+        values, order = logits.topk(most, -1)
+    else:
+        values, order = logits.sort(-1, descending=True)
+    rank = torch.arange(values.shape[-1], device=device)
     values = values.masked_fill(rank >= top_k, -torch.inf)
     probs = values.softmax(-1)
     before = probs.cumsum(-1) - probs

@@ -1,5 +1,8 @@
 """Arms: the ways of getting a length that an evaluation compares; `kind` or `kind:number`.
 
+A LenVM arm may bring settings of its own, `conditional:2 tolerance=0.05 horizon=none`: fields of
+`LengthControl` that are no goal, over those of the run.
+
 | arm | what it does |
 |---|---|
 | `prompt` | the task as it is; in trade-off: unguided |
@@ -14,13 +17,14 @@
 | `at_most:N` | LenVM at most N tokens, by the best rule of the value model |
 """
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lenvm.errors import InputError
 from lenvm.evals.generator import Feature, Generator, Sampling
-from lenvm.guidance.request import MAX_CANDIDATES
+from lenvm.guidance.request import MAX_CANDIDATES, LengthControl
 
 DEFAULTS: dict[str, float | None] = {
     "prompt": None,
@@ -54,6 +58,8 @@ LABELS = {
     "tilt": "LenVM tilt {}",
     "at_most": "LenVM at most {} tokens",
 }
+GOALS = ("equal_to", "at_most", "at_least", "tilt", "rule", "strength", "evidence", "remaining")
+"""What an arm is: not for its settings."""
 FEATURES: dict[str, tuple[Feature, ...]] = {
     "countdown": (),
     "eos_bias": ("eos_bias",),
@@ -73,11 +79,20 @@ class Arm:
 
     kind: str
     parameter: float | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
+    """Fields of LengthControl for this arm alone."""
 
     @classmethod
     def parse(cls, text: str, allowed: Iterable[str]) -> "Arm":
-        """From `kind` or `kind:number`, any float. InputError names what may stand there."""
-        kind, colon, number = text.strip().partition(":")
+        """From `kind`, `kind:number` (any float), each with ` field=value` behind it or not.
+        InputError names what may stand there."""
+        whole, *fields = text.split() or [""]
+        arm = cls._parse_kind(whole, allowed)
+        return replace(arm, settings=_parse_settings(text, arm.kind, fields)) if fields else arm
+
+    @classmethod
+    def _parse_kind(cls, text: str, allowed: Iterable[str]) -> "Arm":
+        kind, colon, number = text.partition(":")
         kinds = list(allowed)
         if kind not in kinds:
             raise InputError(f"arm is {text!r}; allowed here: {', '.join(kinds)}")
@@ -100,11 +115,13 @@ class Arm:
 
     @property
     def name(self) -> str:
-        return self.kind if self.parameter is None else f"{self.kind}:{self.parameter:g}"
+        whole = self.kind if self.parameter is None else f"{self.kind}:{self.parameter:g}"
+        return " ".join([whole, *(f"{k}={_show(v)}" for k, v in self.settings)])
 
     @property
     def label(self) -> str:
-        return LABELS[self.kind].format("" if self.parameter is None else f"{self.parameter:g}")
+        label = LABELS[self.kind].format("" if self.parameter is None else f"{self.parameter:g}")
+        return ", ".join([label, *(f"{k.replace('_', ' ')} {_show(v)}" for k, v in self.settings)])
 
     def why_skipped(self, generator: Generator) -> str | None:
         """A sentence where the generator cannot run this arm, else None."""
@@ -112,6 +129,29 @@ class Arm:
             if (reason := generator.lacks(feature)) is not None:
                 return reason
         return None
+
+
+def _parse_settings(text: str, kind: str, fields: list[str]) -> tuple[tuple[str, Any], ...]:
+    """`tolerance=0.05` ... as fields; values are JSON, `none` is null. InputError for others."""
+    if "control" not in FEATURES.get(kind, ()):
+        raise InputError(f"arm {text!r}: settings go with LenVM's arms only")
+    values: dict[str, Any] = {}
+    for entry in fields:
+        name, equals, value = entry.partition("=")
+        if not equals or name in GOALS or name in values:
+            raise InputError(f"arm {text!r}: {entry!r} is no field=value that an arm may set")
+        try:
+            values[name] = None if value.lower() == "none" else json.loads(value)
+        except ValueError:
+            raise InputError(
+                f"arm {text!r}: {value!r} is not a number, true, false or none"
+            ) from None
+    LengthControl.parse({"equal_to": 1} | values)
+    return tuple(values.items())
+
+
+def _show(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)
 
 
 def match_truncation(sampling: Sampling) -> dict[str, Any]:

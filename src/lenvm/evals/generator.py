@@ -59,6 +59,8 @@ class GenerationResponse:
     the server reports another distribution's, or none."""
     latency_s: float = 0.0
     error: str | None = None
+    last_log_prob: float | None = None
+    """Log-probability of the last token alone: of the ending, where the answer ended by itself."""
 
 
 OnResponse = Callable[[GenerationResponse], None]

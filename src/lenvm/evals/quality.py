@@ -4,14 +4,17 @@ Units of n-grams are lower-cased words; a Chinese or Japanese character is a wor
 measures of a text need no model, so that every server's answers are measured alike.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lenvm.evals.bootstrap import Estimate, Resampler
 
-ANSWER_QUALITY = ("log_prob", "rep_4", "distinct_1", "distinct_2", "judge")
+ANSWER_QUALITY = ("log_prob", "rep_4", "distinct_1", "distinct_2", "judge", "likely_end")
 """Means over answers."""
+LIKELY = math.log(0.01)
+"""An ending that the generator itself gave less than this is one that control forced."""
 SHARES = ("ended_by_eos", "sentence_end", "natural_end")
 """Shares of all requests; a failed one counts as no."""
 
@@ -78,9 +81,13 @@ def measure_record(record: Mapping[str, Any], text: str, *, answered: bool) -> d
     if not answered:
         quality = {name: None if name in ANSWER_QUALITY else False for name in quality}
     failed, tokens = record["error"] is not None, record["num_tokens"]
+    last, likely = record.get("last_log_prob"), None
+    if answered and last is not None:
+        likely = quality["ended_by_eos"] and last >= LIKELY
     return {
         "log_prob": None if failed else record["mean_log_prob"],
         **quality,
+        "likely_end": likely,
         "ms_per_token": None if failed or not tokens else 1000 * record["latency_s"] / tokens,
     }
 

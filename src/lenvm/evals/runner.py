@@ -54,12 +54,15 @@ def run_cases(
     *,
     progress: Progress = ignore_progress,
     on_record: Callable[[Record], None] = lambda record: None,
+    allow_missing: bool = False,
 ) -> list[Record]:
     """Answer the cases that `folder/records.jsonl` has no good answer for; all records, in order.
 
     `on_record` gets each new record while others are still being answered. What failed earlier is
-    asked again. Raises InputError where the folder holds another configuration, EndpointError where
-    the server stops answering (what is done is kept).
+    asked again. A case that the generator leaves out has failed; with `allow_missing` (a generator
+    that stops when its time is over) it is left to the next run, without a record. Raises
+    InputError where the folder holds another configuration, EndpointError where the server stops
+    answering (what is done is kept).
     """
     path = folder / "records.jsonl"
     claim(path, f"eval.{evaluation}", config)
@@ -81,10 +84,10 @@ def run_cases(
 
         if todo:
             generator.generate((_seeded(case.request) for case in todo), keep)
-        for case in todo:
+        for case in () if allow_missing else todo:
             if case.id not in records:
                 keep(GenerationResponse(case.id, error="the generator gave no answer"))
-    return [records[case_id] for case_id in wanted]
+    return [records[case_id] for case_id in wanted if case_id in records]
 
 
 def load_records(folder: Path) -> dict[str, Record]:
@@ -170,6 +173,7 @@ def _to_record(case: Case, response: GenerationResponse, generator: Generator) -
         "num_prompt_tokens": response.num_prompt_tokens,
         "finish_reason": response.finish_reason,
         "mean_log_prob": response.mean_log_prob,
+        "last_log_prob": response.last_log_prob,
         "visible_tokens": visible,
         "latency_s": round(response.latency_s, 4),
         "error": response.error,

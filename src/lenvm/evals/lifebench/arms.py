@@ -94,7 +94,7 @@ def build_control(
     """The control of a LenVM arm; None for the others."""
     if arm.kind not in ("hard", "soft", "conditional"):
         return None
-    fields: dict[str, Any] = {**shared, constraint: tokens, "rule": arm.kind}
+    fields: dict[str, Any] = {**shared, **dict(arm.settings), constraint: tokens, "rule": arm.kind}
     if arm.kind == "soft":
         fields["strength"] = arm.parameter
     if arm.kind == "conditional":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lenvm.errors import InputError
-from lenvm.evals.arms import Arm
+from lenvm.evals.arms import DEFAULTS, Arm
 from lenvm.evals.bootstrap import Resampler
 from lenvm.evals.generator import Generator, Sampling
 from lenvm.evals.judge import Judge, load_judgements
@@ -98,9 +98,11 @@ def run_lifebench(
     folder: Path,
     *,
     judge: Judge | None = None,
+    allow_missing: bool = False,
     progress: Progress = ignore_progress,
 ) -> dict[str, Any]:
-    """Answer what is missing, grade everything, write the folder; returns the summary.
+    """Answer what is missing, grade everything, write the folder; returns the summary. What the
+    generator leaves out has failed, or with `allow_missing` waits for the next run.
 
     Raises DataError for a bad file, InputError for a target over the server's limit or a folder of
     another configuration.
@@ -118,7 +120,14 @@ def run_lifebench(
         graded[record["id"]] = grade_record(record)
 
     records = run_cases(
-        folder, EVALUATION, manifest, cases, generator, progress=progress, on_record=grade
+        folder,
+        EVALUATION,
+        manifest,
+        cases,
+        generator,
+        progress=progress,
+        on_record=grade,
+        allow_missing=allow_missing,
     )
     if judge is not None:
         judge.score(folder, [r for r in records if r["error"] is None], progress=progress)
@@ -157,7 +166,7 @@ def summarise(
     arms = []
     for name, reason in skipped.items():
         rows = [g for g in grades if g["arm"] == name]
-        arm = Arm.parse(name, [name.partition(":")[0]])
+        arm = Arm.parse(name, DEFAULTS)
         arms.append(
             {
                 "arm": name,

@@ -40,10 +40,18 @@ class Predictor(Protocol):
 
 
 class ValueModelPredictor:
-    """A `LengthValueModel` in this process. `name` is what results call it."""
+    """A `LengthValueModel` in this process. `name` is what results call it; levels: the quantiles
+    that are told, none leaves out the mean too."""
 
-    def __init__(self, model: LengthValueModel, name: str, *, batch_tokens: int = 8192) -> None:
-        self.model, self.name, self.batch_tokens = model, name, batch_tokens
+    def __init__(
+        self,
+        model: LengthValueModel,
+        name: str,
+        *,
+        batch_tokens: int = 8192,
+        levels: Sequence[float] = LEVELS,
+    ) -> None:
+        self.model, self.name, self.batch_tokens, self.levels = model, name, batch_tokens, levels
 
     @property
     def gamma(self) -> float:
@@ -76,13 +84,13 @@ class ValueModelPredictor:
             {"value": v, "length": n}
             for v, n in zip(belief.value().tolist(), belief.length().tolist(), strict=True)
         ]
-        if not belief.has_distribution:
+        if not belief.has_distribution or not self.levels:
             return rows
         means = belief.mean().tolist()  # type: ignore[attr-defined]
-        table = torch.stack([belief.quantile(q) for q in LEVELS], -1).tolist()
+        table = torch.stack([belief.quantile(q) for q in self.levels], -1).tolist()
         for row, mean, quantiles in zip(rows, means, table, strict=True):
             row["mean"] = mean
-            row["quantiles"] = {str(q): n for q, n in zip(LEVELS, quantiles, strict=True)}
+            row["quantiles"] = {str(q): n for q, n in zip(self.levels, quantiles, strict=True)}
         return rows
 
 

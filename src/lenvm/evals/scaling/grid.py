@@ -93,16 +93,21 @@ def load_grid(path: Path) -> Grid:
     design = raw.get("design", "product")
     if design not in DESIGNS:
         raise InputError(f"{path}: design is {design!r}; allowed: {', '.join(DESIGNS)}")
-    axes = {name: _read_axis(path, name, values) for name, values in raw.get("axes", {}).items()}
-    if not axes:
-        raise InputError(f"{path}: no [axes]; give at least one with its values")
+    axes = read_axes(str(path), raw.get("axes", {}))
     grid = Grid(raw.get("base", {}), axes, design)
     if design == "ablation" and set(axes) == {"seed"}:
         raise InputError(f"{path}: an ablation needs another axis than the seed")
     return grid
 
 
-def _read_axis(path: Path, name: str, values: Any) -> list[Value]:
+def read_axes(where: str, axes: Mapping[str, Any]) -> dict[str, list[Value]]:
+    """Axes as tables with labels. InputError, which names `where`, for what is none."""
+    if not axes:
+        raise InputError(f"{where}: no [axes]; give at least one with its values")
+    return {name: _read_axis(where, name, values) for name, values in axes.items()}
+
+
+def _read_axis(path: str, name: str, values: Any) -> list[Value]:
     where = f"{path}: axis {name!r}"
     if not isinstance(values, list) or not values:
         raise InputError(f"{where}: expected a list of values; got {values!r}")

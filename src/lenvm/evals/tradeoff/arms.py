@@ -30,7 +30,8 @@ def build_request(arm: Arm, question: Question, s: ArmSettings, case_id: str) ->
     control = None
     if arm.kind in ("tilt", "at_most"):
         value = int(arm.parameter or 0) if arm.kind == "at_most" else arm.parameter
-        fields = match_truncation(s.sampling) | s.control | {arm.kind: value}
+        shared = match_truncation(s.sampling) | s.control | dict(arm.settings)
+        fields = shared | {arm.kind: value}
         control = LengthControl.parse(fields)
     return GenerationRequest(
         id=case_id,

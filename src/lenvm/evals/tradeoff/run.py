@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lenvm.errors import InputError
-from lenvm.evals.arms import Arm
+from lenvm.evals.arms import DEFAULTS, Arm
 from lenvm.evals.generator import Generator, Sampling
 from lenvm.evals.runner import (
     Case,
@@ -68,17 +68,35 @@ def run_tradeoff(
     progress: Progress = ignore_progress,
 ) -> dict[str, Any]:
     """Answer what is missing, grade everything, write the folder; returns the summary."""
+    records, manifest, skipped = answer_questions(config, generator, folder, progress=progress)
+    return summarise(folder, records, manifest, skipped, progress=progress)
+
+
+def answer_questions(
+    config: TradeoffConfig,
+    generator: Generator,
+    folder: Path,
+    *,
+    allow_missing: bool = False,
+    progress: Progress = ignore_progress,
+) -> tuple[list[Record], dict[str, Any], dict[str, str | None]]:
+    """Answer what is missing, without grading: (records, manifest, why arms were skipped). What the
+    generator leaves out has failed, or with `allow_missing` waits for the next run.
+
+    `regrade_tradeoff` grades the folder, on any machine.
+    """
     questions = load_questions(config.source, limit=config.limit)
     check_limit(config, generator)
     skipped = {arm.name: arm.why_skipped(generator) for arm in config.arms}
     active = [arm for arm in config.arms if skipped[arm.name] is None]
     manifest = config.to_json(generator.model, questions)
     cases = list(_build_cases(config, questions, active))
-    records = run_cases(folder, EVALUATION, manifest, cases, generator, progress=progress)
+    options: dict[str, Any] = {"progress": progress, "allow_missing": allow_missing}
+    records = run_cases(folder, EVALUATION, manifest, cases, generator, **options)
     follow_ups = list(_force_answers(cases, records))
     if follow_ups:
-        records += run_cases(folder, EVALUATION, manifest, follow_ups, generator, progress=progress)
-    return summarise(folder, records, manifest, skipped, progress=progress)
+        records += run_cases(folder, EVALUATION, manifest, follow_ups, generator, **options)
+    return records, manifest, skipped
 
 
 def regrade_tradeoff(folder: Path, *, progress: Progress = ignore_progress) -> dict[str, Any]:
@@ -103,7 +121,7 @@ def summarise(
 ) -> dict[str, Any]:
     """grades.jsonl and summary.json from records; returns the summary."""
     grades = grade_records(records, on_progress=lambda done, total: progress("grade", done, total))
-    arms = [Arm.parse(name, [name.partition(":")[0]]) for name in skipped]
+    arms = [Arm.parse(name, DEFAULTS) for name in skipped]
     notes = [f"{name} did not run: {reason}" for name, reason in skipped.items() if reason]
     errors = sum(g["grader_error"] is not None for g in grades)
     if errors:
@@ -161,7 +179,9 @@ def _build_cases(
 
 def _force_answers(cases: Sequence[Case], records: Sequence[Record]) -> Iterator[Case]:
     """The second requests of `budget_answer`: drafts that were cut off are made to answer."""
-    for case, record in zip(cases, records, strict=True):
+    of_case = {case.id: case for case in cases}
+    for record in records:
+        case = of_case[record["id"]]
         cut = record["error"] is None and record["finish_reason"] == "length"
         if not case.arm.startswith("budget_answer") or not cut:
             continue

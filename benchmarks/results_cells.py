@@ -1,0 +1,81 @@
+"""Cells and tables of the results page: numbers with intervals as Markdown."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Numbers = Mapping[str, Any]
+MISSING = "not measured yet"
+NAMES = {
+    "coder05": "Qwen2.5-Coder-0.5B",
+    "coder15": "Qwen2.5-Coder-1.5B",
+    "smollm2": "SmolLM2-135M",
+}
+
+
+def look_up(values: Any, *keys: str) -> Any:
+    """values[k1][k2]..., None where one is missing."""
+    for key in keys:
+        values = (values or {}).get(key)
+    return values
+
+
+def title(name: str) -> str:
+    """A step's or model's name with the generator written out."""
+    first, _, rest = name.partition("-")
+    return f"{NAMES.get(first, first)} {rest}".strip()
+
+
+def value_of(estimate: Numbers | None) -> float | None:
+    return None if estimate is None else float(estimate["value"])
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1%}"
+
+
+def interval(estimate: Numbers | None, digits: int) -> str:
+    """`62.1 [60.0, 64.2]`."""
+    if estimate is None:
+        return "-"
+    value, low, high = (f"{estimate[k]:.{digits}f}" for k in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def percent(estimate: Numbers | None, *, short: bool = False) -> str:
+    """`62.1% [60.0, 64.2]`; short: without the bounds."""
+    if estimate is None:
+        return "-"
+    value, low, high = (f"{100 * estimate[k]:.1f}" for k in ("value", "low", "high"))
+    return f"{value}%" if short else f"{value}% [{low}, {high}]"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def image(images: Path, name: str, text: str) -> str:
+    """A picture, where it has been drawn."""
+    return f"![{text}](images/{name})" if (images / name).exists() else ""
+
+
+def about(found: Numbers | None) -> str:
+    """Who measured, and what it took."""
+    if not found:
+        return ""
+    steps = [
+        f"{name} {s['gpu_seconds']:.0f} s"
+        + (f", {s['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in s else "")
+        + ("" if s["finished"] else " (not finished)")
+        for name, s in found["steps"].items()
+    ]
+    return f"*{found['hardware']}, commit {found['commit'] or 'unknown'}; {'; '.join(steps)}.*"
+
+
+def join(*parts: str) -> str:
+    return "\n\n".join(p for p in parts if p)

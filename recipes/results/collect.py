@@ -1,0 +1,261 @@
+"""Raw results of a lab -> the files of benchmarks/results, each with its headline.
+
+Runs on any machine: answers are graded here. Of a step that is not finished, only those samples of
+items count that every arm has answered, so that arms are compared on the same questions.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.results.plan import Plan
+
+from lenvm.evals.lifebench.run import EVALUATION as LIFEBENCH
+from lenvm.evals.lifebench.run import summarise as summarise_lifebench
+from lenvm.evals.runner import Record, load_config, load_records
+from lenvm.evals.tradeoff.run import EVALUATION as TRADEOFF
+from lenvm.evals.tradeoff.run import summarise as summarise_tradeoff
+from lenvm.files import read_json, write_json
+
+Numbers = dict[str, Any]
+BASELINES = ("budget", "budget_answer", "concise", "eos_bias")
+TWO_THIRDS = 0.667
+
+
+def collect(plan: Plan, lab: Path, out: Path) -> Iterator[Path]:
+    """Write every result file that there is something for; their paths."""
+    parts: dict[str, Callable[[Plan, Path, list[Numbers]], Numbers]] = {
+        "prediction": _prediction,
+        "frontier": _frontier,
+        "lifebench": _lifebench,
+        "tradeoff": _tradeoff,
+        "scaling": _grids,
+        "ablations": _grids,
+        "length_tokens": _length_tokens,
+    }
+    for name, build in parts.items():
+        steps = [
+            read_json(path)
+            for step in plan.steps
+            if step.result == name and (path := lab / "steps" / f"{step.name}.json").exists()
+        ]
+        if not steps:
+            continue
+        found = {
+            "schema": "lenvm.results/1",
+            **{k: steps[-1].get(k) for k in ("commit", "hardware", "versions")},
+            "command": f"python -m recipes.results collect {lab}, of what `run` left there",
+            "plan": "recipes/results/plan.toml",
+            "steps": {s["name"]: _cost(s) for s in steps},
+            "training": _trainings(lab),
+            "sampling": _samplings(lab),
+            "speed": {s["name"]: s["figures"] for s in _all_steps(lab, "speed")},
+            **build(plan, lab, steps),
+        }
+        suffix = "" if name == "length_tokens" else "_h200"
+        path = out / f"{name}{suffix}.json"
+        write_json(path, found)
+        yield path
+
+
+def _cost(step: Mapping[str, Any]) -> Numbers:
+    """What a step took."""
+    names = ("tokens", "seconds", "tokens_per_s", "guidance_s", "num_answers", "num_left")
+    figures = {k: v for k, v in step["figures"].items() if k in names}
+    return {"finished": step["finished"], "gpu_seconds": step["seconds"], **figures}
+
+
+def _all_steps(lab: Path, kind: str) -> Iterator[Numbers]:
+    for path in sorted((lab / "steps").glob("*.json")):
+        step = read_json(path)
+        if step["kind"] == kind:
+            yield dict(step)
+
+
+def _trainings(lab: Path) -> Numbers:
+    names = ("backbone", "head", "trainable", "epochs", "data", "training_tokens", "gpu_seconds")
+    names += ("tokens_per_s", "num_sequences", "val_loss_first", "val_loss_last", "gamma")
+    return {
+        s["name"]: {k: s["figures"][k] for k in names if k in s["figures"]}
+        for s in _all_steps(lab, "train")
+    }
+
+
+def _samplings(lab: Path) -> Numbers:
+    return {
+        name: {"step": s["name"], "generator": s["figures"]["generator"], **row}
+        | {"tokens_per_s": s["figures"]["rate"]["tokens_per_s"]}
+        for s in _all_steps(lab, "sample")
+        for name, row in s["figures"]["sets"].items()
+    }
+
+
+# -- prediction -----------------------------------------------------------------------------------
+
+
+def _prediction(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
+    models: Numbers = {}
+    for step in steps:
+        held_out = step["options"]["held_out"]
+        for path in sorted((lab / "prediction" / step["name"]).glob("*/summary.json")):
+            summary = read_json(path)
+            kept = ("gamma", "head", "num_prompts", "num_completions", "num_censored", "domains")
+            models[path.parent.name] = {"held_out": held_out} | {k: summary[k] for k in kept}
+    main = models.get(plan.headline["prediction"])
+    headline = {
+        f"mre_{domain}": _value(main and main["domains"].get(domain, {}).get("mre"))
+        for domain in ("math", "code", "instructions")
+    }
+    return {"headline": headline, "models": models}
+
+
+def _coverage_80(plan: Plan, lab: Path) -> float | None:
+    for path in lab.glob(f"prediction/*/{plan.headline['prediction']}/summary.json"):
+        coverage = read_json(path)["domains"]["all"]["coverage"]
+        return _value(coverage and coverage["80"])
+    return None
+
+
+# -- LIFEBench ------------------------------------------------------------------------------------
+
+
+def _frontier(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
+    runs = {s["name"]: _grade(lab, s["name"], LIFEBENCH, summarise_lifebench) for s in steps}
+    arms = _arms(runs.get(plan.headline["frontier"]))
+    best = arms.get(plan.headline["arm"], {}).get("equal_to") or {}
+    hard = arms.get("hard", {}).get("equal_to") or {}
+    return {
+        "headline": {
+            "equal_to_score": _value(best.get("score")),
+            "log_prob_loss": _value(best.get("quality", {}).get("log_prob_loss")),
+            "coverage_80": _coverage_80(plan, lab),
+            "hard_rule_score": _value(hard.get("score")),
+            "hard_rule_log_prob_loss": _value(hard.get("quality", {}).get("log_prob_loss")),
+        },
+        "arm": plan.headline["arm"],
+        "runs": runs,
+    }
+
+
+def _lifebench(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
+    runs = {s["name"]: _grade(lab, s["name"], LIFEBENCH, summarise_lifebench) for s in steps}
+    equal_to = plan.headline["frontier"]
+    if (lab / "answers" / equal_to / "records.jsonl").exists():
+        runs[equal_to] = _grade(lab, equal_to, LIFEBENCH, summarise_lifebench)
+    arms, limits = _arms(runs.get(equal_to)), _arms(runs.get(plan.headline["limits"]))
+    best = arms.get(plan.headline["arm"], {}).get("equal_to") or {}
+    plain = arms.get("prompt", {}).get("equal_to") or {}
+    limit = limits.get(plan.headline["limits_arm"], {})
+    quality = best.get("quality", {})
+    return {
+        "headline": {
+            "equal_to_score": _value(best.get("score")),
+            "equal_to_score_unguided": _value(plain.get("score")),
+            "equal_to_deviation": _value(best.get("deviation")),
+            "at_most_score": _value((limit.get("at_most") or {}).get("score")),
+            "at_least_score": _value((limit.get("at_least") or {}).get("score")),
+            "natural_endings": _value(quality.get("natural_end")),
+            "natural_endings_unguided": _value(plain.get("quality", {}).get("natural_end")),
+            "log_prob_loss": _value(quality.get("log_prob_loss")),
+        },
+        "arm": plan.headline["arm"],
+        "runs": runs,
+    }
+
+
+# -- trade-off ------------------------------------------------------------------------------------
+
+
+def _tradeoff(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
+    runs = {s["name"]: _grade(lab, s["name"], TRADEOFF, summarise_tradeoff) for s in steps}
+    main = runs.get(plan.headline["gsm8k"])
+    own = _at_two_thirds(main, ("tilt", "at_most"))
+    other = _at_two_thirds(main, BASELINES)
+    plain = _arms(main).get("prompt", {})
+    return {
+        "headline": {
+            "gsm8k_accuracy_unguided": _value(plain.get("pass_at_1")),
+            "gsm8k_accuracy_at_two_thirds_length": own,
+            "best_baseline_at_two_thirds_length": other,
+        },
+        "runs": runs,
+    }
+
+
+def _at_two_thirds(summary: Numbers | None, families: Sequence[str]) -> float | None:
+    """Best accuracy of these families at two thirds of the unguided length; None where no curve
+    gets there."""
+    rows = [
+        row["accuracy"]["value"]
+        for family in families
+        for row in ((summary or {}).get("curves", {}).get(family) or {}).get("accuracy_at", [])
+        if row["fraction"] == TWO_THIRDS and row["accuracy"]
+    ]
+    return max(rows, default=None)
+
+
+# -- grids and tokens -----------------------------------------------------------------------------
+
+
+def _grids(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
+    runs = {}
+    for step in steps:
+        path = lab / "grids" / step["name"] / "records.jsonl"
+        records = list(load_records(path.parent).values()) if path.exists() else []
+        done = [r for r in records if r["error"] is None]
+        runs[step["name"]] = {
+            "data": step["options"]["data"],
+            "held_out": step["options"]["held_out"],
+            "grid": step["options"]["grid"],
+            "cells": [{"axes": r["axes"], "metrics": r["metrics"]} for r in done],
+            "failed": [{"axes": r["axes"], "error": r["error"]} for r in records if r["error"]],
+        }
+    return {"headline": {}, "runs": runs}
+
+
+def _length_tokens(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
+    runs = {}
+    for step in steps:
+        summary = read_json(lab / "length_tokens" / step["name"] / "summary.json")
+        dropped = ("schema", "config", "notes")
+        runs[step["name"]] = {k: v for k, v in summary.items() if k not in dropped}
+    return {"headline": {}, "runs": runs}
+
+
+# -- inside ---------------------------------------------------------------------------------------
+
+
+def _grade(lab: Path, name: str, evaluation: str, summarise: Callable[..., Numbers]) -> Numbers:
+    """Grades and summary of a folder of answers, under lab/graded; made once for what is there."""
+    source, target = lab / "answers" / name, lab / "graded" / name
+    stamp = (source / "records.jsonl").stat().st_mtime_ns
+    made = target / "summary.json"
+    if not made.exists() or made.stat().st_mtime_ns < stamp:
+        manifest = load_config(source, evaluation)
+        records = list(load_records(source).values())
+        kept = keep_complete(records)
+        skipped = dict.fromkeys(manifest["arms"])
+        target.mkdir(parents=True, exist_ok=True)
+        summarise(target, kept, manifest, skipped)
+    summary = read_json(made)
+    dropped = ("schema", "evaluation", "config", "num_records")
+    return {"sampling": summary["config"]["sampling"]} | {
+        k: v for k, v in summary.items() if k not in dropped
+    }
+
+
+def keep_complete(records: Sequence[Record]) -> list[Record]:
+    """The records of those (sample, item) that every arm has answered."""
+    plain = [r for r in records if not r["case"].get("forced")]
+    counts = Counter((r["sample"], r["item"]) for r in plain)
+    most = max(counts.values(), default=0)
+    return [r for r in records if counts[r["sample"], r["item"]] == most]
+
+
+def _arms(summary: Numbers | None) -> dict[str, Numbers]:
+    return {a["arm"]: a for a in (summary or {}).get("arms", [])}
+
+
+def _value(interval: Mapping[str, float] | None) -> float | None:
+    return None if interval is None else interval["value"]

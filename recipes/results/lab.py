@@ -1,0 +1,159 @@
+"""The lab: a folder of what has been made, the models, and the time that is left.
+
+    lab/steps/NAME.json      what a step did: options, seconds, figures, hardware, versions
+    lab/tokens/NAME/         sampled completions as token ids (tokens.py)
+    lab/data/NAME.jsonl      the same as trajectories, made where a step needs them
+    lab/models/NAME/         value models
+    lab/answers/NAME/        records of LIFEBench and of the trade-off
+    lab/prediction/, lab/grids/, lab/length_tokens/
+
+Everything but `data` travels between machines (`travel.py`).
+"""
+
+import gc
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from recipes.results.tokens import TokenFolder
+
+from lenvm import __version__
+from lenvm.engines.transformers import TransformersEngine
+from lenvm.errors import InputError
+from lenvm.model.bundled import resolve_model
+from lenvm.model.device import has_fast_bf16
+from lenvm.model.tokenization import load_tokenizer
+from lenvm.model.value_model import LengthValueModel
+
+Options = Mapping[str, Any]
+"""What the plan says of a step."""
+Found = tuple[dict[str, Any], bool]
+"""(figures, whether the step is finished)."""
+MEAN_PROMPT = 300
+"""More than the mean of every set: what a request's prompt takes of the KV budget."""
+
+
+class OutOfTime(Exception):
+    """The time of a step or a call is over; what is done is kept, and another call goes on."""
+
+
+@dataclass
+class Lab:
+    """Where the steps work. `generators`: name -> folder, GGUF file or hub id."""
+
+    folder: Path
+    data: Path
+    generators: dict[str, str]
+    device: str = "cpu"
+    deadline: float = float("inf")
+    """time.monotonic() at which nothing new is begun."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """Command and commit, for the result files."""
+    _engine: tuple[Any, TransformersEngine] | None = None
+
+    @property
+    def remaining_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bf16 where it is fast."""
+        return torch.bfloat16 if has_fast_bf16(self.device) else torch.float32
+
+    def generator(self, name: str) -> str:
+        """Path of a generator."""
+        if name not in self.generators:
+            raise InputError(f"no generator {name!r}; the plan has {', '.join(self.generators)}")
+        return resolve_model(self.generators[name])
+
+    def tokenizer(self, name: str) -> Any:
+        return load_tokenizer(self.generator(name))
+
+    def tokens(self, name: str) -> TokenFolder:
+        return TokenFolder(self.folder / "tokens" / name)
+
+    def trajectories(self, name: str) -> Path:
+        """A token folder as a trajectory file, written where it is missing or has grown."""
+        path = self.folder / "data" / f"{name}.jsonl"
+        self.tokens(name).export(path)
+        return path
+
+    def value_model(self, name: str) -> LengthValueModel:
+        """A value model that a step trained."""
+        folder = self.folder / "models" / name
+        base = self.figures(name).get("backbone")
+        model = LengthValueModel.from_pretrained(
+            folder,
+            base_model=self.generator(base) if (folder / "adapter_config.json").exists() else None,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        model.head.float()
+        return model
+
+    def engine(
+        self,
+        generator: str,
+        value_model: str | None,
+        *,
+        batch: int,
+        tokens: int,
+        candidates: int,
+    ) -> TransformersEngine:
+        """An engine for `batch` requests of `tokens` each; the last one asked for is kept."""
+        key = (generator, value_model, batch, tokens, candidates)
+        if self._engine is not None and self._engine[0] == key:
+            return self._engine[1]
+        self.release()
+        engine = TransformersEngine.load(
+            self.generator(generator),
+            self.value_model(value_model) if value_model else None,
+            dtype=self.dtype,
+            device=self.device,
+            max_requests=batch,
+            max_tokens=max(batch * tokens, 4096),
+            max_candidates=candidates,
+        )
+        self._engine = (key, engine)
+        return engine
+
+    def release(self) -> None:
+        """Give the engine's memory back."""
+        self._engine = None
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def figures(self, step: str) -> dict[str, Any]:
+        """What a step found; InputError where it was never run."""
+        from lenvm.files import read_json
+
+        path = self.folder / "steps" / f"{step}.json"
+        if not path.exists():
+            raise InputError(f"step {step!r} has not been run in {self.folder}")
+        return dict(read_json(path)["figures"])
+
+    def describe_machine(self) -> dict[str, Any]:
+        """Hardware and versions, for the result files."""
+        import transformers
+
+        on_gpu = self.device.startswith("cuda")
+        return {
+            **self.about,
+            "hardware": torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU",
+            "versions": {
+                "lenvm": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+
+def end_of(lab: Lab, seconds: float | None) -> float:
+    """When a part that may take `seconds` begins nothing more."""
+    return min(lab.deadline, time.monotonic() + (seconds or float("inf")))

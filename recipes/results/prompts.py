@@ -1,0 +1,131 @@
+"""Real prompts of shared/data as training and held-out sets, by domain; licences kept apart.
+
+Training and held-out prompts come from different files, and a prompt that is in both, or among the
+package's own evaluation prompts, is held out. A tenth of the training prompts is for validation.
+"""
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lenvm.data.prompts import Prompt, load_bundled_prompts
+from lenvm.errors import InputError
+from lenvm.files import read_jsonl
+
+DOMAINS = ("math", "code", "instructions")
+MAX_CHARACTERS = 2500
+Texts = Callable[[Path], list[str]]
+
+
+def read(data: Path, name: str) -> list[dict[str, Any]]:
+    return [row for _, row in read_jsonl(data / name)]
+
+
+def _field(name: str, key: str) -> Texts:
+    return lambda data: [str(row[key]) for row in read(data, name)]
+
+
+def _mbpp(low: int, high: int) -> Texts:
+    return lambda data: [
+        str(r["text"]) for r in read(data, "mbpp/mbpp.jsonl") if low <= r["task_id"] <= high
+    ]
+
+
+def _self_instruct(name: str) -> Texts:
+    def texts(data: Path) -> list[str]:
+        found = []
+        for row in read(data, f"self_instruct/{name}.jsonl"):
+            context = row["instances"][0]["input"].strip()
+            found.append(f"{row['instruction']}\n\n{context}".strip())
+        return found
+
+    return texts
+
+
+def _array(name: str, *keys: str) -> Texts:
+    def texts(data: Path) -> list[str]:
+        rows = json.loads((data / name).read_text(encoding="utf-8"))
+        return ["\n\n".join(str(r[k]) for k in keys if r[k]).strip() for r in rows]
+
+    return texts
+
+
+TRAINING: tuple[tuple[str, bool, Texts], ...] = (
+    ("math", True, _field("gsm8k/train.jsonl", "question")),
+    ("math", True, _field("math/train.jsonl", "problem")),
+    ("code", True, _mbpp(601, 974)),
+    ("code", False, _array("leetcode/leetcode_train.json", "problem")),
+    ("instructions", True, _self_instruct("seed_tasks")),
+    ("instructions", True, _self_instruct("user_oriented_instructions")),
+    ("instructions", True, _field("arena_hard/question_v2.0.jsonl", "prompt")),
+    ("instructions", True, _field("wildchat/meter_train_filtered.jsonl", "prompt")),
+    ("instructions", False, _array("alpaca/alpaca_en_demo.json", "instruction", "input")),
+    ("instructions", False, _field("dolly/dolly.jsonl", "prompt")),
+)
+"""(domain, whether a model trained on it may ship, texts); licences: shared/data/README.md."""
+
+HELD_OUT: tuple[tuple[str, Texts], ...] = (
+    ("math", _field("gsm8k/test_first660.jsonl", "question")),
+    ("math", _field("math/math500_first250.jsonl", "problem")),
+    ("code", _mbpp(11, 600)),
+    ("instructions", _field("ifeval/input_data.jsonl", "prompt")),
+    ("instructions", _field("wildchat/meter_validation_filtered.jsonl", "prompt")),
+    ("instructions", _field("wildchat/meter_test_filtered.jsonl", "prompt")),
+)
+
+
+def load_prompts(data: Path, which: str, per_domain: Mapping[str, int] | int) -> list[Prompt]:
+    """`which`: "shippable", "all" or "not_shippable" (training), or "held_out". At most
+    `per_domain` prompts of each domain (0: none), drawn evenly from its files, in an order that
+    mixes domains.
+    """
+    if which not in ("shippable", "all", "not_shippable", "held_out"):
+        raise InputError(f"prompts are {which!r}; allowed: shippable, all, not_shippable, held_out")
+    held_out = _prompts(data, [(d, t) for d, t in HELD_OUT], "test")
+    found = held_out
+    if which != "held_out":
+        wanted = {"shippable": (True,), "not_shippable": (False,), "all": (True, False)}[which]
+        chosen = [(d, t) for d, may_ship, t in TRAINING if may_ship in wanted]
+        kept_out = {p.prompt_hash for row in held_out.values() for p in row}
+        kept_out |= {p.prompt_hash for p in load_bundled_prompts() if p.split != "train"}
+        found = {
+            domain: [p for p in row if p.prompt_hash not in kept_out]
+            for domain, row in _prompts(data, chosen, "train").items()
+        }
+    limits = per_domain if isinstance(per_domain, Mapping) else dict.fromkeys(DOMAINS, per_domain)
+    parts = [row[: limits.get(domain, 0)] for domain, row in found.items()]
+    prompts = _interleave(parts)
+    if which == "held_out":
+        return prompts
+    return [
+        replace(p, split="validation") if int(p.prompt_hash, 16) % 10 == 0 else p for p in prompts
+    ]
+
+
+def _prompts(data: Path, sources: list[tuple[str, Texts]], split: str) -> dict[str, list[Prompt]]:
+    """Prompts by domain, each domain's files mixed in a fixed random order, without duplicates."""
+    found: dict[str, list[Prompt]] = {}
+    seen: set[str] = set()
+    for domain in dict.fromkeys(d for d, _ in sources):
+        files = [texts(data) for d, texts in sources if d == domain]
+        for file in files:
+            random.Random(0).shuffle(file)
+        rows = []
+        for text in _interleave(files):
+            if not 0 < len(text.strip()) < MAX_CHARACTERS:
+                continue
+            prompt = Prompt.from_text(text, domain=domain, split=split)
+            if prompt.prompt_hash not in seen:
+                seen.add(prompt.prompt_hash)
+                rows.append(prompt)
+        found[domain] = rows
+    return found
+
+
+def _interleave(rows: list[list[Any]]) -> list[Any]:
+    """All elements, each list spread evenly over the result, so that any beginning has a mix."""
+    places = [((i + 0.5) / len(row), n, i) for n, row in enumerate(rows) for i in range(len(row))]
+    return [rows[n][i] for _, n, i in sorted(places)]
