@@ -1,6 +1,6 @@
 """Draw docs/images/scorer_h200.png from benchmarks/results/scorer_h200.json.
 
-    python benchmarks/plot_scorer.py [RESULT.json] [IMAGE.png]
+python benchmarks/plot_scorer.py [RESULT.json] [IMAGE.png]
 """
 
 import json

@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     import torch
 
     from lenvm.guidance.params import Guided
+    from lenvm.guidance.scorer import CandidateScorer
     from lenvm.guidance.session import GuidanceSession
     from lenvm.model.value_model import LengthValueModel
 
+DEFAULT_WIDTH = 15
+"""A control's own top_k."""
 PREFIX = "LENVM_"
 FIELD = "lenvm"
 """Name of the control in `vllm_xargs` and `custom_params`."""
@@ -150,11 +153,17 @@ class GuidanceSettings:
         if on_gpu:
             limits |= {"max_tokens": 1 << 24, "kv_bytes": self._kv_bytes(model, device)}
         scorer = CandidateScorer(model, **limits)
-        widths = {1, min(16, self.max_candidates), self.max_candidates}
-        for rows in (1 << n for n in range(self.max_requests.bit_length())):
-            for width in sorted(widths) if on_gpu else ():
-                scorer.decoder.warm_up(min(rows, self.max_requests), width)
+        if on_gpu:
+            self._warm_up(scorer)
         return GuidanceSession(scorer, eos_token_ids=())
+
+    def _warm_up(self, scorer: "CandidateScorer") -> None:
+        """Compile and capture what a step of usual width meets, before the first request."""
+        width = min(DEFAULT_WIDTH, self.max_candidates)
+        for power in (1 << n for n in range((self.max_requests - 1).bit_length() + 1)):
+            for rows in {power, 3 * power // 4 or 1, power // 2 + 1}:
+                scorer.decoder.warm_up(min(rows, self.max_requests), width)
+            scorer.decoder.warm_up(min(power, self.max_requests), 1)
 
     def _kv_bytes(self, model: "LengthValueModel", device: "torch.device") -> int:
         import torch

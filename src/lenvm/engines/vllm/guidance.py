@@ -142,7 +142,9 @@ class LengthGuidance(LogitsProcessor):
         try:
             admission = _read(params, self._settings, prompt or [0], output)
             assert admission is not None
-        except LenVMError as error:  # checked before admission, so never, but never the engine's end
+        except (
+            LenVMError
+        ) as error:  # checked before admission, so never, but never the engine's end
             admission, fault = Admission(Guided(prompt or [0])), str(error)
         if prompt is None:
             fault = "length control needs the prompt as tokens, not as embeddings"
@@ -163,7 +165,9 @@ def check_config(vllm_config: Any, settings: GuidanceSettings) -> None:
     if vllm_config.speculative_config is not None:
         raise InputError("length control does not go with speculative decoding: turn one off")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise InputError("length control does not go with pipeline parallelism: use tensor parallel")
+        raise InputError(
+            "length control does not go with pipeline parallelism: use tensor parallel"
+        )
     seats = vllm_config.scheduler_config.max_num_seqs
     if seats > settings.max_requests:
         raise InputError(

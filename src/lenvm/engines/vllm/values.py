@@ -107,7 +107,9 @@ class VllmLengthValueModel(nn.Module):
 
         rest = ((name, w) for name, w in weights if not name.startswith("v_head."))
         loaded = {f"backbone.{name}" for name in self.backbone.load_weights(rest) or ()}
-        state = {k.removeprefix("v_head."): v.float() for k, v in load_file(self._head_file).items()}
+        state = {
+            k.removeprefix("v_head."): v.float() for k, v in load_file(self._head_file).items()
+        }
         device = next(self.backbone.parameters()).device
         self.value_head.float().to(device)
         self.value_head.load_state_dict(state)
