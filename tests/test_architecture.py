@@ -16,8 +16,9 @@ LAYERS = [
     {"guidance", "training", "rl"},
     {"engines", "evals", "reports"},
     {"server"},
-    {"demo"},
+    {"demo", "pipeline"},
     {"cli"},
+    {"__main__"},
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 OPTIONAL = ["vllm", "sglang", "trl", "deepspeed", "triton", "datasets", "wordcloud", "math_verify"]

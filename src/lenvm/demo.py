@@ -20,6 +20,7 @@ from lenvm.engines.sampling import SamplingParams
 from lenvm.engines.transformers import Completion, Request, TransformersEngine
 from lenvm.files import claim, read_json, write_json, write_text
 from lenvm.guidance.request import LengthControl
+from lenvm.model.bundled import DEFAULT_MODEL, bundled_value_model
 from lenvm.model.device import pick_device, pick_dtype
 from lenvm.model.prediction import predict_lengths, trace_values
 from lenvm.model.value_model import LengthValueModel
@@ -31,8 +32,8 @@ Progress = Callable[[str, int, int], None]
 """(stage, done, total)."""
 
 
-CANDIDATES = {"top_k": 5, "min_p": 0.02}
-"""Few candidates a step: scoring them is what control costs on a CPU."""
+TRUNCATION: dict[str, Any] = {"top_k": 8, "min_p": 0.05}
+"""Of every completion, guided or not. Few candidates a step: scoring them is what control costs."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,25 @@ class DemoConfig:
     """Sizes of the demo. The defaults fit two cores and ten minutes."""
 
     generator: str = "smollm2"
-    train_prompts: int = 48
+    train_prompts: int = 36
     heldout_prompts: int = 24
     completions: int = 2
-    max_tokens: int = 256
-    submit_for_s: float = 45.0
+    max_tokens: int = 160
+    submit_for_s: float = 30.0
     """No new completion is begun after this; those begun are finished."""
-    batch: int = 64
-    last_layers: int = 6
+    batch: int = 48
+    init_from: str | None = None
+    """Value model to go on from. None: the package's own for the default generator, else none (a
+    fresh head on the generator's own layers)."""
+    last_layers: int = 4
     epochs: float = 2.0
-    learning_rate: float = 3e-4
-    head_learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
+    head_learning_rate: float = 3e-4
     batch_tokens: int = 2048
-    control_prompts: int = 8
-    control_max_tokens: int = 200
-    targets: tuple[int, ...] = (60, 120)
-    tilts: tuple[float, ...] = (-10.0, 10.0)
+    control_prompts: int = 5
+    control_max_tokens: int = 130
+    targets: tuple[int, ...] = (50, 100)
+    tilts: tuple[float, ...] = (-60.0, 60.0)
     seed: int = 0
 
 
@@ -72,18 +76,24 @@ def run_demo(output: Path, config: DemoConfig, progress: Progress) -> dict[str, 
     sampling = _sample(output, config, device, progress)
     trajectories = list(read_trajectories(output / "trajectories.jsonl"))
     training = _train(output, config, progress)
-    model = LengthValueModel.from_pretrained(
-        output / "model", device=device, dtype=pick_dtype(device)
-    )
-    progress("predict", 0, 1)
-    prediction = _predict(model, trajectories)
+    progress("predict", 0, 2)
+    mre_before = None
+    if start := _init_from(config):
+        mre_before = _predict(_load(start, device), trajectories)["mre"]
+    progress("predict", 1, 2)
+    model = _load(output / "model", device)
+    prediction = _predict(model, trajectories) | {"mre_before_training": mre_before}
     _write_traces(output, model, trajectories)
-    progress("predict", 1, 1)
+    progress("predict", 2, 2)
     control = _control(output, config, model, trajectories, device, progress)
     summary = {
         "schema": "lenvm.demo/1",
         "generator": config.generator,
-        "value_model": {"head": model.config.head, "gamma": model.config.gamma},
+        "value_model": {
+            "head": model.config.head,
+            "gamma": model.config.gamma,
+            "init_from": (start := _init_from(config)) and Path(start).name,
+        },
         "sampling": sampling,
         "training": {
             "num_tokens": training.num_tokens,
@@ -145,7 +155,7 @@ def _sample(output: Path, config: DemoConfig, device: str, progress: Progress) -
         mixed,
         output / "trajectories.jsonl",
         n=config.completions,
-        sampling=SamplingParams(max_tokens=config.max_tokens, seed=config.seed),
+        sampling=SamplingParams(max_tokens=config.max_tokens, seed=config.seed, **TRUNCATION),
         model=config.generator,
         on_completion=advance,
         submit_for_s=config.submit_for_s,
@@ -172,22 +182,32 @@ def _spread(items: Sequence[Prompt], width: int) -> list[Prompt | None]:
 
 
 def _train(output: Path, config: DemoConfig, progress: Progress) -> TrainingResult:
-    settings = TrainingConfig(
-        data=[str(output / "trajectories.jsonl")],
-        output=str(output / "model"),
-        backbone=config.generator,
-        head="distribution",
-        trainable="last",
-        last_layers=config.last_layers,
-        censoring="one_sided",
-        epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        head_learning_rate=config.head_learning_rate,
-        batch_tokens=config.batch_tokens,
-        evals=2,
-        seed=config.seed,
-    )
-    return train(settings, progress)
+    start = _init_from(config)
+    settings: dict[str, Any] = {
+        "data": [str(output / "trajectories.jsonl")],
+        "output": str(output / "model"),
+        "trainable": "last",
+        "last_layers": config.last_layers,
+        "censoring": "one_sided",
+        "epochs": config.epochs,
+        "learning_rate": config.learning_rate,
+        "head_learning_rate": config.head_learning_rate,
+        "batch_tokens": config.batch_tokens,
+        "evals": 2,
+        "seed": config.seed,
+    }
+    settings |= {"init_from": start} if start else {"backbone": config.generator}
+    return train(TrainingConfig.parse(settings), progress)
+
+
+def _load(folder: Path | str, device: str) -> LengthValueModel:
+    return LengthValueModel.from_pretrained(folder, device=device, dtype=pick_dtype(device))
+
+
+def _init_from(config: DemoConfig) -> str | None:
+    if config.init_from is None and config.generator == DEFAULT_MODEL:
+        return str(bundled_value_model())
+    return config.init_from
 
 
 def _heldout(trajectories: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:
@@ -290,18 +310,15 @@ def _control(
     )
     groups = list(_heldout(trajectories).values())[: config.control_prompts]
     controls: dict[str, dict[str, Any]] = {
-        f"equal_to {t}": {"equal_to": t, "tolerance": 0.03, **CANDIDATES} for t in config.targets
+        f"equal_to {t}": {"equal_to": t, "tolerance": 0.05, "evidence": 2.0} for t in config.targets
     }
-    controls |= {f"tilt {s:g}": {"tilt": s, **CANDIDATES} for s in config.tilts}
-    controls |= {
-        "at_most 50": {"at_most": 50, **CANDIDATES},
-        "at_least 150": {"at_least": 150, **CANDIDATES},
-    }
+    controls |= {f"tilt {s:g}": {"tilt": s} for s in config.tilts}
+    controls |= {"at_most 40": {"at_most": 40}, "at_least 90": {"at_least": 90}}
     requests = [
         Request(
             f"{name}/{i}",
             tuple(rows[0].prompt_token_ids),
-            SamplingParams(max_tokens=config.control_max_tokens, seed=config.seed),
+            SamplingParams(max_tokens=config.control_max_tokens, seed=config.seed, **TRUNCATION),
             LengthControl.parse(control),
             index=i,
         )
@@ -367,8 +384,8 @@ def _summarise_control(
     tilt.sort(key=lambda row: row["scale"])
     return {
         "equal_to": {"targets": list(config.targets), **means},
-        "at_most": _promise(by_name["at_most 50"], lambda n: n <= 50),
-        "at_least": _promise(by_name["at_least 150"], lambda n: n >= 150),
+        "at_most": _promise(by_name["at_most 40"], lambda n: n <= 40),
+        "at_least": _promise(by_name["at_least 90"], lambda n: n >= 90),
         "tilt": tilt,
     }
 

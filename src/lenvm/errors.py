@@ -70,3 +70,9 @@ class TrainingError(LenVMError):
     """Training that cannot start or must not go on (a loss that is not finite, changed data)."""
 
     exit_code = 7
+
+
+class StageError(LenVMError):
+    """A stage of a pipeline whose command failed; the command has said why."""
+
+    exit_code = 8

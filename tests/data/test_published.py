@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from lenvm.data.prompts import Prompt
 from lenvm.data.published import export_published, import_published, to_published
 from lenvm.data.trajectory import read_trajectories
 from lenvm.errors import DataError
@@ -12,8 +13,8 @@ from lenvm.errors import DataError
 class WordEncoder:
     eos_token_id = 2
 
-    def encode_prompt(self, conversation: str | list[dict[str, Any]]) -> list[int]:
-        return [1, len(str(conversation))]
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        return [1, len(str(prompt.conversation))]
 
     def encode_text(self, text: str) -> list[int]:
         return [3 + len(word) for word in text.split()]

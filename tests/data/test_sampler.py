@@ -48,8 +48,8 @@ class WordEncoder:
 
     eos_token_id = EOS
 
-    def encode_prompt(self, conversation: str | list[dict[str, Any]]) -> list[int]:
-        return [3 + ord(c) % 997 for c in str(conversation)]
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        return [3 + ord(c) % 997 for c in str(prompt.conversation)]
 
     def encode_text(self, text: str) -> list[int]:
         return [int(word[1:]) for word in text.split()]

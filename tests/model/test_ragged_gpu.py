@@ -34,6 +34,18 @@ def test_without_graphs():
     run_random_history(DeviceHistory(model, cuda_graphs=False, **BUDGET), 5, 40, VOCAB)
 
 
+def test_chosen_tokens_may_be_a_column_of_the_candidates():
+    model = build("qwen2", hidden_size=128).cuda()
+    decoder = RaggedDecoder(model, **BUDGET)
+    decoder.add({"a": [1, 2], "b": [3]})
+    candidates = torch.tensor([[4, 5], [6, 7]], device="cuda")
+    decoder.peek(["a", "b"], candidates)
+    decoder.commit(["a", "b"], candidates[:, 1], peeked=True)
+    expected = [last_hidden(model, [1, 2, 5, 8]), last_hidden(model, [3, 7, 8])]
+    out = decoder.step(["a", "b"], [8, 8])
+    torch.testing.assert_close(out, torch.stack(expected), atol=1e-3, rtol=1e-3)
+
+
 def test_a_step_makes_no_host_sync():
     model = build("qwen2", dtype=torch.bfloat16, hidden_size=128).cuda()
     decoder = RaggedDecoder(model, **BUDGET)

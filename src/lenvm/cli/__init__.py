@@ -27,7 +27,11 @@ COMMANDS = (
     "eval",
     "report",
     "download",
+    "run",
+    "serve",
 )
+
+INTERRUPTED = 130
 
 HELP = """Know, steer and see how long a language model's answer will be.
 
@@ -71,17 +75,28 @@ def _print_version(asked: bool) -> None:
 def main() -> None:
     """Entry point of the `lenvm` script. Exit codes: 0 done, 130 Ctrl-C, else the error's own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    code: object = 0
+    # waiting threads that sleep: beside any other job, spinning ones make torch eight times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours say more
     try:
-        build_app()(standalone_mode=False)
+        code = build_app()(standalone_mode=False)  # an Exit comes back as its code
     except LenVMError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; what was finished is kept, run the same command to continue", 130)
+        code = INTERRUPTED
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
     except UsageError as error:
         error.show()  # type: ignore[attr-defined]
         raise SystemExit(InputError.exit_code) from None
+    if code == INTERRUPTED:
+        print(
+            "lenvm: interrupted; what was finished is kept, run the same command to continue",
+            file=sys.stderr,
+        )
+    if isinstance(code, int) and code:
+        raise SystemExit(code)
 
 
 def _fail(message: str, code: int) -> None:

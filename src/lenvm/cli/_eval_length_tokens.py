@@ -32,7 +32,7 @@ def register(group: typer.Typer) -> None:
     ) -> None:
         """Tokens by their effect on the expected length (minus the TD residual; + is longer)."""
         from lenvm.cli._console import stages
-        from lenvm.cli._inputs import load_value_model
+        from lenvm.cli._inputs import load_value_model, name_value_model
         from lenvm.errors import CheckpointError
         from lenvm.evals.length_tokens.run import (
             LengthTokensConfig,
@@ -58,7 +58,7 @@ def register(group: typer.Typer) -> None:
         model = load_value_model(lenvm, device=pick_device(device))
         if model.tokenizer is None:
             raise CheckpointError("the value model has no tokenizer, so tokens cannot be shown")
-        predictor = ValueModelPredictor(model, Path(lenvm or "bundled").name)
+        predictor = ValueModelPredictor(model, name_value_model(lenvm))
         with stages() as progress:
             summary = run_length_tokens(
                 config, predictor, model.tokenizer, output, progress=progress

@@ -32,7 +32,7 @@ def register(group: typer.Typer) -> None:
     ) -> None:
         """Errors of the predicted length, against baselines, by domain and during decoding."""
         from lenvm.cli._console import stages
-        from lenvm.cli._inputs import load_value_model
+        from lenvm.cli._inputs import load_value_model, name_value_model
         from lenvm.errors import InputError
         from lenvm.evals.prediction.predictors import EndpointPredictor, ValueModelPredictor
         from lenvm.evals.prediction.run import (
@@ -60,7 +60,7 @@ def register(group: typer.Typer) -> None:
             predictor = EndpointPredictor(endpoint, api_key=key)
         else:
             model = load_value_model(lenvm, device=pick_device(device))
-            predictor = ValueModelPredictor(model, Path(lenvm or "bundled").name)
+            predictor = ValueModelPredictor(model, name_value_model(lenvm))
         with stages() as progress:
             summary = run_prediction(config, predictor, output, progress=progress)
         _print_summary(summary, output)

@@ -23,7 +23,7 @@ def read_prompts(texts: list[str] | None, file: Path | None, limit: int | None) 
 
 
 def load_value_model(name: str | None, *, device: str) -> Any:
-    """A value model by folder; None takes the one in the package, else the demo's."""
+    """A value model by folder; None takes the one in the package, for the default generator."""
     from lenvm.model.bundled import bundled_value_model
     from lenvm.model.device import pick_dtype
     from lenvm.model.value_model import LengthValueModel
@@ -31,3 +31,11 @@ def load_value_model(name: str | None, *, device: str) -> Any:
     return LengthValueModel.from_pretrained(
         name or bundled_value_model(), device=device, dtype=pick_dtype(device)
     )
+
+
+def name_value_model(name: str | None) -> str:
+    """What results call a value model: its folder, with the parent where that is just `model`."""
+    if name is None:
+        return "bundled"
+    path = Path(name).resolve()
+    return f"{path.parent.name}/{path.name}" if path.name == "model" else path.name

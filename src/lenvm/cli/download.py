@@ -25,6 +25,10 @@ def register(app: typer.Typer) -> None:
         file: Annotated[
             list[str] | None, typer.Option(help="Only files that match, such as '*.json'.")
         ] = None,
+        gamma: Annotated[
+            float | None,
+            typer.Option(help="Of a published value model that is not listed (it stores none)."),
+        ] = None,
     ) -> None:
         """Download published data or a checkpoint; without NAME, list them.
 
@@ -50,4 +54,12 @@ def register(app: typer.Typer) -> None:
             patterns=file or (),
         )
         typer.echo(report, err=True)
+        if (report.folder / "value_head.safetensors").exists():
+            from lenvm.model.published import describe_published, is_published
+
+            if is_published(report.folder):
+                found = describe_published(report.folder, report.repo, gamma)
+                typer.echo(f"lenvm.json added: gamma {found.gamma}", err=True)
+        elif gamma is not None:
+            raise InputError(f"--gamma is for a value model; {report.repo} is none")
         typer.echo(report.folder)

@@ -23,6 +23,9 @@ def register(app: typer.Typer) -> None:
         length: Annotated[
             str | None, typer.Option(help='The whole control as JSON: {"equal_to": 128, ...}')
         ] = None,
+        tolerance: Annotated[
+            float | None, typer.Option(help="--equal-to is met within this share, such as 0.05.")
+        ] = None,
         rule: Annotated[str | None, typer.Option(help="conditional, soft or hard.")] = None,
         model: Annotated[str, typer.Option(help="Generator: folder, hub id, GGUF.")] = "smollm2",
         lenvm: Annotated[str | None, typer.Option(help="Value model folder.")] = None,
@@ -43,7 +46,7 @@ def register(app: typer.Typer) -> None:
         from lenvm.model.tokenization import encode_prompt
 
         goals = {"equal_to": equal_to, "at_most": at_most, "at_least": at_least, "tilt": tilt}
-        control = parse_control(goals | {"rule": rule}, length)
+        control = parse_control(goals | {"tolerance": tolerance, "rule": rule}, length)
         sampling = SamplingParams.parse(
             {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
         )

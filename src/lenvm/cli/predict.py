@@ -25,14 +25,19 @@ def register(app: typer.Typer) -> None:
         """Predict the length of each prompt's answer, in tokens, before it is written."""
         from lenvm.cli._console import print_table
         from lenvm.cli._inputs import load_value_model, read_prompts
+        from lenvm.data.images import place_images
         from lenvm.model.device import pick_device
         from lenvm.model.prediction import predict_lengths
         from lenvm.model.tokenization import encode_prompt
 
         rows = read_prompts(prompts, prompts_file, limit)
         model = load_value_model(lenvm, device=pick_device(device))
-        ids = [encode_prompt(model.tokenizer, row.conversation) for row in rows]
-        found = predict_lengths(model, ids, budget=budget)
+        ids = [
+            encode_prompt(model.tokenizer, place_images(row) if row.images else row.conversation)
+            for row in rows
+        ]
+        images = [row.images for row in rows] if any(row.images for row in rows) else None
+        found = predict_lengths(model, ids, images=images, budget=budget)
         if jsonl:
             for row, numbers in zip(rows, found, strict=True):
                 print(json.dumps({"prompt": row.text, **numbers}, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""`lenvm report`: result folders -> pages."""
+"""`lenvm report`: result folders and token traces -> one page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,16 +9,24 @@ import typer
 def register(app: typer.Typer) -> None:
     @app.command()
     def report(
-        folders: Annotated[list[Path], typer.Argument(help="Folders that `lenvm demo` wrote.")],
+        paths: Annotated[
+            list[Path],
+            typer.Argument(
+                help="Folders that `lenvm eval` or `lenvm demo` wrote (or a folder of such), and "
+                "trace files of `lenvm values --jsonl`."
+            ),
+        ],
+        output: Annotated[
+            Path | None,
+            typer.Option(
+                "--output",
+                "-o",
+                help="The page. Default: report.html in the folder, or here for several.",
+            ),
+        ] = None,
+        title: Annotated[str, typer.Option(help="The page's title.")] = "",
     ) -> None:
-        """Write `report.html` into each result folder; it opens without a network."""
-        from lenvm.errors import DataError
-        from lenvm.files import read_json
-        from lenvm.reports.demo import build_demo_report
+        """One page of all results; it opens without a network."""
+        from lenvm.reports.report import build_report
 
-        for folder in folders:
-            summary = folder / "summary.json"
-            found = read_json(summary).get("schema")
-            if found != "lenvm.demo/1":
-                raise DataError(f"{summary} has schema {found!r}; known: 'lenvm.demo/1'")
-            print(build_demo_report(folder))
+        print(build_report(paths, output, title=title))

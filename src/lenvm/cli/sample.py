@@ -182,18 +182,29 @@ def _sample_servers(
 
 
 class Retokenizer:
-    """A generator's tokenizer, for servers that return text alone."""
+    """A generator's tokenizer (and image processor), for servers that return text alone."""
 
     def __init__(self, name: str) -> None:
         from lenvm.model.bundled import resolve_model
-        from lenvm.model.tokenization import encode_prompt, load_tokenizer
+        from lenvm.model.tokenization import load_tokenizer
 
-        path = name if Path(name).is_dir() else resolve_model(name)
-        self._tokenizer, self._encode = load_tokenizer(path), encode_prompt
+        self._path = name if Path(name).is_dir() else resolve_model(name)
+        self._tokenizer = load_tokenizer(self._path)
+        self._images: Any = None
         self.eos_token_id: int = self._tokenizer.eos_token_id
 
-    def encode_prompt(self, conversation: str | list[dict[str, Any]]) -> list[int]:
-        return self._encode(self._tokenizer, conversation)
+    def encode_prompt(self, prompt: Any) -> list[int]:
+        from lenvm.data.images import place_images
+        from lenvm.model.tokenization import encode_prompt
+
+        if not prompt.images:
+            return encode_prompt(self._tokenizer, prompt.conversation)
+        if self._images is None:
+            from lenvm.model.vision import load_image_reader
+
+            self._images = load_image_reader(self._path)
+        ids = encode_prompt(self._tokenizer, place_images(prompt))
+        return list(self._images.expand(ids, prompt.images))
 
     def encode_text(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)

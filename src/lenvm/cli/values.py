@@ -1,6 +1,7 @@
 """`lenvm values`: what the model expects at every token of a completion."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,44 +17,75 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option(help="A trajectory file instead of texts.")
         ] = None,
         lenvm: Annotated[str | None, typer.Option(help="Value model folder.")] = None,
+        image: Annotated[
+            list[str] | None, typer.Option(help="Image file of the prompt; repeatable.")
+        ] = None,
         cut: Annotated[bool, typer.Option("--cut", help="The answer was cut off.")] = False,
         limit: Annotated[int | None, typer.Option(min=1)] = None,
-        jsonl: Annotated[bool, typer.Option("--jsonl", help="JSON lines, not a table.")] = False,
+        jsonl: Annotated[
+            bool,
+            typer.Option("--jsonl", help="lenvm.trace/1 lines, for `lenvm report`; not a table."),
+        ] = False,
+        markdown: Annotated[
+            bool, typer.Option("--markdown", help="A Markdown table for each answer.")
+        ] = False,
         device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
     ) -> None:
-        """Predicted tokens to come at every token of an answer."""
-        from lenvm.cli._console import print_table
-        from lenvm.cli._inputs import load_value_model
+        """Predicted tokens to come at every token of an answer.
+
+        `lenvm values ... --jsonl > a.jsonl` and `lenvm report a.jsonl b.jsonl` draw them.
+        """
+        from lenvm.cli._inputs import load_value_model, name_value_model
         from lenvm.errors import InputError
+        from lenvm.evals.length_tokens.tokens import split_text
         from lenvm.model.device import pick_device
         from lenvm.model.prediction import trace_values
+        from lenvm.reports.traces import TokenTrace, markdown_table
 
         if (prompt is None) == (trajectories is None) or (prompt is None) != (completion is None):
             raise InputError("give a PROMPT and a COMPLETION, or --trajectories FILE")
+        if image and trajectories:
+            raise InputError("--image goes with a PROMPT; trajectories name their own images")
+        if jsonl and markdown:
+            raise InputError("give --jsonl or --markdown, not both")
         model = load_value_model(lenvm, device=pick_device(device))
-        for name, prompt_ids, ids, complete in _read(
-            model.tokenizer, prompt, completion, trajectories, limit, not cut
+        for prompt_ids, ids, complete, about in _read(
+            model.tokenizer, prompt, completion, trajectories, limit, image or [], not cut
         ):
-            states = trace_values(model, prompt_ids, ids, complete=complete)
-            tokens = [model.tokenizer.decode([i]) for i in ids]
+            states = trace_values(
+                model, prompt_ids, ids, images=about.get("images", ()), complete=complete
+            )
+            tokens = split_text(model.tokenizer, ids)
+            if not (jsonl or markdown):
+                _print_states(about["id"], tokens, states)
+                continue
+            name = name_value_model(lenvm)
+            trace = TokenTrace.from_states(
+                about.pop("prompt"), tokens, ids, states, model.config.gamma, model=name, **about
+            )
             if jsonl:
-                row = {"id": name, "tokens": tokens, "token_ids": ids, "states": states}
-                print(json.dumps(row, ensure_ascii=False))
+                print(json.dumps(trace.to_json(), ensure_ascii=False))
             else:
-                columns = [k for k in states[0] if k not in ("step", "remaining_true")]
-                print_table(
-                    name,
-                    ["token", "step", *columns, "true"],
-                    (
-                        [
-                            repr(token)[1:-1],
-                            state["step"],
-                            *(f"{state[c]:.4g}" for c in columns),
-                            "-" if state["remaining_true"] is None else state["remaining_true"],
-                        ]
-                        for token, state in zip(["(prompt)", *tokens], states, strict=True)
-                    ),
-                )
+                print(markdown_table(trace))
+
+
+def _print_states(name: str, tokens: list[str], states: list[dict[str, Any]]) -> None:
+    from lenvm.cli._console import print_table
+
+    columns = [k for k in states[0] if k not in ("step", "remaining_true")]
+    print_table(
+        name,
+        ["token", "step", *columns, "true"],
+        (
+            [
+                repr(token)[1:-1],
+                state["step"],
+                *(f"{state[c]:.4g}" for c in columns),
+                "-" if state["remaining_true"] is None else state["remaining_true"],
+            ]
+            for token, state in zip(["(prompt)", *tokens], states, strict=True)
+        ),
+    )
 
 
 def _read(
@@ -62,23 +94,41 @@ def _read(
     completion: str | None,
     trajectories: Path | None,
     limit: int | None,
+    images: list[str],
     complete: bool,
-) -> Any:
-    """(name, prompt ids, completion ids, complete) of what was asked for."""
+) -> Iterator[tuple[list[int], list[int], bool, dict[str, Any]]]:
+    """(prompt ids, completion ids, complete, fields of a trace) of what was asked for."""
     from itertools import islice
 
-    from lenvm.data.trajectory import read_trajectories
+    from lenvm.data.images import place_images, read_with_images, resolve_images
+    from lenvm.data.prompts import Prompt
     from lenvm.errors import InputError
     from lenvm.model.tokenization import encode_prompt
 
     if trajectories is not None:
-        for t in islice(read_trajectories(trajectories), limit):
-            yield t.id, t.prompt_token_ids, t.completion_token_ids, t.is_complete
+        for t in islice(read_with_images(trajectories), limit):
+            about = {
+                "id": t.id,
+                "prompt": Prompt(messages=t.messages, prompt_text=t.prompt_text).text,
+                "generator": t.model,
+                "control": t.length_control,
+                "finish_reason": t.finish_reason,
+                "domain": t.domain,
+                "images": t.images,
+            }
+            yield t.prompt_token_ids, t.completion_token_ids, t.is_complete, about
         return
     ids = list(tokenizer(completion, add_special_tokens=False).input_ids)
     if not ids:
         raise InputError("the completion is empty")
     if complete:
         ids.append(tokenizer.eos_token_id)
-    messages = [{"role": "user", "content": prompt}]
-    yield "completion", encode_prompt(tokenizer, messages), ids, complete
+    images = resolve_images(images, Path())
+    messages = place_images(Prompt.from_text(prompt or "", images=tuple(images)))
+    about = {
+        "id": "completion",
+        "prompt": prompt,
+        "finish_reason": "stop" if complete else "length",
+        "images": images,
+    }
+    yield encode_prompt(tokenizer, messages), ids, complete, about

@@ -79,7 +79,9 @@ class TextEncoder(Protocol):
 
     eos_token_id: int
 
-    def encode_prompt(self, conversation: str | list[dict[str, Any]]) -> list[int]: ...
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids as the generator sees them, those that stand for images included."""
+        ...
 
     def encode_text(self, text: str) -> list[int]: ...
 
@@ -214,7 +216,7 @@ class HttpCompleter:
             if ids is None and encoder is not None:
                 ids = encoder.encode_text(text) + [encoder.eos_token_id] * (reason == "stop")
             if prompt_ids is None and encoder is not None:
-                prompt_ids = encoder.encode_prompt(request.prompt.conversation)
+                prompt_ids = encoder.encode_prompt(request.prompt)
             if not ids or not prompt_ids:
                 raise CompletionError("transient", "a completion without a token")
             sampled.append((text, reason, prompt_ids, ids))

@@ -9,7 +9,7 @@ Shape legend: N tokens of a batch, S sequences.
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +35,8 @@ class TokenStore:
     complete: np.ndarray[Any, np.dtype[np.bool_]]
     domains: list[str]
     prompt_hashes: list[str]
+    images: list[tuple[str, ...]]
+    """Image files of each sequence's prompt."""
     dropped: Counter[str] = field(default_factory=Counter)
 
     @classmethod
@@ -49,7 +51,7 @@ class TokenStore:
         """Sequences over `max_tokens` are dropped and counted, never cut; truncated completions are
         dropped and counted, or kept as censored. DataError for a token outside the vocabulary."""
         parts: list[np.ndarray[Any, np.dtype[np.int32]]] = []
-        prompts, complete, domains, hashes = [], [], [], []
+        prompts, complete, domains, hashes, images = [], [], [], [], []
         dropped: Counter[str] = Counter()
         for t in trajectories:
             if not t.is_complete and censoring == "drop":
@@ -69,6 +71,7 @@ class TokenStore:
             complete.append(t.is_complete)
             domains.append(t.domain)
             hashes.append(t.prompt_hash)
+            images.append(tuple(t.images))
         return cls(
             tokens=np.concatenate(parts) if parts else np.zeros(0, np.int32),
             offsets=np.cumsum([0, *(len(p) for p in parts)], dtype=np.int64),
@@ -76,6 +79,7 @@ class TokenStore:
             complete=np.array(complete, dtype=np.bool_),
             domains=domains,
             prompt_hashes=hashes,
+            images=images,
             dropped=dropped,
         )
 
@@ -153,13 +157,24 @@ def plan_batches(
     return batches
 
 
+AddImages = Callable[[Sequence[Sequence[int]], Sequence[Sequence[str]]], dict[str, Any]]
+"""(token ids, image files) of a batch's sequences -> the entries that a VLM's batch has instead."""
+
+
 class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Packed batches of a store, one item each; `set_epoch` reshuffles."""
 
     def __init__(
-        self, store: TokenStore, batch_tokens: int, *, seed: int = 0, grouped: bool = False
+        self,
+        store: TokenStore,
+        batch_tokens: int,
+        *,
+        seed: int = 0,
+        grouped: bool = False,
+        add_images: AddImages | None = None,
     ) -> None:
         self.store, self.batch_tokens, self.seed = store, batch_tokens, seed
+        self.add_images = add_images
         self.groups = store.prompt_hashes if grouped else None
         self.set_epoch(0)
 
@@ -175,7 +190,12 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return pack(self.store, self.batches[index])
+        rows = self.batches[index]
+        batch = pack(self.store, rows)
+        if self.add_images is not None:
+            ids = [self.store.sequence(row).tolist() for row in rows]
+            batch |= self.add_images(ids, [self.store.images[row] for row in rows])
+        return batch
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self[i] for i in range(len(self)))

@@ -82,7 +82,7 @@ def import_published(
                 report.skipped["empty answer"] += 1
                 continue
             if prompt_ids[0] != name:  # grouped files encode each prompt once
-                prompt_ids = (name, encoder.encode_prompt(prompt.conversation))
+                prompt_ids = (name, encoder.encode_prompt(prompt))
             trajectory, agrees = _to_trajectory(
                 row["meta_info"],
                 prompt,

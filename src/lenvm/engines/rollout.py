@@ -15,6 +15,7 @@ from lenvm.data.prompts import Prompt
 from lenvm.data.trajectory import Trajectory, read_trajectories
 from lenvm.engines.sampling import SamplingParams
 from lenvm.engines.transformers import Completion, Request, TransformersEngine
+from lenvm.errors import InputError
 from lenvm.files import JsonlWriter, claim
 from lenvm.guidance.request import LengthControl
 from lenvm.model.tokenization import encode_prompt
@@ -39,6 +40,11 @@ def rollout(
     completions (on-policy refinement samples under mixed targets). Raises InputError where
     `path` holds a run with other settings.
     """
+    if pictured := next((p for p in prompts if p.images), None):
+        raise InputError(
+            f"prompt {pictured.prompt_hash} has images, and the engine in this process reads text "
+            "alone; serve the model with vLLM or SGLang and name it: --endpoint"
+        )
     config = {
         "model": model,
         "n": n,

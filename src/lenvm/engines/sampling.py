@@ -6,7 +6,9 @@ batch-mates: the stream is seeded per request, one number a step, and the draw i
 Shape legend: R rows, V vocabulary, K candidates.
 """
 
+import math
 import random
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -33,6 +35,20 @@ class SamplingParams(BaseModel):
     """Texts that end the completion; they are not part of its text."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, max_length=1024
+    )
+    """Added to the logits of these tokens at every step."""
+    exponential_decay_length_penalty: (
+        tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, le=100)]] | None
+    ) = None
+    """(start, factor): after `start` generated tokens the ending token's logit z becomes
+    z + |z| (factor^(t - start) - 1), as `ExponentialDecayLengthPenalty` of transformers."""
+
+    @property
+    def changes_logits(self) -> bool:
+        """The generator's logits are changed before anything else."""
+        return bool(self.logit_bias) or self.exponential_decay_length_penalty is not None
 
     @classmethod
     def parse(cls, values: dict[str, object]) -> "SamplingParams":
@@ -47,6 +63,30 @@ class SamplingParams(BaseModel):
     def random_stream(self, index: int = 0) -> random.Random:
         """The request's own random numbers; `index` tells n completions of one seed apart."""
         return random.Random() if self.seed is None else random.Random(f"{self.seed}/{index}")
+
+
+def adjust(
+    logits_RV: Tensor,
+    params: Sequence[SamplingParams],
+    num_generated: Sequence[int],
+    eos_token_ids: Sequence[int],
+) -> Tensor:
+    """Logits with biases and length penalties applied; the same tensor where no row has any."""
+    changed = [i for i, p in enumerate(params) if p.changes_logits]
+    if not changed:
+        return logits_RV
+    logits = logits_RV.clone()
+    eos = torch.tensor(eos_token_ids, device=logits.device)
+    for i in changed:
+        if bias := params[i].logit_bias:
+            ids = torch.tensor(list(bias), device=logits.device)
+            logits[i, ids] += torch.tensor(list(bias.values()), device=logits.device)
+        start, factor = params[i].exponential_decay_length_penalty or (math.inf, 1.0)
+        if num_generated[i] > start:
+            # past fp32's range the ending is certain (or impossible) all the same
+            growth = min((num_generated[i] - start) * math.log(factor), 60.0)
+            logits[i, eos] += logits[i, eos].abs() * math.expm1(growth)
+    return logits
 
 
 def draw(log_probs_RK: Tensor, uniform_R: Tensor, *, greedy_R: Tensor | None = None) -> Tensor:

@@ -9,60 +9,29 @@ Shape legend: R running rows, V vocabulary, K candidates, H hidden size.
 """
 
 import random
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lenvm.engines.sampling import SamplingParams, draw, truncate
-from lenvm.errors import CapacityError, InputError
-from lenvm.guidance.request import LengthControl
+from lenvm.engines.request import Completion as Completion
+from lenvm.engines.request import Request as Request
+from lenvm.engines.sampling import adjust, draw, truncate
+from lenvm.engines.text import TextStream
+from lenvm.errors import CapacityError, ControlError, InputError, LenVMError, RequestError
 from lenvm.guidance.scorer import CandidateScorer
-from lenvm.guidance.session import GuidanceSession, Guided
+from lenvm.guidance.session import GuidanceSession
 from lenvm.model.bundled import resolve_model
 from lenvm.model.ragged import RaggedDecoder
 from lenvm.model.tokenization import find_eos_token_ids, load_tokenizer
 from lenvm.model.value_model import LengthValueModel
 
-
-@dataclass(frozen=True)
-class Request:
-    """One completion to generate. `index` tells the n completions of one seeded prompt apart."""
-
-    id: str
-    prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    control: LengthControl | None = None
-    track: bool = False
-    """Report the predicted remaining length at every token (costs the value model's forward)."""
-    index: int = 0
-
-
-@dataclass
-class Completion:
-    """A request's answer so far; `finish_reason` is None while it runs.
-
-    "stop": ended by itself, by EOS, a stop token or a stop text; "length": cut at max_tokens;
-    "cancelled".
-    """
-
-    request: Request
-    token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    """Log-probability of each token under the generator itself, at temperature 1, unguided."""
-    remaining: list[float] = field(default_factory=list)
-    """Predicted tokens still to come after each token, where guided or tracked."""
-    predicted_length: float | None = None
-    """Predicted length at the prompt boundary, where guided or tracked."""
-    text: str = ""
-    finish_reason: str | None = None
-
-    @property
-    def ended_by_itself(self) -> bool:
-        return self.finish_reason == "stop"
+PREFILL_TOKENS = 2048
+"""Prompt tokens admitted in one step, so that a queue of prompts does not stall who is running."""
 
 
 class TransformersEngine:
@@ -88,6 +57,7 @@ class TransformersEngine:
         self.device = next(generator.parameters()).device
         self.eos_token_ids = tuple(eos_token_ids) or (tokenizer.eos_token_id,)
         self.max_requests, self.max_tokens = max_requests, max_tokens
+        self._admit_at_once = min(max_requests // 32, 32)
         budget: dict[str, Any] = {"max_tokens": max_tokens, "max_requests": max_requests}
         self.decoder = RaggedDecoder(generator.base_model, max_candidates=1, **budget)
         self.lm_head = generator.get_output_embeddings()
@@ -95,8 +65,16 @@ class TransformersEngine:
         if value_model is not None:
             value_model.check_tokenizer(tokenizer)
             scorer = CandidateScorer(value_model, max_candidates=max_candidates, **budget)
-            self.session = GuidanceSession(scorer, eos_token_ids=self.eos_token_ids)
+            self.session = GuidanceSession(
+                scorer, eos_token_ids=self.eos_token_ids, count_candidates=True
+            )
+        self.vocab_size = int(self.lm_head.weight.shape[0])
+        self.guidance_s = 0.0
+        """Time spent in guidance so far."""
         self._waiting: deque[Completion] = deque()
+        self._failed: list[Completion] = []
+        self._followed = set[str]()
+        """Requests that the session knows."""
         self._running: dict[str, Completion] = {}
         self._streams: dict[str, random.Random] = {}
 
@@ -121,25 +99,54 @@ class TransformersEngine:
 
     # -- requests ---------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> Completion:
-        """Queue a request. Raises InputError or CapacityError where it can never run."""
-        need = len(request.prompt_token_ids) + request.sampling.max_tokens
-        limit = min(self.max_tokens, self.decoder.max_positions)
+    @property
+    def max_length(self) -> int:
+        """Most tokens of prompt and answer together."""
+        limits = [self.max_tokens, self.decoder.max_positions]
+        if self.session is not None and isinstance(self.session.scorer, CandidateScorer):
+            limits.append(self.session.scorer.decoder.max_positions)
+        return min(limits)
+
+    def check(self, request: Request) -> None:
+        """InputError, ControlError or CapacityError where the request can never run.
+
+        Reads nothing that changes, so any thread may call it.
+        """
+        name, sampling = f"request {request.id}", request.sampling
         if not request.prompt_token_ids:
-            raise InputError(f"request {request.id}: the prompt is empty")
-        if need > limit:
+            raise InputError(f"{name}: the prompt is empty")
+        if request.num_reserved > self.max_length:
             raise CapacityError(
-                f"request {request.id}: prompt of {len(request.prompt_token_ids)} tokens and "
-                f"max_tokens {request.sampling.max_tokens} are over the limit of {limit}; "
-                "shorten the prompt or lower max_tokens"
+                f"{name}: prompt of {len(request.prompt_token_ids)} tokens and max_tokens "
+                f"{sampling.max_tokens} are over the limit of {self.max_length}; shorten the "
+                "prompt or lower max_tokens"
             )
-        if (request.control or request.track) and self.session is None:
+        self._check_tokens(f"{name}: the prompt", request.prompt_token_ids)
+        self._check_tokens(f"{name}: logit_bias", sampling.logit_bias)
+        if not request.is_tracked:
+            return
+        if self.session is None:
+            raise InputError(f"{name} asks for length control, but no value model is loaded")
+        try:
+            self.session.check(request.id, request.to_guided())
+        except RequestError as error:
+            raise _to_control_error(request, error) from None
+
+    def _check_tokens(self, what: str, token_ids: Iterable[int]) -> None:
+        wrong = [i for i in token_ids if not 0 <= i < self.vocab_size]
+        if wrong:
             raise InputError(
-                f"request {request.id} asks for length control, but no value model is loaded"
+                f"{what} names token {wrong[0]}; ids go from 0 to {self.vocab_size - 1}"
             )
+
+    def submit(self, request: Request) -> Completion:
+        """Queue a request. Raises what `check` raises, and InputError for an id that is there."""
+        self.check(request)
         if request.id in self._running or any(c.request.id == request.id for c in self._waiting):
             raise InputError(f"request {request.id} is already there; ids are unique")
         completion = Completion(request)
+        if request.stream or request.sampling.stop:
+            completion.stream = TextStream(self.decode, request.sampling.stop)
         self._waiting.append(completion)
         return completion
 
@@ -155,9 +162,29 @@ class TransformersEngine:
                 return
         raise InputError(f"no request {request_id}")
 
+    def abort(self, error: LenVMError) -> list[Completion]:
+        """End everything with an error, and forget it; for a caller that caught a defect."""
+        ended = [*self._running.values(), *self._waiting]
+        self._waiting.clear()
+        self._running.clear()
+        self._streams.clear()
+        for completion in ended:
+            completion.finish_reason, completion.error = "error", error
+            request_id = completion.request.id
+            if request_id in self.decoder:
+                self.decoder.remove([request_id])
+            if self.session is not None and request_id in self._followed:
+                self.session.remove([request_id])
+                self._followed.discard(request_id)
+        return ended
+
     @property
     def num_unfinished(self) -> int:
         return len(self._waiting) + len(self._running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Run requests to their end; completions come in the order in which they finish.
@@ -167,7 +194,7 @@ class TransformersEngine:
         source = iter(requests)
         exhausted = False
         while True:
-            while not exhausted and len(self._waiting) < self.max_requests:
+            while not exhausted and self.num_unfinished < self.max_requests:
                 request = next(source, None)
                 if request is None:
                     exhausted = True
@@ -183,44 +210,61 @@ class TransformersEngine:
     def step(self) -> list[Completion]:
         """One token for every running request; admits waiting ones first.
 
-        Returns the completions that got a token (their last entries are new).
+        Returns the completions that got a token (their last entries are new), and those that could
+        not go on (finish_reason "error"), which harm no others.
         """
-        admitted = self._admit()
+        self._failed = []
         decoding = [c for c in self._running.values() if c.token_ids]
+        admitted = self._admit()
         hidden = []
         if decoding:
             ids = [c.request.id for c in decoding]
-            last = torch.tensor([[c.token_ids[-1]] for c in decoding], device=self.device)
-            hidden.append(self.decoder.peek(ids, last)[:, 0])
-            self.decoder.commit(ids, last[:, 0])
+            hidden.append(self.decoder.step(ids, [c.token_ids[-1] for c in decoding]))
         if admitted:
             prompts = {c.request.id: c.request.prompt_token_ids for c in admitted}
             hidden.append(self.decoder.add(prompts))
         rows = decoding + admitted
-        if not rows:
-            return []
-        logits_RV = self.lm_head(torch.cat(hidden)).float()
-        tokens = self._sample(rows, logits_RV)
-        self._record(rows, tokens, logits_RV)
-        return rows
+        if rows:
+            logits_RV = self.lm_head(torch.cat(hidden)).float()
+            tokens = self._sample(rows, logits_RV)
+            self._record(rows, tokens, logits_RV)
+        return [c for c in rows if c.error is None] + self._failed
 
     def _admit(self) -> list[Completion]:
-        """Waiting requests that fit, each with room reserved for its longest answer."""
-        reserved = sum(_reserve(c) for c in self._running.values())
+        """Waiting requests that fit, each with room reserved for its longest answer.
+
+        A large batch admits a few at a time, so that not every step pays for a prefill.
+        """
+        if not self._waiting or 0 < self.max_requests - len(self._running) < self._admit_at_once:
+            return []
+        reserved = sum(c.request.num_reserved for c in self._running.values())
         admitted: list[Completion] = []
+        prompts = set[tuple[int, ...]]()
         while self._waiting and len(self._running) < self.max_requests:
-            need = _reserve(self._waiting[0])
-            if reserved + need > self.max_tokens:
+            request = self._waiting[0].request
+            prompts.add(request.prompt_token_ids)
+            too_many = sum(len(p) for p in prompts) > PREFILL_TOKENS
+            if reserved + request.num_reserved > self.max_tokens or (too_many and admitted):
                 break
-            reserved += need
-            completion = self._waiting.popleft()
-            admitted.append(completion)
-            request = completion.request
-            self._running[request.id] = completion
+            reserved += request.num_reserved
+            admitted.append(self._waiting.popleft())
+            self._running[request.id] = admitted[-1]
             self._streams[request.id] = request.sampling.random_stream(request.index)
-        if self.session is not None and (guided := [c for c in admitted if _is_tracked(c)]):
-            self.session.add({c.request.id: _to_guided(c.request) for c in guided})
-        return admitted
+        if self.session is None:
+            return admitted
+        while tracked := {
+            c.request.id: c.request.to_guided()
+            for c in admitted
+            if c.request.is_tracked and c.error is None
+        }:
+            with self._guidance_time():
+                try:
+                    self.session.add(tracked)
+                    self._followed |= tracked.keys()
+                    break
+                except RequestError as error:
+                    self._fail(error)
+        return [c for c in admitted if c.error is None]
 
     def _sample(self, rows: list[Completion], logits_RV: Tensor) -> Tensor:
         """Next token of every row: [R]. Guided rows are drawn from their candidates."""
@@ -228,85 +272,125 @@ class TransformersEngine:
         uniform = torch.tensor([self._streams[c.request.id].random() for c in rows])
         greedy = torch.tensor([p.temperature == 0 for p in params])
         uniform, greedy = uniform.to(self.device), greedy.to(self.device)
-        guided = [i for i, c in enumerate(rows) if c.request.control is not None]
+        num_generated = [len(c.token_ids) for c in rows]
+        logits_RV = adjust(logits_RV, params, num_generated, self.eos_token_ids)
         free = [i for i, c in enumerate(rows) if c.request.control is None]
         tokens = torch.zeros(len(rows), dtype=torch.long, device=self.device)
         if free:
             truncated = truncate(logits_RV[free], [params[i] for i in free])
             tokens[free] = draw(truncated, uniform[free], greedy_R=greedy[free])
-        if guided and self.session is not None:
+        while guided := [
+            i for i, c in enumerate(rows) if c.request.control is not None and c.error is None
+        ]:
+            assert self.session is not None
             ids = [rows[i].request.id for i in guided]
-            candidates = self.session.step(ids, logits_RV[guided])
+            with self._guidance_time():
+                try:
+                    candidates = self.session.step(ids, logits_RV[guided])
+                except RequestError as error:
+                    self._fail(error)
+                    continue
             index = draw(candidates.log_probs, uniform[guided], greedy_R=greedy[guided])
             tokens[guided] = candidates.ids.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            break
         return tokens
 
     def _record(self, rows: list[Completion], tokens: Tensor, logits_RV: Tensor) -> None:
-        log_probs = logits_RV.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits_RV.logsumexp(-1)
-        token_ids, log_prob_list = tokens.tolist(), log_probs.tolist()
-        for completion, token, log_prob in zip(rows, token_ids, log_prob_list, strict=True):
-            completion.token_ids.append(token)
-            completion.log_probs.append(log_prob)
-        self._record_beliefs([c for c in rows if _is_tracked(c)])
+        """Append what was drawn; log-probabilities are those of the generator's own logits."""
+        total = logits_RV.logsumexp(-1)
+        log_probs = (logits_RV.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - total).tolist()
+        token_ids = tokens.tolist()
+        for row, completion in enumerate(rows):
+            if completion.error is not None:
+                continue
+            completion.token_ids.append(token_ids[row])
+            completion.log_probs.append(log_probs[row])
+            if k := completion.request.top_log_probs:
+                top = (logits_RV[row] - total[row]).topk(min(k, logits_RV.shape[-1]))
+                pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                completion.top_log_probs.append(list(pairs))
+        self._record_beliefs(rows, tokens)
         for completion in rows:
-            if reason := self._finish_reason(completion):
+            if completion.error is None and (reason := self._finish_reason(completion)):
                 self._finish([completion], reason)
 
-    def _record_beliefs(self, guided: list[Completion]) -> None:
-        if not guided or self.session is None:
+    def _record_beliefs(self, rows: list[Completion], tokens: Tensor) -> None:
+        while index := [i for i, c in enumerate(rows) if c.request.is_tracked and c.error is None]:
+            assert self.session is not None
+            tracked = [rows[i] for i in index]
+            ids = [c.request.id for c in tracked]
+            with self._guidance_time():
+                try:
+                    self.session.commit(ids, tokens if len(ids) == len(rows) else tokens[index])
+                except RequestError as error:
+                    self._fail(error)
+                    continue
+                found = zip(
+                    tracked, self.session.values(ids), self.session.remaining(ids), strict=True
+                )
+            for completion, value, remaining in found:
+                completion.values.append(value)
+                completion.remaining.append(remaining)
+                if completion.predicted_length is None:
+                    name = completion.request.id
+                    completion.predicted_length = self.session.prediction(name)
             return
-        ids = [c.request.id for c in guided]
-        self.session.commit(ids, [c.token_ids[-1] for c in guided])
-        for completion, remaining in zip(guided, self.session.remaining(ids), strict=True):
-            completion.remaining.append(remaining)
-            if completion.predicted_length is None:
-                completion.predicted_length = self.session.prediction(completion.request.id)
 
     def _finish_reason(self, completion: Completion) -> str | None:
         sampling, token = completion.request.sampling, completion.token_ids[-1]
+        if completion.stream is not None:
+            completion.stream.push(token)
         if token in sampling.stop_token_ids:
             return "stop"
         if token in self.eos_token_ids and not sampling.ignore_eos:
             return "stop"
-        if sampling.stop:
-            text = self.decode(completion.token_ids)
-            ends = [text.find(stop) for stop in sampling.stop if stop in text]
-            if ends:
-                completion.text = text[: min(ends)]
-                return "stop"
+        if completion.stream is not None and completion.stream.stopped:
+            return "stop"
         return "length" if len(completion.token_ids) >= sampling.max_tokens else None
 
-    def _finish(self, completions: list[Completion], reason: str) -> None:
+    def _fail(self, error: RequestError) -> None:
+        """End the requests that an error names; the caller goes on with the others."""
+        named = [self._running[r] for r in error.request_ids if r in self._running]
+        if not named:
+            raise error
+        for completion in named:
+            completion.error = error
+        self._finish(named, "error")
+        self._failed += named
+
+    def _finish(self, completions: Sequence[Completion], reason: str) -> None:
         for completion in completions:
             request_id = completion.request.id
             completion.finish_reason = reason
-            completion.text = completion.text or self.decode(completion.token_ids)
+            if completion.stream is not None:
+                completion.stream.finish()
+                completion.text = completion.stream.text
+            else:
+                completion.text = self.decode(completion.token_ids)
             del self._running[request_id], self._streams[request_id]
-            self.decoder.remove([request_id])
-            if _is_tracked(completion) and self.session is not None:
+            if request_id in self.decoder:
+                self.decoder.remove([request_id])
+            if self.session is not None and request_id in self._followed:
                 self.session.remove([request_id])
+                self._followed.discard(request_id)
+
+    @contextmanager
+    def _guidance_time(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.guidance_s += time.perf_counter() - start
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of generated tokens, without special tokens."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
-def _to_guided(request: Request) -> Guided:
-    sampling = request.sampling
-    return Guided(
-        prompt_token_ids=request.prompt_token_ids,
-        control=request.control,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        stop_token_ids=sampling.stop_token_ids,
-    )
-
-
-def _is_tracked(completion: Completion) -> bool:
-    return completion.request.control is not None or completion.request.track
-
-
-def _reserve(completion: Completion) -> int:
-    return len(completion.request.prompt_token_ids) + completion.request.sampling.max_tokens
+def _to_control_error(request: Request, error: RequestError) -> ControlError:
+    """Which field of the control a value model cannot serve: the message's first word names it."""
+    fault = str(error.cause)
+    field = fault.split()[0]
+    if request.control is None or field not in type(request.control).model_fields:
+        return ControlError("(whole)", request.control, fault)
+    return ControlError(field, getattr(request.control, field), fault)

@@ -102,6 +102,7 @@ def _write_folder(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     try:
@@ -110,7 +111,8 @@ def _write_folder(source: Path, folder: Path) -> None:
     except (ValueError, OSError, KeyError, IndexError) as error:
         raise CheckpointError(f"{source} cannot be read as a GGUF model: {error}") from error
     finally:
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -141,13 +143,5 @@ def _lock(target: Path) -> Iterator[None]:
 
 
 def bundled_value_model() -> Path:
-    """The value model for the default generator: the package's own, else the demo's."""
-    shipped = Path(__file__).parent / "checkpoints" / "smollm2"
-    candidates = [shipped, Path("runs/demo/model")]
-    for folder in candidates:
-        if (folder / "lenvm.json").exists():
-            return folder
-    raise InputError(
-        "no value model is named and none is here; run `make demo` (or `lenvm train`) first, or "
-        "name one with --lenvm FOLDER"
-    )
+    """The value model of the default generator that the package brings (a LoRA adapter)."""
+    return Path(__file__).parent / "checkpoints" / "smollm2"

@@ -169,7 +169,7 @@ class CudaRunner:
         kernels.keep_candidates(
             self._stash,
             self.cache.data,
-            token_ids,
+            token_ids.contiguous(),
             places[0],
             places[1],
             self._tokens,

@@ -15,18 +15,23 @@ def predict_lengths(
     model: LengthValueModel,
     prompts: Sequence[Sequence[int]],
     *,
+    images: Sequence[Sequence[str]] | None = None,
     budget: int | None = None,
     batch_tokens: int = 4096,
 ) -> list[dict[str, float]]:
     """Length of each prompt's answer before a token of it is written.
 
-    prompts: token ids, chat template applied. Returns for each: `value` (V at the prompt boundary)
-    and `length` (tokens); a distribution head adds `mean`, `p10`, `p50`, `p90` and, for a `budget`,
-    `p_within_budget` = P(length <= budget).
+    prompts: token ids, chat template applied; images: the image files of each. Returns for each:
+    `value` (V at the prompt boundary) and `length` (tokens); a distribution head adds `mean`,
+    `p10`, `p50`, `p90` and, for a `budget`, `p_within_budget` = P(length <= budget).
     """
     import torch
 
-    last = [raw[-1] for raw in model.read(prompts, batch_tokens=batch_tokens)]
+    if model.images is not None and images is not None:
+        pairs = zip(prompts, images, strict=True)
+        prompts = [model.images.expand(ids, files) for ids, files in pairs]
+    found = model.read(prompts, images=images, batch_tokens=batch_tokens)
+    last = [raw[-1] for raw in found]
     return belief_numbers(model, torch.stack(last), budget=budget) if last else []
 
 
@@ -55,14 +60,19 @@ def trace_values(
     prompt_token_ids: Sequence[int],
     completion_token_ids: Sequence[int],
     *,
+    images: Sequence[str] = (),
     complete: bool = True,
 ) -> list[dict[str, Any]]:
     """Beliefs at every state of a completion: one dict per state s_0 .. s_L.
 
     Each holds `step` t, the `belief_numbers`, and `remaining_true` = L - t (None when the
-    completion was cut off). The terminal state of a complete one has value 0 exactly.
+    completion was cut off). The terminal state of a complete one has value 0 exactly. images: the
+    prompt's image files, for a VLM.
     """
-    (raw,) = model.read([[*prompt_token_ids, *completion_token_ids]])
+    if model.images is not None:
+        prompt_token_ids = model.images.expand(prompt_token_ids, images)
+    sequence = [*prompt_token_ids, *completion_token_ids]
+    (raw,) = model.read([sequence], images=[images])
     rows: list[dict[str, Any]] = list(belief_numbers(model, raw[len(prompt_token_ids) - 1 :]))
     length = len(completion_token_ids)
     if complete:

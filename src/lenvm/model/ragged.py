@@ -261,24 +261,24 @@ class RaggedDecoder:
             )
         kept, others = list(range(len(request_ids))), dict[str, Sequence[int]]()
         if not (peeked and tokens.device.type != "cpu"):
-            pairs = list(zip(request_ids, tokens.tolist(), strict=True))
-            kept = [i for i, (r, token) in enumerate(pairs) if self._peeked.holds(r, token)]
-            others = {r: (token,) for i, (r, token) in enumerate(pairs) if i not in set(kept)}
+            kept = []
+            for i, (request_id, token) in enumerate(zip(request_ids, tokens.tolist(), strict=True)):
+                if self._peeked.holds(request_id, token):
+                    kept.append(i)
+                else:
+                    others[request_id] = (token,)
         elif missing := [r for r in request_ids if r not in self._peeked.rows]:
             raise InputError(f"request {missing[0]!r} has no peeked candidates to commit")
         for request_id, token_ids in others.items():
             self._check_tokens(request_id, token_ids)
         self._check_growth(dict.fromkeys(request_ids, 1))
         if kept:
-            kept_ids = [request_ids[i] for i in kept]
             chosen = tokens if len(kept) == len(tokens) else tokens[kept]
-            self._runner.keep(kept_ids, [self._peeked.rows[r] for r in kept_ids], chosen)
-            for request_id in kept_ids:
-                self._cache.advance(request_id, 1)
-                del self._peeked.rows[request_id]
+            self._keep([request_ids[i] for i in kept], chosen)
         if others:
             self._append(others)
 
+    @torch.inference_mode()
     def step(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> Tensor:
         """One token for each request, `peek` and `commit` in one: output after it, [R, E].
 
@@ -286,7 +286,7 @@ class RaggedDecoder:
         """
         tokens = torch.as_tensor(token_ids_R, dtype=torch.long)
         out = self.peek(request_ids, tokens.unsqueeze(-1), num_candidates=len(request_ids))
-        self.commit(request_ids, tokens, peeked=True)
+        self._keep(request_ids, tokens)
         return out[:, 0]
 
     def remove(self, request_ids: Sequence[str]) -> None:
@@ -297,6 +297,13 @@ class RaggedDecoder:
             self._peeked.rows.pop(request_id, None)
 
     # -- inside -----------------------------------------------------------------------------------
+
+    def _keep(self, request_ids: Sequence[str], tokens_R: Tensor) -> None:
+        """Tokens of the last peek become part of their requests."""
+        self._runner.keep(request_ids, [self._peeked.rows[r] for r in request_ids], tokens_R)
+        for request_id in request_ids:
+            self._cache.advance(request_id, 1)
+            del self._peeked.rows[request_id]
 
     def _append(self, requests: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Forward new tokens of known requests in packed chunks; output after each last token."""

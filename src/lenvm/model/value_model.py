@@ -9,7 +9,7 @@ Shape legend: B sequences, T positions, H hidden size, D head outputs.
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,6 +29,7 @@ from lenvm.model.tokenization import (
     hash_tokenizer,
     load_tokenizer,
 )
+from lenvm.model.vision import ImageReader, embed_images
 
 FORMAT_VERSION = 1
 HEAD_FILE, CONFIG_FILE = "value_head.safetensors", "lenvm.json"
@@ -67,6 +68,8 @@ class LengthValueModel(nn.Module):
         bins = LengthBins(config.num_single_bins, config.bin_growth)
         self.head = build_head(config.head, hidden_size(backbone), bins)
         self.tokenizer: Any = None
+        self.images: ImageReader | None = None
+        """Reads the images of prompts; None for a backbone of text alone."""
 
     @classmethod
     def build(
@@ -87,6 +90,7 @@ class LengthValueModel(nn.Module):
         path = resolve_model(backbone)
         model = cls(_load_backbone(path, dtype), config)
         model.tokenizer = load_tokenizer(path)
+        model.images = ImageReader.load(path, model.backbone.config)
         config.generator = config.generator or backbone
         config.tokenizer_hash = config.tokenizer_hash or hash_tokenizer(model.tokenizer)
         config.eos_token_ids = config.eos_token_ids or find_eos_token_ids(path, model.tokenizer)
@@ -97,9 +101,20 @@ class LengthValueModel(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        image_inputs: Mapping[str, Tensor] | None = None,
         **backbone_kwargs: Any,
     ) -> Tensor:
-        """Raw head outputs [B, T, D] fp32 of the state after each position. Computes no logits."""
+        """Raw head outputs [B, T, D] fp32 of the state after each position. Computes no logits.
+
+        image_inputs and position_ids [3, B, T]: what `ImageReader.arrange` gives for the sequences.
+        """
+        if image_inputs is not None:
+            if input_ids is None or position_ids is None:
+                raise InputError("image_inputs need input_ids and position_ids [3, B, T]")
+            backbone_kwargs["inputs_embeds"] = embed_images(
+                self.backbone, input_ids, **image_inputs
+            )
+            input_ids = None
         hidden = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -114,12 +129,21 @@ class LengthValueModel(nn.Module):
         return self.head.belief(raw, self.config.gamma)
 
     @torch.inference_mode()
-    def read(self, sequences: Sequence[Sequence[int]], *, batch_tokens: int = 4096) -> list[Tensor]:
+    def read(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        images: Sequence[Sequence[str]] | None = None,
+        batch_tokens: int = 4096,
+    ) -> list[Tensor]:
         """Raw outputs [len, D] of each token sequence, in order, on the CPU.
 
-        Sequences are batched by length up to `batch_tokens` padded positions. Raises InputError for
-        an empty sequence or a token id outside the vocabulary.
+        images: the image files of each sequence, whose placeholders must all be there
+        (`ImageReader.expand`). Sequences are batched by length up to `batch_tokens` padded
+        positions. Raises InputError for an empty sequence, a token id outside the vocabulary, or
+        images that do not fit.
         """
+        files = _check_images(self.images, sequences, images)
         vocabulary = self.backbone.get_input_embeddings().num_embeddings
         for index, ids in enumerate(sequences):
             if not len(ids) or min(ids) < 0 or max(ids) >= vocabulary:
@@ -127,20 +151,35 @@ class LengthValueModel(nn.Module):
                     f"sequence {index} must hold token ids from 0 to {vocabulary - 1}; "
                     + (f"got {min(ids)} .. {max(ids)}" if len(ids) else "it is empty")
                 )
-        device = next(self.head.parameters()).device
         results: list[Tensor] = [torch.empty(0)] * len(sequences)
         for batch in _batch_by_length([len(ids) for ids in sequences], batch_tokens):
-            width = max(len(sequences[i]) for i in batch)
-            input_ids = torch.zeros(len(batch), width, dtype=torch.long)
-            mask = torch.zeros(len(batch), width, dtype=torch.long)
-            for row, i in enumerate(batch):
-                input_ids[row, : len(sequences[i])] = torch.as_tensor(sequences[i])
-                mask[row, : len(sequences[i])] = 1
-            same = bool(mask.all())
-            raw = self(input_ids.to(device), None if same else mask.to(device)).cpu()
+            raw = self._read_batch([sequences[i] for i in batch], [files[i] for i in batch])
             for row, i in enumerate(batch):
                 results[i] = raw[row, : len(sequences[i])].clone()
         return results
+
+    def _read_batch(self, sequences: list[Sequence[int]], files: list[Sequence[str]]) -> Tensor:
+        """Raw outputs [B, T, D] of sequences, padded at their ends, on the CPU."""
+        device = next(self.head.parameters()).device
+        width = max(len(ids) for ids in sequences)
+        input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
+        mask = torch.zeros(len(sequences), width, dtype=torch.long)
+        for row, ids in enumerate(sequences):
+            input_ids[row, : len(ids)] = torch.as_tensor(ids)
+            mask[row, : len(ids)] = 1
+        inputs: dict[str, Any] = {"input_ids": input_ids.to(device)}
+        if not bool(mask.all()):
+            inputs["attention_mask"] = mask.to(device)
+        if self.images is not None and any(files):
+            positions, image_inputs = self.images.arrange(sequences, files)
+            position_ids = torch.zeros(3, len(sequences), width, dtype=torch.long)
+            for row, own in enumerate(positions):
+                position_ids[:, row, : own.shape[1]] = own
+            assert image_inputs is not None
+            inputs["position_ids"] = position_ids.to(device)
+            inputs["image_inputs"] = {k: v.to(device) for k, v in image_inputs.items()}
+        raw: Tensor = self(**inputs)
+        return raw.cpu()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the checkpoint; an older one at `folder` is replaced in one step."""
@@ -154,6 +193,8 @@ class LengthValueModel(nn.Module):
             write_json(partial / CONFIG_FILE, self.config.model_dump())
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)
+            if self.images is not None:
+                self.images.processor.save_pretrained(partial)
             partial.chmod(0o755)
             if folder.exists():
                 old = folder.with_name(f".{folder.name}.old")
@@ -192,14 +233,20 @@ class LengthValueModel(nn.Module):
                 "`lenvm train`, or name the folder that `lenvm train` wrote"
             )
         config = _load_config(folder, gamma)
+        base = str(folder)
         if (folder / "adapter_config.json").exists():
-            backbone = _load_adapter(folder, config, base_model, dtype, merge_adapter)
+            base = _find_base(folder, config, base_model)
+            backbone = _load_adapter(folder, base, dtype, merge_adapter)
         else:
-            backbone = _load_backbone(str(folder), dtype)
+            backbone = _load_backbone(base, dtype)
         model = cls(backbone, config)
         model._load_head(folder / HEAD_FILE)
-        if (folder / "tokenizer_config.json").exists():
-            model.tokenizer = load_tokenizer(str(folder))
+        for place in (folder, Path(base)):  # an adapter may leave the tokenizer to its base
+            if (place / "tokenizer_config.json").exists():
+                model.tokenizer = load_tokenizer(str(place))
+                break
+        own = (folder / "preprocessor_config.json").exists()
+        model.images = ImageReader.load(str(folder) if own else base, model.backbone.config)
         return model.to(device).eval()
 
     def _load_head(self, path: Path) -> None:
@@ -275,18 +322,43 @@ def _load_backbone(path: str, dtype: torch.dtype | str) -> nn.Module:
     return model
 
 
-def _load_adapter(
-    folder: Path, config: LenVMConfig, base_model: str | None, dtype: torch.dtype | str, merge: bool
-) -> nn.Module:
-    from peft import PeftModel
-
+def _find_base(folder: Path, config: LenVMConfig, base_model: str | None) -> str:
+    """Path or hub id of the model that the adapter goes on."""
     base = base_model or config.base_model
     if base is None:
         base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
-    backbone = _load_backbone(resolve_model(base), dtype)
+    return resolve_model(base)
+
+
+def _load_adapter(folder: Path, base: str, dtype: torch.dtype | str, merge: bool) -> nn.Module:
+    from peft import PeftModel
+
+    backbone = _load_backbone(base, dtype)
     adapted: Any = PeftModel.from_pretrained(backbone, str(folder), is_trainable=not merge)
     merged: nn.Module = adapted.merge_and_unload() if merge else adapted
     return merged
+
+
+def _check_images(
+    reader: ImageReader | None,
+    sequences: Sequence[Sequence[int]],
+    images: Sequence[Sequence[str]] | None,
+) -> list[Sequence[str]]:
+    """The image files of each sequence; InputError where images would be lost without a word."""
+    files = [()] * len(sequences) if images is None else list(images)
+    if len(files) != len(sequences):
+        raise InputError(f"{len(sequences)} sequences, but images of {len(files)}")
+    if reader is None:
+        if any(files):
+            raise InputError(
+                "these prompts have images, but the value model reads text alone; train one on a "
+                "backbone such as Qwen2.5-VL"
+            )
+        return list(files)
+    for index, (ids, names) in enumerate(zip(sequences, files, strict=True)):
+        if not names and reader.token_id in ids:
+            raise InputError(f"sequence {index} has image placeholders, but its images are missing")
+    return list(files)
 
 
 def _batch_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:

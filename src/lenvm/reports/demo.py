@@ -1,189 +1,198 @@
-"""The demo's page: how well is length predicted, how well controlled at what cost, what is seen."""
+"""The demo's page: how well is length predicted, how well controlled at what cost, what is seen.
+
+Reads `summary.json` and `traces.jsonl` of a demo folder, and, where they are there, the training's
+metrics beside the model. Nothing is computed that the files do not say.
+"""
 
 import itertools
+import math
 from pathlib import Path
-from typing import Any
 
-from lenvm.files import read_json, read_jsonl, write_text
-from lenvm.reports.page import Chart, bars, build_page, card, embed_json, escape, figure, table
+from lenvm.errors import DataError
+from lenvm.files import read_json, write_text
+from lenvm.reports.demo_sections import (
+    Numbers,
+    control_details,
+    prediction_details,
+    run_details,
+)
+from lenvm.reports.page import Html, build_page, headline, join, note, panel, split, verdict
+from lenvm.reports.prediction import scatter
+from lenvm.reports.results import DEMO_SCHEMA
+from lenvm.reports.tables import Bar, bars, format_number, format_percent, format_signed
+from lenvm.reports.token_view import token_view
+from lenvm.reports.traces import TokenTrace, read_traces
+
+REQUIRED = ("sampling", "training", "prediction", "equal_to", "tilt")
+WANTED_GAIN = 20.0
+"""Points of length score that control should gain."""
 
 
 def build_demo_report(folder: Path) -> Path:
-    """Write `report.html` from `summary.json` and `traces.jsonl` of a demo folder."""
-    summary = read_json(folder / "summary.json")
-    traces = [row for _, row in read_jsonl(folder / "traces.jsonl")]
-    lead = (
-        f"{summary['generator']}: {summary['sampling']['num_trajectories']} completions of "
-        f"{summary['sampling']['num_prompts']} prompts sampled, a value model trained on them, and "
-        f"measured on held-out prompts, in {summary['seconds'] / 60:.1f} minutes on this machine."
-    )
-    body = "".join(
-        (
-            _cards(summary),
-            _shortfalls(summary),
-            _tokens(traces),
-            _prediction(summary["prediction"]),
-            _control(summary),
-            _numbers(summary),
-        )
-    )
+    """Write `report.html` from `summary.json` and `traces.jsonl` of a demo folder.
+
+    Raises DataError for a file that is missing or of another form.
+    """
     path = folder / "report.html"
-    write_text(path, build_page("What a language model knows of its own length", lead, body))
+    write_text(path, build_demo_page(folder))
     return path
 
 
-def shortfalls(summary: dict[str, Any]) -> list[str]:
+def build_demo_page(folder: Path) -> str:
+    """The page of a demo folder, as HTML."""
+    summary = load_demo_summary(folder)
+    s, minutes = summary["sampling"], summary.get("seconds")
+    lead = (
+        f"{summary.get('generator', 'A model')} wrote {format_number(s['num_trajectories'])} "
+        f"answers to {format_number(s['num_prompts'])} prompts. A value model learned from them "
+        "how much is still to come, and was measured on prompts that it had not seen"
+        + (f"; all in {minutes / 60:.1f} minutes on this machine." if minutes else ".")
+    )
+    title = "What a language model knows of its own length"
+    return build_page(title, lead, build_body(folder), kind="demo report")
+
+
+def build_body(folder: Path) -> Html:
+    """The demo's answers and details, for its own page or as a part of another."""
+    summary = load_demo_summary(folder)
+    traces = read_traces(folder / "traces.jsonl")
+    answers = join(_predicted(summary), _controlled(summary), _seen(traces, folder))
+    return join(
+        Html(f'<div class="answers">{answers}</div>'),
+        prediction_details(summary["prediction"]),
+        control_details(folder, summary),
+        run_details(folder, summary),
+    )
+
+
+def load_demo_summary(folder: Path) -> Numbers:
+    """`summary.json` of a demo. DataError where it is something else or lacks a part."""
+    path = folder / "summary.json"
+    summary = read_json(path)
+    found = summary.get("schema") if isinstance(summary, dict) else None
+    if found != DEMO_SCHEMA:
+        raise DataError(f"{path} has schema {found!r}; a demo's is {DEMO_SCHEMA!r}")
+    missing = [name for name in REQUIRED if name not in summary]
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}; run `lenvm demo` again")
+    return dict(summary)
+
+
+def shortfalls(summary: Numbers) -> list[str]:
     """What the run did not reach of what a user may expect, in words."""
-    found = []
-    prediction, equal = summary["prediction"], summary["equal_to"]
-    if prediction["mre"] >= prediction["mre_constant"]:
-        found.append(
-            f"The prediction (error {prediction['mre']:.0%}) is no better than a constant "
-            f"({prediction['mre_constant']:.0%})."
-        )
+    return [
+        text
+        for reached, text in (*_prediction_goal(summary), *_control_goals(summary))
+        if not reached
+    ]
+
+
+def _prediction_goal(summary: Numbers) -> list[tuple[bool, str]]:
+    p = summary["prediction"]
+    if p["mre"] < p["mre_constant"]:
+        share = format_percent(1 - p["mre"] / p["mre_constant"])
+        return [(True, f"The prediction's error is {share} smaller than a constant guess's.")]
+    text = (
+        f"The prediction (error {format_percent(p['mre'])}) is no better than a constant guess "
+        f"({format_percent(p['mre_constant'])})."
+    )
+    return [(False, text)]
+
+
+def _control_goals(summary: Numbers) -> list[tuple[bool, str]]:
+    equal = summary["equal_to"]
     gain = equal["guided"]["length_score"] - equal["unguided"]["length_score"]
-    if gain < 20:
-        found.append(f"Control gains {gain:.0f} points of length score, fewer than 20.")
-    lengths = [row["mean_length"] for row in summary["tilt"]]
-    if any(a <= b for a, b in itertools.pairwise(lengths)):
-        found.append("The mean length does not fall at every step of the tilt.")
-    return found
+    enough = gain >= WANTED_GAIN
+    wanted = f"the goal is {WANTED_GAIN:.0f}" if enough else f"fewer than {WANTED_GAIN:.0f}"
+    verb = "gains" if gain >= 0 else "loses"
+    score = (enough, f"Control {verb} {abs(gain):.0f} points of length score; {wanted}.")
+    rows = sorted(summary["tilt"], key=lambda row: row["scale"])
+    lengths = [row["mean_length"] for row in rows]
+    falls = all(a > b for a, b in itertools.pairwise(lengths))
+    course = " → ".join(format_number(round(n)) for n in lengths)
+    words = "falls with the tilt" if falls else "does not fall at every step of the tilt"
+    return [score, (falls, f"The mean length {words}: {course} tokens.")]
 
 
-def _cards(s: dict[str, Any]) -> str:
-    p, e = s["prediction"], s["equal_to"]
-    return (
-        '<div class="cards">'
-        + card(
-            "How well is length predicted?",
-            f"{p['mre']:.0%} error",
-            f"before a token is written, on {p['num_prompts']} held-out prompts; "
-            f"a constant guess has {p['mre_constant']:.0%}",
-        )
-        + card(
-            "How well is it controlled?",
-            f"{e['guided']['length_score']:.0f} of 100",
-            f"length score at {' and '.join(map(str, e['targets']))} tokens; "
-            f"{e['unguided']['length_score']:.0f} without control",
-        )
-        + card(
-            "At what cost in text quality?",
-            f"{e['guided']['log_prob'] - e['unguided']['log_prob']:+.2f} nats",
-            "per token under the generator, guided minus unguided; the guided arm draws among few "
-            "likely candidates, which alone raises it",
-        )
-        + "</div>"
-    )
+# -- the first screen ----------------------------------------------------------------------------
 
 
-def _shortfalls(s: dict[str, Any]) -> str:
-    return "".join(f'<p class="note">Not reached: {escape(line)}</p>' for line in shortfalls(s))
-
-
-def _tokens(traces: list[dict[str, Any]]) -> str:
-    parts = ["<h2>What does the model see?</h2>"]
-    parts.append(
-        '<p class="lead">A held-out answer, token by token. Point at a token, or reach it with '
-        "Tab: the line in the curve follows.</p>"
-    )
-    for trace in traces:
-        gains = _length_gains(trace)
-        states = [{**s, "gain": g} for s, g in zip(trace["states"], gains, strict=True)]
-        data = {"tokens": trace["tokens"], "states": states}
-        parts.append(
-            f'<section data-trace><p class="note">{escape(trace["domain"])}: '
-            f"{escape(trace['prompt'])}</p>{_curve(trace)}"
-            '<div class="legend"><button type="button" data-mode="length" aria-pressed="true">'
-            "Predicted remaining</button>"
-            '<button type="button" data-mode="gain" aria-pressed="false">Longer or shorter</button>'
-            "<span>darker blue: more to come; second view: orange makes the answer longer, blue "
-            f'shorter</span></div><div class="tokens"></div>{embed_json(data)}</section>'
-        )
-    return "".join(parts)
-
-
-def _length_gains(trace: dict[str, Any]) -> list[float]:
-    """-TD residual credited to each token, 0 for the prompt's state."""
-    values, gamma = [s["value"] for s in trace["states"]], trace["gamma"]
-    pairs = itertools.pairwise(values)
-    return [0.0, *(-(-(1 - gamma) + gamma * after - before) for before, after in pairs)]
-
-
-def _curve(trace: dict[str, Any]) -> str:
-    states = trace["states"]
-    most = max(max(s["length"], s["remaining_true"] or 0) for s in states) * 1.25
-    chart = Chart(states[-1]["step"], most, "tokens written", "tokens to come", height=260)
-    if "p10" in states[0]:
-        chart.band([(s["step"], s["p10"], s["p90"]) for s in states])
-    chart.line([(s["step"], s["length"]) for s in states], "main")
-    if states[0]["remaining_true"] is not None:
-        chart.line([(s["step"], s["remaining_true"]) for s in states], "other")
-    chart.mark()
-    return figure(
-        chart.svg("predicted and true remaining tokens"),
-        "Solid: predicted tokens to come, with its 80% interval. Dashed: the truth.",
-    )
-
-
-def _prediction(p: dict[str, Any]) -> str:
-    most = max(max(q["true_mean"], q["predicted"]) for q in p["points"]) * 1.05
-    chart = Chart(most, most, "true length (tokens)", "predicted length (tokens)", height=420)
-    chart.line([(0, 0), (most, most)], "other")
-    for q in p["points"]:
-        numbers = f"predicted {q['predicted']:.0f}, true {q['true_mean']:.0f}"
-        title = f"{q['domain']}: {numbers}\n{q['prompt']}"
-        chart.dot(q["true_mean"], q["predicted"], title)
+def _predicted(summary: Numbers) -> Html:
+    p = summary["prediction"]
+    worst = 1.05 * max(p["mre"], p["mre_constant"])
     rows = [
-        [name, d["num_prompts"], f"{d['mre']:.0%}", f"{d['median']:.0%}"]
-        for name, d in p["per_domain"].items()
+        Bar("LenVM", p["mre"], format_percent(p["mre"])),
+        Bar("constant", p["mre_constant"], format_percent(p["mre_constant"]), "base"),
     ]
-    return (
-        "<h2>How well is length predicted?</h2>"
-        + figure(chart.svg("predicted against true length"), "One dot a held-out prompt.")
-        + table(["domain", "prompts", "mean error", "median error"], rows)
+    number = headline(
+        f"{format_percent(p['mre'])} error",
+        f"on average, before a token is written; {p['num_prompts']} held-out prompts",
     )
+    goals = join(*(verdict(*goal) for goal in _prediction_goal(summary)))
+    answer = join(number, bars("Relative error, less is better", rows, worst), goals)
+    drawn = scatter(p.get("points", []), height=210)
+    return panel("How well is length predicted?", split(answer, drawn), number=1)
 
 
-def _control(s: dict[str, Any]) -> str:
-    e = s["equal_to"]
-    rows = [
-        ("without control", e["unguided"]["length_score"], "grey"),
-        ("with control", e["guided"]["length_score"], "main"),
-    ]
-    tilts = [[f"{t['scale']:g}", t["mean_length"]] for t in s["tilt"]]
-    promises = [
-        [name, f"{s[key]['kept']:.0%}", s[key]["mean_length"], s[key]["log_prob"]]
-        for name, key in (("at most 50", "at_most"), ("at least 150", "at_least"))
-    ]
-    samples = [
-        [q["control"], q["prompt"], q["text"], q["num_tokens"], q["log_prob"]]
-        for q in s.get("samples", [])
-    ]
-    return (
-        "<h2>How well is it controlled, at what cost?</h2>"
-        + figure(bars(rows, 100, ""), "Length score, 100 is exact.")
-        + table(
-            ["arm", "length score", "mean deviation", "log-probability per token"],
-            [
-                [arm, e[arm]["length_score"], f"{e[arm]['deviation']:.0%}", e[arm]["log_prob"]]
-                for arm in ("unguided", "guided")
-            ],
+def _controlled(summary: Numbers) -> Html:
+    e = summary["equal_to"]
+    number = headline(
+        f"{e['guided']['length_score']:.0f} of 100",
+        f"length score for exactly {' or '.join(map(str, e['targets']))} tokens; "
+        f"{e['unguided']['length_score']:.0f} without control",
+    )
+    goals = join(*(verdict(*goal) for goal in _control_goals(summary)))
+    arms = (("with control", e["guided"], "main"), ("without", e["unguided"], "base"))
+    drawn = bars(
+        "Length score, 100 is exact",
+        [Bar(n, a["length_score"], f"{a['length_score']:.0f}", k) for n, a, k in arms],
+        100,
+    )
+    if all(arm.get("log_prob") is not None for _, arm, _ in arms):
+        drawn += bars(
+            "Cost in text: how likely the model finds its tokens",
+            [Bar(n, math.exp(a["log_prob"]), _likely(a["log_prob"]), k) for n, a, k in arms],
+            1,
         )
-        + '<p class="note">Log-probability per token under the unguided generator: how natural the '
-        "text is to it. The guided arm draws among few likely candidates, the unguided one from "
-        "all tokens, so the two are not strictly comparable.</p>"
-        + table(["tilt (more = shorter)", "mean length"], tilts)
-        + table(["promise", "kept", "mean length", "log-probability"], promises)
-        + "<details><summary>Answers</summary>"
-        + table(["control", "prompt", "answer", "tokens", "log-probability"], samples)
-        + "</details>"
+    rates = [(n, a["tokens_per_s"], k) for n, a, k in arms if a.get("tokens_per_s")]
+    if rates:
+        drawn += bars(
+            "Cost in speed: tokens per second",
+            [Bar(n, rate, format_number(rate), k) for n, rate, k in rates],
+            1.05 * max(rate for _, rate, _ in rates),
+        )
+    drawn += _tilt(summary["tilt"])
+    answer = split(number + goals, drawn)
+    return panel("How well is it controlled, at what cost?", answer, number=2)
+
+
+def _likely(log_prob: float) -> str:
+    """Geometric mean of the token probabilities, from the mean log-probability."""
+    return format_percent(math.exp(log_prob))
+
+
+def _tilt(rows: list[Numbers]) -> Html:
+    ordered = sorted(rows, key=lambda row: row["scale"])
+    longest = 1.05 * max(row["mean_length"] for row in ordered)
+    return bars(
+        "Mean length by tilt",
+        [
+            Bar(
+                f"tilt {format_signed(r['scale'], 0)}" if r["scale"] else "no tilt",
+                r["mean_length"],
+                format_number(round(r["mean_length"])),
+                "main" if r["scale"] else "base",
+            )
+            for r in ordered
+        ],
+        longest,
     )
 
 
-def _numbers(s: dict[str, Any]) -> str:
-    rows = [
-        [f"{group}: {name}", value]
-        for group in ("sampling", "training")
-        for name, value in s[group].items()
-    ]
-    return "<h2>The run</h2>" + table(["figure", "value"], rows)
+def _seen(traces: list[TokenTrace], folder: Path) -> Html:
+    words = note(
+        "An answer to a held-out prompt, token by token. Point at a token or at the curve, or use "
+        "the arrow keys."
+    )
+    view = token_view(traces, folder=folder)
+    return panel("What does the model see?", words + view, number=3, wide=True)

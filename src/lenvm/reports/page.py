@@ -1,152 +1,134 @@
-"""One HTML file that opens without a network: skeleton, escaping, tables, and SVG charts."""
+"""One HTML file that opens without a network: skeleton, escaping, and the blocks of a page.
+
+Everything that comes from a file passes through `escape` or `embed_json`. HTML that is already safe
+is marked `Html`, so that nothing is escaped twice and nothing by accident not at all.
+"""
 
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+CONTROL_PICTURES = {c: chr(0x2400 + c) for c in range(0x20) if chr(c) not in "\n\t"} | {0x7F: "␡"}
+
+
+class Html(str):
+    """Text that is HTML already. What is added to it is escaped unless it is HTML too."""
+
+    __slots__ = ()
+
+    def __add__(self, other: str) -> "Html":
+        return Html(super().__add__(escape(other)))
+
 
 def escape(text: object) -> str:
-    """Text for HTML, quotes included."""
-    return html.escape(str(text), quote=True)
+    """Text for HTML, quotes included; control characters as pictures, lone surrogates as U+FFFD.
+
+    `Html` passes unchanged.
+    """
+    if isinstance(text, Html):
+        return text
+    clean = str(text).encode("utf-8", "replace").decode().translate(CONTROL_PICTURES)
+    return html.escape(clean, quote=True)
 
 
-def embed_json(value: Any) -> str:
-    """JSON for a script element: no string in it can end the element."""
-    text = json.dumps(value, ensure_ascii=False)
+def join(*parts: Html) -> Html:
+    """HTML one after the other."""
+    return Html("".join(parts))
+
+
+def embed_json(value: Any) -> Html:
+    """JSON in a script element: no string in it can end the element or open a comment."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = text.encode("utf-8", "replace").decode()
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return f'<script type="application/json">{text}</script>'
+    return Html(f'<script type="application/json">{text}</script>')
 
 
-def build_page(title: str, lead: str, body: str) -> str:
-    """A whole page; `body` is HTML, title and lead are text."""
-    assets = files("lenvm.reports") / "assets"
-    css, js = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+def build_page(title: str, lead: str, body: Html, *, kind: str = "report") -> str:
+    """A whole page. `title`, `lead` and `kind` (the small line over the title) are text."""
+    from lenvm import __version__
+
+    css, head_js, js = (_asset(name) for name in ("page.css", "theme.js", "page.js"))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{css}</style></head><body><main>"
-        f"<header><h1>{escape(title)}</h1>"
-        '<button id="theme" type="button">Light / dark</button></header>'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(title)}</title><style>{css}</style><script>{head_js}</script></head>"
+        '<body><a class="skip" href="#content">Skip to the content</a><main id="content">'
+        f'<header class="top"><div><p class="kind">lenvm {escape(__version__)} · {escape(kind)}</p>'
+        f"<h1>{escape(title)}</h1></div>"
+        '<button id="theme" type="button" hidden>Dark</button></header>'
         f'<p class="lead">{escape(lead)}</p>{body}</main>'
-        f'<div id="tip" role="status"></div><script>{js}</script></body></html>\n'
+        f'<div id="tip" aria-hidden="true"></div><script>{js}</script></body></html>\n'
     )
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; cells are escaped; a cell of text (str) after the first is left-aligned."""
-    head = "".join(f"<th>{escape(c)}</th>" for c in columns)
-    lines = []
-    for row in rows:
-        cells = (
-            f'<td class="text">{escape(c)}</td>' if isinstance(c, str) else f"<td>{_number(c)}</td>"
-            for c in row
-        )
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+def _asset(name: str) -> str:
+    return (files("lenvm.reports") / "assets" / name).read_text(encoding="utf-8")
+
+
+def panel(question: str, content: Html, *, number: int | None = None, wide: bool = False) -> Html:
+    """A box that answers one question."""
+    count = f'<span class="count">{number}</span>' if number else ""
+    kind = "panel wide" if wide else "panel"
+    return Html(f'<section class="{kind}"><h2>{count}{escape(question)}</h2>{content}</section>')
+
+
+def headline(number: str, note: object) -> Html:
+    """The number that answers the question, and what it is."""
+    return Html(
+        f'<p class="headline"><strong>{escape(number)}</strong> <span>{escape(note)}</span></p>'
     )
 
 
-def card(question: str, big: str, note: str) -> str:
-    """A number that answers a question."""
-    return (
-        f'<div class="card"><h3>{escape(question)}</h3><div class="big">{escape(big)}</div>'
-        f"<p>{escape(note)}</p></div>"
+def verdict(reached: bool, text: str) -> Html:
+    """Whether a goal was reached, in words as well as in colour."""
+    word, kind = ("Reached", "yes") if reached else ("Not reached", "no")
+    return Html(f'<p class="verdict {kind}"><b>{word}.</b> {escape(text)}</p>')
+
+
+def section(title: str, content: Html, *, anchor: str = "", note: object = "") -> Html:
+    """A part of the page below the first screen."""
+    name = f' id="{escape(anchor)}"' if anchor else ""
+    lead = f'<p class="note">{escape(note)}</p>' if note else ""
+    return Html(f"<section{name}><h2>{escape(title)}</h2>{lead}{content}</section>")
+
+
+def figure(drawing: Html, caption: object, *, title: str = "") -> Html:
+    """A drawing with its title above and its caption below."""
+    head = f'<p class="figure-title">{escape(title)}</p>' if title else ""
+    foot = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return Html(f"<figure>{head}{drawing}{foot}</figure>")
+
+
+def columns(*parts: Html) -> Html:
+    """Parts side by side where there is room, else below each other."""
+    inside = "".join(f"<div>{part}</div>" for part in parts)
+    return Html(f'<div class="columns">{inside}</div>')
+
+
+def split(left: Html, right: Html) -> Html:
+    """Two parts of a panel."""
+    return Html(f'<div class="split"><div>{left}</div><div>{right}</div></div>')
+
+
+def details(summary: str, content: Html, *, is_open: bool = False) -> Html:
+    """A part that is folded away at first."""
+    state = " open" if is_open else ""
+    return Html(f"<details{state}><summary>{escape(summary)}</summary>{content}</details>")
+
+
+def note(text: object) -> Html:
+    """A paragraph in the small soft type."""
+    return Html(f'<p class="note">{escape(text)}</p>')
+
+
+def legend(entries: Sequence[tuple[str, str]]) -> Html:
+    """Keys of a chart: (css kind, text)."""
+    items = "".join(
+        f'<li><i class="key {escape(kind)}"></i>{escape(text)}</li>' for kind, text in entries
     )
-
-
-def figure(svg: str, caption: str) -> str:
-    """An SVG with its caption."""
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _number(x: object) -> str:
-    if x is None:
-        return "-"
-    if isinstance(x, float):
-        return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
-    return escape(x)
-
-
-class Chart:
-    """Axes of an SVG of `width` x `height`, x and y from 0 or `low` up to the given ends."""
-
-    LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 40
-
-    def __init__(
-        self, x_end: float, y_end: float, x_label: str, y_label: str, *, height: int = 300
-    ) -> None:
-        self.width, self.height = 720, height
-        self.x_end, self.y_end = x_end or 1.0, y_end or 1.0
-        self.parts: list[str] = []
-        for i in range(5):
-            y = self.y_end * i / 4
-            self.parts.append(
-                f'<line class="axis" x1="{self.LEFT}" x2="{self.width - self.RIGHT}" '
-                f'y1="{self.y(y):.1f}" y2="{self.y(y):.1f}"/>'
-                f'<text x="{self.LEFT - 8}" y="{self.y(y) + 4:.1f}" text-anchor="end">'
-                f"{y:.0f}</text>"
-            )
-            x = self.x_end * i / 4
-            self.parts.append(
-                f'<text x="{self.x(x):.1f}" y="{height - 22}" text-anchor="middle">{x:.0f}</text>'
-            )
-        self.parts.append(
-            f'<text x="{self.width / 2}" y="{height - 4}" text-anchor="middle">{escape(x_label)}'
-            f'</text><text transform="translate(12 {height / 2}) rotate(-90)" text-anchor="middle">'
-            f"{escape(y_label)}</text>"
-        )
-
-    def x(self, value: float) -> float:
-        return self.LEFT + value / self.x_end * (self.width - self.LEFT - self.RIGHT)
-
-    def y(self, value: float) -> float:
-        room = self.height - self.TOP - self.BOTTOM
-        return self.TOP + room * (1 - min(value, self.y_end) / self.y_end)
-
-    def line(self, points: Sequence[tuple[float, float]], kind: str) -> None:
-        path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
-        self.parts.append(f'<polyline class="{kind}" points="{path}"/>')
-
-    def band(self, points: Sequence[tuple[float, float, float]]) -> None:
-        forth = [f"{self.x(x):.1f},{self.y(low):.1f}" for x, low, _ in points]
-        back = [f"{self.x(x):.1f},{self.y(high):.1f}" for x, _, high in reversed(points)]
-        self.parts.append(f'<polygon class="band" points="{" ".join(forth + back)}"/>')
-
-    def dot(self, x: float, y: float, title: str) -> None:
-        self.parts.append(
-            f'<circle class="dot" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="5">'
-            f"<title>{escape(title)}</title></circle>"
-        )
-
-    def mark(self) -> None:
-        """The line that follows the token under the pointer."""
-        self.parts.append(
-            f'<line class="mark" data-left="{self.LEFT}" '
-            f'data-width="{self.width - self.LEFT - self.RIGHT}" '
-            f'y1="{self.TOP}" y2="{self.height - self.BOTTOM}"/>'
-        )
-
-    def svg(self, label: str) -> str:
-        return (
-            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" '
-            f'aria-label="{escape(label)}">{"".join(self.parts)}</svg>'
-        )
-
-
-def bars(rows: Sequence[tuple[str, float, str]], end: float, unit: str) -> str:
-    """Horizontal bars: (label, value, kind), kind `main` or `grey`."""
-    height = 34 * len(rows) + 8
-    parts = []
-    for i, (label, value, kind) in enumerate(rows):
-        y, width = 8 + 34 * i, max(0.0, min(1.0, value / end)) * 440
-        parts.append(
-            f'<text x="150" y="{y + 16}" text-anchor="end">{escape(label)}</text>'
-            f'<rect class="bar-{kind}" x="160" y="{y}" width="{width:.1f}" height="22" rx="3"/>'
-            f'<text x="{168 + width:.1f}" y="{y + 16}">{value:.1f}{escape(unit)}</text>'
-        )
-    return f'<svg viewBox="0 0 720 {height}" role="img">{"".join(parts)}</svg>'
+    return Html(f'<ul class="legend">{items}</ul>')

@@ -37,6 +37,9 @@ def packed_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
         return out.transpose(1, 2), None
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):
+        # rotary positions turn q and k into fp32 where the residual stream is fp32
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _flash(query, key, value, scaling, sliding_window, cu_seqlens, max_length), None
     bounds = cu_seqlens.tolist()
@@ -98,9 +101,9 @@ def _flash(
 
 
 def use_packed_attention(backbone: Any) -> None:
-    """Make a backbone attend by `packed_attention`. transformers builds no mask for it."""
+    """Make a backbone attend by `packed_attention`; of a VLM its text part, since images are not
+    causal. transformers builds no mask for it."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
-    for config in (backbone.config, backbone.config.get_text_config()):
-        config._attn_implementation = NAME
+    backbone.config.get_text_config()._attn_implementation = NAME

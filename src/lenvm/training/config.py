@@ -21,6 +21,9 @@ class TrainingConfig(BaseModel):
     """Folder of the checkpoint; `metrics.jsonl` and resumable states stand beside it."""
     backbone: str = "smollm2"
     """Model to start from: `smollm2`, folder, hub id, GGUF file."""
+    init_from: str | None = None
+    """Value model to go on from (folder), instead of `backbone` with a fresh head. Its head and
+    gamma are kept."""
     head: HeadName = "distribution"
     gamma: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = "auto"
     """auto: 1 - gamma^(L99) = 0.99 of the training completions."""
@@ -29,6 +32,8 @@ class TrainingConfig(BaseModel):
     trainable: Literal["full", "lora", "last", "head"] = "full"
     last_layers: Annotated[int, Field(ge=1)] = 6
     """With trainable = "last": how many upper layers train. What lies below is computed once."""
+    train_vision: bool = False
+    """Of a VLM: let the vision tower train too."""
     lora_rank: Annotated[int, Field(ge=1)] = 16
     censoring: Literal["drop", "one_sided"] = "drop"
     """Truncated completions: left out, or used as lower bounds."""
@@ -53,6 +58,11 @@ class TrainingConfig(BaseModel):
 
     @model_validator(mode="after")
     def _last_fits(self) -> Self:
+        if self.init_from is not None:
+            if given := {"backbone", "head", "gamma"} & self.model_fields_set:
+                raise ValueError(f"init_from brings its own {', '.join(sorted(given))}")
+            if self.trainable == "lora":
+                raise ValueError("init_from goes with trainable = 'full', 'last' or 'head'")
         if self.trainable != "last" and "last_layers" in self.model_fields_set:
             raise ValueError("last_layers needs trainable = 'last'")
         return self

@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lenvm import returns
 from lenvm.data.dataset import IGNORED, PackedDataset, TokenStore, pack, plan_batches
-from lenvm.data.trajectory import read_trajectories
+from lenvm.data.images import read_with_images
 from lenvm.errors import DataError, TrainingError
 from lenvm.files import JsonlWriter, claim, read_json, write_json
 from lenvm.model.device import has_fast_bf16, pick_device
@@ -31,6 +31,7 @@ from lenvm.training.attention import use_packed_attention
 from lenvm.training.config import TrainingConfig
 from lenvm.training.metrics import token_errors
 from lenvm.training.objective import sum_loss
+from lenvm.training.vision import freeze_tower, prepare_images
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total)."""
@@ -67,20 +68,19 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
     if result_path.exists():
         return TrainingResult(**read_json(result_path))
     stores = _load_stores(paths, config)
-    gamma = config.gamma
-    if gamma == "auto":
-        gamma = returns.compute_gamma(stores["train"].completion_lengths.tolist())
     device = pick_device()
     torch.manual_seed(config.seed)  # the fresh head
-    model = LengthValueModel.build(
-        config.backbone, LenVMConfig(gamma=gamma, head=config.head), dtype=torch.float32
-    ).to(device)
+    model = _build_model(config, stores["train"]).to(device)
     _check_vocabulary(model, stores)
-    _start_from_marginal(model, stores["train"])
+    add_images = None
+    for store in stores.values():
+        files = prepare_images(model, store.images, store.sequence, trainable=config.trainable)
+        add_images = add_images or files
     use_packed_attention(model.backbone)
     trained = _prepare(model, config)
     datasets: Datasets = {
-        name: PackedDataset(s, config.batch_tokens, seed=config.seed) for name, s in stores.items()
+        name: PackedDataset(s, config.batch_tokens, seed=config.seed, add_images=add_images)
+        for name, s in stores.items()
     }
     if config.trainable == "last":
         trained = _split_upper(model, config.last_layers)
@@ -110,7 +110,7 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
         tokens_per_s=num_tokens * config.epochs / seconds,
         val_loss_first=trainer.val_losses[0],
         val_loss_last=trainer.val_losses[-1],
-        gamma=gamma,
+        gamma=model.config.gamma,
         seconds=seconds,
     )
     write_json(result_path, result.__dict__)
@@ -355,7 +355,7 @@ def _arguments(config: TrainingConfig, steps: int) -> TrainingArguments:
 def _load_stores(paths: list[Path], config: TrainingConfig) -> dict[str, TokenStore]:
     stores = {}
     for split in ("train", "validation"):
-        rows = (t for t in read_trajectories(*paths) if t.split == split)
+        rows = (t for t in read_with_images(*paths) if t.split == split)
         store = TokenStore.build(rows, max_tokens=config.max_tokens, censoring=config.censoring)
         if not len(store):
             raise DataError(
@@ -376,6 +376,23 @@ def _check_vocabulary(model: LengthValueModel, stores: dict[str, TokenStore]) ->
             )
 
 
+def _build_model(config: TrainingConfig, store: TokenStore) -> LengthValueModel:
+    """The value model to train: of `init_from`, else the backbone with a fresh head."""
+    if config.init_from is not None:
+        return LengthValueModel.from_pretrained(config.init_from, dtype=torch.float32)
+    gamma = config.gamma
+    if gamma == "auto":
+        gamma = returns.compute_gamma(store.completion_lengths.tolist())
+    frozen_bf16 = config.trainable == "lora" and torch.cuda.is_available()  # adapters stay fp32
+    model = LengthValueModel.build(
+        config.backbone,
+        LenVMConfig(gamma=gamma, head=config.head),
+        dtype=torch.bfloat16 if frozen_bf16 else torch.float32,
+    )
+    _start_from_marginal(model, store)
+    return model
+
+
 def _start_from_marginal(model: LengthValueModel, store: TokenStore) -> None:
     """Let the fresh head say what is true on average, so that training starts from there."""
     answers = torch.from_numpy(store.completion_lengths)
@@ -391,12 +408,16 @@ def _start_from_marginal(model: LengthValueModel, store: TokenStore) -> None:
 
 
 def _prepare(model: LengthValueModel, config: TrainingConfig) -> LengthValueModel:
-    """Freeze, or wrap with LoRA, as configured."""
+    """Freeze, or wrap with LoRA, as configured. A vision tower stays as it is by default."""
+    excluded = freeze_tower(model.backbone, train_vision=config.train_vision)
     if config.trainable == "lora":
         from peft import LoraConfig, get_peft_model
 
         lora = LoraConfig(
-            r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank,
+            target_modules="all-linear",
+            exclude_modules=excluded,
         )
         model.backbone = get_peft_model(model.backbone, lora)
     elif config.trainable != "full":

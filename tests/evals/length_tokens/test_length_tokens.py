@@ -15,7 +15,7 @@ from lenvm.evals.length_tokens.run import (
     run_length_tokens,
 )
 from lenvm.evals.length_tokens.statistics import build_tables, count_tokens
-from lenvm.evals.length_tokens.tokens import make_visible, merge_key, token_texts
+from lenvm.evals.length_tokens.tokens import make_visible, merge_key, split_text, token_texts
 from lenvm.evals.prediction.predictors import ValueModelPredictor
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
 from lenvm.returns import compute_td_residuals, length_to_value
@@ -32,7 +32,7 @@ class Oracle:
     def __init__(self, plan):
         self.plan, self.count = plan, 0
 
-    def read(self, sequences, positions):
+    def read(self, sequences, positions, images=None):
         self.count += len(sequences)
         values = length_to_value(torch.tensor([float(n) for n in self.plan]), GAMMA).tolist()
         return [[{"value": values[i]} for i in range(len(p))] for p in positions]
@@ -169,12 +169,34 @@ def test_tokens_keep_their_space_and_their_bytes():
     assert token_texts(Pieces(), [0, 1, 2, 3]) == [" the", "cat", "Ã", "\n"]
 
 
+class Bytes:
+    """A tokenizer of bytes."""
+
+    def decode(self, ids, skip_special_tokens=False):
+        return bytes(ids).decode("utf-8", "replace")
+
+    def convert_ids_to_tokens(self, ids):
+        return [f"<{i:02X}>" for i in ids]
+
+
+@pytest.mark.parametrize("text", ["a é b", "👩\u200d🔬!", "日本", "plain"])
+def test_tokens_of_a_character_have_its_text_at_the_last_and_lose_nothing(text):
+    pieces = split_text(Bytes(), list(text.encode()))
+    assert "".join(pieces) == text
+    assert len(pieces) == len(text.encode())
+
+
+def test_bytes_that_end_in_no_character_are_named():
+    assert split_text(Bytes(), [0x61, 0xF0])[0] == "a"
+    assert split_text(Bytes(), [0x61, 0xF0])[1] == "<F0>"
+
+
 def test_a_run_continues_and_counts_again_without_reading(tmp_path):
     path = write(tmp_path / "t.jsonl", [(i, "m", "test", 5, "stop") for i in range(6)])
     plan = [5, 4, 30, 2, 1]
 
     class Dies(Oracle):
-        def read(self, sequences, positions):
+        def read(self, sequences, positions, images=None):
             if self.count >= 2:
                 raise KeyboardInterrupt
             return super().read(sequences, positions)

@@ -1,12 +1,16 @@
 """The file format, the phrasing in both languages, and what is refused."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from lenvm.errors import DataError
 from lenvm.evals.lifebench.items import (
+    CONSTRAINTS,
+    TARGETS,
+    UNITS,
     LifebenchItem,
     load_lifebench,
     measure_length,
@@ -60,6 +64,16 @@ def test_the_whole_english_half_loads_and_takes_every_target():
     for item in items:
         text = item.prompt("at_most", 8192, "tokens")
         assert text.endswith("at most 8192 tokens long.")
+        assert "{word_count" not in text
+
+
+def test_all_360_items_load_and_take_every_target_constraint_and_unit(tmp_path):
+    rows = [{**(EN if i < 180 else CN), "id": i} for i in range(360)]
+    items = load_lifebench(write(tmp_path / "all.jsonl", *rows))
+    assert [sum(item.language == name for item in items) for name in ("en", "zh")] == [180, 180]
+    for item, constraint, target, unit in product(items[::179], CONSTRAINTS, TARGETS, UNITS):
+        text = item.prompt(constraint, target, unit)
+        assert str(target) in text
         assert "{word_count" not in text
 
 

@@ -195,6 +195,7 @@ def record(text="One two three.", num_tokens=5, finish="stop", error=None, arm="
         "finish_reason": finish,
         "mean_log_prob": -0.7,
         "visible_tokens": None,
+        "latency_s": 0.5,
         "error": error,
     }
 
@@ -206,6 +207,7 @@ def test_a_grade_by_hand():
     assert grade["score"] == pytest.approx(100 * math.exp(-2.5))
     assert grade["controlled_score"] == grade["score"]
     assert (grade["log_prob"], grade["natural_end"]) == (-0.7, True)
+    assert grade["ms_per_token"] == 100.0  # 0.5 s for 5 tokens
 
 
 def test_an_answer_that_was_cut_off_is_not_controlled():

@@ -58,7 +58,7 @@ class Known:
     def __init__(self, lengths, factor=1.0, dies_after=10**9):
         self.lengths, self.factor, self.read_count, self.dies_after = lengths, factor, 0, dies_after
 
-    def read(self, sequences, positions):
+    def read(self, sequences, positions, images=None):
         rows = []
         for ids, places in zip(sequences, positions, strict=True):
             if self.read_count >= self.dies_after:

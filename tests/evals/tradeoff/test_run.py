@@ -70,6 +70,10 @@ def test_accuracy_against_length_arm_by_arm(file, tmp_path):
     }
     assert arm(summary, "budget:50")["pass_at_1"]["value"] == 0
     assert arm(summary, "budget:50")["truncated"]["value"] == 1
+    assert arm(summary, "budget:50")["quality"]["ended_by_eos"]["value"] == 0
+    assert arm(summary, "tilt:40")["quality"]["natural_end"]["value"] == 1
+    assert arm(summary, "tilt:40")["quality"]["log_prob_loss"]["value"] == 0
+    assert arm(summary, "prompt")["quality"]["ms_per_token"]["value"] > 0
     assert summary["pareto"] == ["budget:50", "tilt:40"]
     assert summary["curves"]["tilt"]["arms"] == ["tilt:40", "tilt:12.5", "prompt"]
     at = {a["fraction"]: a["accuracy"] for a in summary["curves"]["tilt"]["accuracy_at"]}
@@ -109,11 +113,17 @@ def test_a_forced_answer_continues_the_draft_and_counts_both(file, tmp_path):
 
 
 def test_a_forced_answer_ends_with_its_box():
-    draft = {"text": "So", "num_tokens": 10, "error": None, "case": {}}
-    forced = {"text": "\\frac{1}{2}} and \\boxed{7}", "num_tokens": 9, "error": None}
+    draft = {"text": "So", "num_tokens": 10, "error": None, "case": {}, "latency_s": 2.0}
+    forced = {
+        "text": "\\frac{1}{2}} and \\boxed{7}",
+        "num_tokens": 9,
+        "error": None,
+        "latency_s": 0.5,
+    }
     answer = join_forced(draft, forced)
     assert answer["text"].endswith("is \\boxed{\\frac{1}{2}}")
     assert answer["num_tokens"] == 10 + 5  # 13 of 27 characters
+    assert answer["latency_s"] == 2.5
     open_ended = join_forced(draft, {**forced, "text": "7 and"})
     assert open_ended["num_tokens"] == 19
 

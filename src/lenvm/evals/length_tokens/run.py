@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lenvm.data.trajectory import Trajectory, read_trajectories
+from lenvm.data.images import read_with_images
+from lenvm.data.trajectory import Trajectory
 from lenvm.errors import DataError, InputError
 from lenvm.evals.length_tokens.statistics import build_tables, count_tokens
 from lenvm.evals.length_tokens.tokens import token_texts
@@ -111,8 +112,9 @@ def read_gains(
         first = len(t.prompt_token_ids) - 1
         sequences.append([*t.prompt_token_ids, *t.completion_token_ids[:-1]])
         positions.append(list(range(first, first + t.length)))
+    beliefs_of = predictor.read(sequences, positions, [t.images for t in trajectories])
     records = []
-    for t, beliefs in zip(trajectories, predictor.read(sequences, positions), strict=True):
+    for t, beliefs in zip(trajectories, beliefs_of, strict=True):
         values = torch.tensor([belief["value"] for belief in beliefs])
         gains: list[float | None] = [
             round(g, 7) for g in (-compute_td_residuals(values, predictor.gamma)).tolist()
@@ -180,7 +182,7 @@ def summarise(
 def _select(config: LengthTokensConfig) -> list[Trajectory]:
     """Unguided completions of the split. DataError where there is none."""
     found: list[Trajectory] = []
-    for trajectory in read_trajectories(*config.files):
+    for trajectory in read_with_images(*config.files):
         if config.split not in ("all", trajectory.split) or trajectory.length_control is not None:
             continue
         if config.limit is not None and len(found) >= config.limit:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+MAX_PIECES = 8
+"""Tokens that one character can have: it has four bytes at most, emoji sequences more."""
 VISIBLE = {"\n": "\\n", "\t": "\\t", "\r": "\\r", " ": "␣"}
 
 
@@ -20,6 +22,24 @@ def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
         elif name.startswith("▁") and not text.startswith(" "):
             text = " " + text  # SentencePiece drops the space of the first token it decodes
         texts.append(text)
+    return texts
+
+
+def split_text(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """Text of each token such that together they are the answer's text. [L]
+
+    A character that several tokens make up stands at the last of them, the others are empty.
+    """
+    texts: list[str] = []
+    start = 0
+    for end in range(1, len(token_ids) + 1):
+        text = tokenizer.decode(list(token_ids[start:end]), skip_special_tokens=False)
+        if text.endswith("\ufffd") and end < len(token_ids) and end - start < MAX_PIECES:
+            texts.append("")
+            continue
+        (piece,) = token_texts(tokenizer, token_ids[start:end]) if end == start + 1 else (text,)
+        texts.append(piece)
+        start = end
     return texts
 
 

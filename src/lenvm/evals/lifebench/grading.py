@@ -7,12 +7,10 @@ from lenvm.evals.bootstrap import Estimate, Resampler, average
 from lenvm.evals.lifebench.arms import strip_countdown
 from lenvm.evals.lifebench.items import CONSTRAINTS, measure_length
 from lenvm.evals.lifebench.metrics import length_deviation, length_score
-from lenvm.evals.quality import has_words, measure_text
+from lenvm.evals.quality import has_words, measure_record, summarise_quality
 
 Grade = dict[str, Any]
 Numbers = dict[str, Any]
-ANSWER_QUALITY = ("log_prob", "rep_4", "distinct_1", "distinct_2", "judge")
-SHARES = ("ended_by_eos", "sentence_end", "natural_end")
 SCORES = ("score", "deviation", "deviation_signed", "over", "under", "share_over", "share_under")
 COLUMNS: dict[str, Callable[[Grade], float]] = {
     "mean_length": lambda g: g["length"],
@@ -42,9 +40,7 @@ def grade_record(record: Mapping[str, Any]) -> Grade:
     length = 0 if failed or empty else measure_length(text, num_tokens or 0, case["unit"])
     deviation = length_deviation(length, case["target"])
     score = 0.0 if failed or empty else length_score(deviation, case["constraint"])
-    quality = measure_text(text, record["finish_reason"])
-    if failed or empty:
-        quality = {name: None if name in ANSWER_QUALITY else False for name in quality}
+    quality = measure_record(record, text, answered=not (failed or empty))
     return {
         "id": record["id"],
         "arm": record["arm"],
@@ -57,7 +53,6 @@ def grade_record(record: Mapping[str, Any]) -> Grade:
         "deviation": deviation,
         "score": score,
         "controlled_score": score if quality["ended_by_eos"] else 0.0,
-        "log_prob": None if failed else record["mean_log_prob"],
         **quality,
     }
 
@@ -71,7 +66,7 @@ def summarise_arm(grades: Sequence[Grade], reference: Sequence[Grade], r: Resamp
         rows = [g for g in grades if g["constraint"] == constraint]
         other = [g for g in reference if g["constraint"] == constraint]
         by_constraint[constraint] = _summarise_constraint(rows, other, r) if rows else None
-    return {**by_constraint, "quality": _quality(grades, reference, r)}
+    return {**by_constraint, "quality": summarise_quality(grades, reference, r)}
 
 
 def _summarise_constraint(rows: list[Grade], reference: list[Grade], r: Resampler) -> Numbers:
@@ -86,13 +81,13 @@ def _summarise_constraint(rows: list[Grade], reference: list[Grade], r: Resample
         **macro,
         "num_failed": sum(g["failed"] for g in rows),
         "num_empty": sum(g["empty"] for g in rows),
-        "quality": _quality(rows, reference, r),
+        "quality": summarise_quality(rows, reference, r),
         "by_target": [
             {
                 "target": target,
                 "num": len(group),
                 **{name: estimate.to_json() for name, estimate in columns[target].items()},
-                "quality": _quality(group, reference_by_target.get(target, []), r),
+                "quality": summarise_quality(group, reference_by_target.get(target, []), r),
             }
             for target, group in by_target.items()
         ],
@@ -117,18 +112,6 @@ def _score_columns(
 ) -> dict[str, Estimate]:
     items = [g["item"] for g in rows]
     return {name: r.mean([COLUMNS[name](g) for g in rows], items) for name in names}
-
-
-def _quality(rows: Sequence[Grade], reference: Sequence[Grade], r: Resampler) -> Numbers:
-    """Answers' own measures over answers; shares over all requests, failures counted as no."""
-
-    def mean(name: str, source: Sequence[Grade]) -> Estimate:
-        kept = [g for g in source if g[name] is not None]
-        return r.mean([float(g[name]) for g in kept], [g["item"] for g in kept])
-
-    numbers = {name: mean(name, rows).to_json() for name in (*ANSWER_QUALITY, *SHARES)}
-    loss = (mean("log_prob", reference) - mean("log_prob", rows)).to_json() if reference else None
-    return {**numbers, "log_prob_loss": loss}
 
 
 def _group(rows: Sequence[Grade], name: str) -> dict[Any, list[Grade]]:

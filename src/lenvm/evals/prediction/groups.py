@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lenvm.data.images import read_with_images
 from lenvm.data.prompts import Prompt
-from lenvm.data.trajectory import Trajectory, read_trajectories
+from lenvm.data.trajectory import Trajectory
 from lenvm.errors import DataError, InputError
 from lenvm.returns import log_discount
 
@@ -22,6 +23,8 @@ class PromptGroup:
     prompt_token_ids: list[int]
     completions: list[list[int]] = field(default_factory=list)
     """Token ids of the completions that ended by themselves."""
+    images: list[str] = field(default_factory=list)
+    """Image files of the prompt."""
     num_censored: int = 0
     """Completions that were cut off: their length is not known, they are left out and counted."""
 
@@ -59,7 +62,7 @@ def load_groups(
     found: dict[str, PromptGroup] = {}
     training: dict[str, PromptGroup] = {}
     num_guided, splits = 0, set()
-    for trajectory in read_trajectories(*paths):
+    for trajectory in read_with_images(*paths):
         splits.add(trajectory.split)
         if trajectory.length_control is not None:
             num_guided += 1
@@ -96,6 +99,7 @@ def _add(groups: dict[str, PromptGroup], trajectory: Trajectory) -> None:
             domain=trajectory.domain,
             text=prompt.text,
             prompt_token_ids=trajectory.prompt_token_ids,
+            images=trajectory.images,
         )
     if trajectory.is_complete:
         group.completions.append(trajectory.completion_token_ids)

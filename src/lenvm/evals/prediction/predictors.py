@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from lenvm.errors import EndpointError
+from lenvm.errors import EndpointError, InputError
 from lenvm.model.value_model import LengthValueModel
 
 Belief = dict[str, Any]
@@ -29,9 +29,13 @@ class Predictor(Protocol):
     def head(self) -> str: ...
 
     def read(
-        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        images: Sequence[Sequence[str]],
     ) -> list[list[Belief]]:
-        """Beliefs after the tokens at `positions` (indices into each sequence)."""
+        """Beliefs after the tokens at `positions` (indices into each sequence); images: the image
+        files of each, whose placeholders must all be there."""
         ...
 
 
@@ -50,11 +54,14 @@ class ValueModelPredictor:
         return self.model.config.head
 
     def read(
-        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        images: Sequence[Sequence[str]] | None = None,
     ) -> list[list[Belief]]:
         import torch
 
-        found = self.model.read(sequences, batch_tokens=self.batch_tokens)
+        found = self.model.read(sequences, images=images, batch_tokens=self.batch_tokens)
         picked = [raw[list(p)] for raw, p in zip(found, positions, strict=True)]
         flat = self._beliefs(torch.cat(picked)) if picked else []
         ends = torch.tensor([len(p) for p in positions]).cumsum(0).tolist()
@@ -89,8 +96,15 @@ class EndpointPredictor:
         self.name, self.gamma, self.head = about["model"], float(about["gamma"]), about["head"]
 
     def read(
-        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        images: Sequence[Sequence[str]] | None = None,
     ) -> list[list[Belief]]:
+        if images is not None and any(images):
+            raise InputError(
+                "prompts with images are predicted in this process: --lenvm, not --endpoint"
+            )
         reply = self._post([list(s) for s in sequences], [list(p) for p in positions])
         return [[to_belief(numbers) for numbers in row] for row in reply["values"]]
 

@@ -102,14 +102,15 @@ def predict_groups(
 
     The prompt's own belief is the first position of its first completion: one reading gives both.
     """
-    sequences, positions = [], []
+    sequences, positions, images = [], [], []
     for group in groups:
         last = len(group.prompt_token_ids) - 1
         for ids in group.completions[:num_traced] or [[]]:
             places = [last + int(at * len(ids)) for at in POSITIONS]
             sequences.append([*group.prompt_token_ids, *ids][: places[-1] + 1])
             positions.append(places)
-    found = iter(predictor.read(sequences, positions))
+            images.append(group.images)
+    found = iter(predictor.read(sequences, positions, images))
     records = []
     for group in groups:
         traced = group.completions[:num_traced]

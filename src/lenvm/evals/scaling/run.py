@@ -69,7 +69,7 @@ def summarise(
         config=manifest,
         grades=[{"id": r["id"], "axes": r["axes"], **r["metrics"]} for r in done],
         num_failed=len(failed),
-        notes=[f"{r['axes']} failed: {r['error']}" for r in failed],
+        notes=[f"{_describe(r['axes'])} failed: {r['error']}" for r in failed],
         summary={
             "design": grid.design,
             "axes": {name: labels for name, labels in grid.labels().items() if name != "seed"},
@@ -77,6 +77,10 @@ def summarise(
             "cells": [_average(group, names) for group in groups.values()],
         },
     )
+
+
+def _describe(axes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {label}" for name, label in axes.items())
 
 
 def _run(cell: Cell, folder: Path, run_cell: RunCell) -> Record:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lenvm.evals.arms import Arm
 from lenvm.evals.bootstrap import Estimate, Resampler
+from lenvm.evals.quality import has_words, measure_record, summarise_quality
 from lenvm.evals.tradeoff.arms import end_of_box, force_answer
 from lenvm.evals.tradeoff.curves import (
     Point,
@@ -55,6 +56,7 @@ def grade_records(
             "num_tokens": a["num_tokens"],
             "truncated": a["finish_reason"] == "length",
             **results.get(a["id"], wrong),
+            **measure_record(a, a["text"], answered=a["error"] is None and has_words(a["text"])),
         }
         for a in answers
     ]
@@ -64,13 +66,14 @@ def join_forced(draft: Record, forced: Record | None) -> dict[str, Any]:
     """The answer of a draft and its continuation: both texts, both lengths.
 
     The continuation counts up to the brace that closes the forced box, its tokens in proportion. A
-    draft whose continuation failed is a failed answer.
+    draft whose continuation failed is a failed answer. The log-probability is the draft's.
     """
     answer = dict(draft)
     if forced is not None:
         end = end_of_box(forced["text"])
         share = end / len(forced["text"]) if forced["text"] else 1.0
         answer |= {
+            "latency_s": draft["latency_s"] + forced["latency_s"],
             "text": force_answer(draft["text"]) + forced["text"][:end],
             "num_tokens": draft["num_tokens"] + ceil(forced["num_tokens"] * share),
             "error": forced["error"],
@@ -103,6 +106,9 @@ def summarise_grades(
                 "num_requests": len(own),
                 "num_failed": sum(g["failed"] for g in own),
                 **(_arm_numbers(own, points.get(arm.name), reference, resampler)),
+                "quality": summarise_quality(own, by_arm.get("prompt", []), resampler)
+                if own
+                else None,
             }
         )
     return {

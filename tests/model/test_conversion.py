@@ -1,0 +1,65 @@
+"""GGUF to a Hugging Face folder: whole or absent."""
+
+import pytest
+
+from lenvm.errors import CheckpointError, InputError
+from lenvm.model import bundled
+from lenvm.model.bundled import convert_gguf
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    return path
+
+
+def test_an_interrupted_conversion_leaves_nothing(source, tmp_path, monkeypatch):
+    def stop(source, folder):
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundled, "_write_folder", stop)
+    target = tmp_path / "cache" / "model"
+    with pytest.raises(KeyboardInterrupt):
+        convert_gguf(source, target)
+    assert [p.name for p in target.parent.iterdir()] == [".model.lock"]
+
+
+def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch):
+    def fill(source, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bundled, "_write_folder", fill)
+    target = tmp_path / "cache" / "model"
+    with pytest.raises(OSError, match="No space"):
+        convert_gguf(source, target)
+    assert not target.exists()
+
+
+def test_a_second_conversion_uses_the_first(source, tmp_path, monkeypatch):
+    calls = []
+
+    def write(source, folder):
+        calls.append(folder)
+        (folder / "config.json").write_text("{}")
+        (folder / "tokenizer.json").write_text("{}")
+
+    monkeypatch.setattr(bundled, "_write_folder", write)
+    target = tmp_path / "cache" / "model"
+    assert convert_gguf(source, target) == convert_gguf(source, target) == target
+    assert len(calls) == 1
+
+
+def test_a_damaged_download_is_named_with_what_to_do(source, tmp_path):
+    with pytest.raises(CheckpointError, match="force-reinstall"):
+        convert_gguf(source, tmp_path / "model", sha256="0" * 64)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_file_that_is_no_gguf(source, tmp_path):
+    with pytest.raises(CheckpointError, match=r"model\.gguf cannot be read"):
+        convert_gguf(source, tmp_path / "model")
+    with pytest.raises(InputError, match="no file"):
+        convert_gguf(tmp_path / "none.gguf", tmp_path / "model")

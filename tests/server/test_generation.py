@@ -1,0 +1,243 @@
+"""Chat and plain completions as OpenAI's clients use them, with the length asked for."""
+
+import json
+
+import openai
+import pytest
+
+from serving import CHAT, ask, serving, settle, stream, tiny_engine
+
+
+@pytest.fixture(scope="module")
+def scalar():
+    with serving(tiny_engine("scalar", max_candidates=16)) as found:
+        yield found
+
+
+def test_an_answer_has_openais_shape_and_the_prediction(client):
+    reply = ask(client, length={"equal_to": 9}, seed=3, logprobs=True, top_logprobs=2)
+    assert reply.status_code == 200
+    body = reply.json()
+    assert body["object"] == "chat.completion"
+    assert body["model"] == "tiny"
+    usage = body["usage"]
+    assert usage["completion_tokens"] == 9
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 9
+    assert usage["lenvm"]["predicted_length"] > 0
+    content = body["choices"][0]["logprobs"]["content"]
+    assert len(content) == 9
+    assert all(len(token["top_logprobs"]) == 2 for token in content)
+    assert all(token["logprob"] < 0 for token in content)
+
+
+def test_a_stream_carries_values_and_adds_up_to_the_whole(client):
+    fields = {"length": {"equal_to": 12}, "seed": 4}
+    whole = ask(client, **fields).json()["choices"][0]
+    chunks = stream(client, stream_options={"include_usage": True}, **fields)
+    *tokens, last = chunks
+    assert (
+        "".join(c["choices"][0]["delta"]["content"] for c in tokens) == whole["message"]["content"]
+    )
+    assert tokens[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert [c["choices"][0]["finish_reason"] for c in tokens][-1] == whole["finish_reason"]
+    assert [c["lenvm"]["num_tokens"] for c in tokens] == list(range(1, 13))
+    assert all(-1 < c["lenvm"]["value"] <= 0 for c in tokens)
+    assert tokens[-1]["lenvm"]["remaining"] == 0
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 12
+    assert last["usage"]["lenvm"]["predicted_length"] == tokens[0]["lenvm"]["predicted_length"]
+
+
+def test_without_control_the_value_model_is_asked_only_on_request(client):
+    assert all("lenvm" not in chunk for chunk in stream(client))
+    assert all("lenvm" in chunk for chunk in stream(client, track_length=True))
+
+
+def test_several_choices_differ_and_repeat_with_their_seed(client):
+    one, two = (ask(client, n=3, seed=9).json()["choices"] for _ in range(2))
+    texts = [c["message"]["content"] for c in one]
+    assert texts == [c["message"]["content"] for c in two]
+    assert len(set(texts)) == 3
+    assert [c["index"] for c in one] == [0, 1, 2]
+    streamed = {0: "", 1: "", 2: ""}
+    for chunk in stream(client, n=3, seed=9):
+        streamed[chunk["choices"][0]["index"]] += chunk["choices"][0]["delta"]["content"]
+    assert list(streamed.values()) == texts
+
+
+def test_stop_texts_never_appear(client):
+    free = ask(client, seed=5, ignore_eos=True).json()["choices"][0]["message"]["content"]
+    word = free.split()[6]
+    cut = ask(client, seed=5, ignore_eos=True, stop=[f" {word}"]).json()["choices"][0]
+    assert cut["finish_reason"] == "stop"
+    assert free.startswith(cut["message"]["content"])
+    assert word not in cut["message"]["content"].split()[1:]
+    chunks = stream(client, seed=5, ignore_eos=True, stop=f" {word}")
+    streamed = "".join(c["choices"][0]["delta"]["content"] for c in chunks)
+    assert streamed == cut["message"]["content"]
+
+
+def test_plain_completions_take_texts_and_token_ids(client):
+    body = {"prompt": ["w7 w8", "w9"], "max_tokens": 5, "seed": 1, "logprobs": 2, "n": 2}
+    found = client.post("/v1/completions", json=body | {"ignore_eos": True}).json()
+    assert found["object"] == "text_completion"
+    assert [c["index"] for c in found["choices"]] == [0, 1, 2, 3]
+    assert all(len(c["logprobs"]["tokens"]) == 5 for c in found["choices"])
+    texts = [c["text"] for c in found["choices"]]
+    ids = client.post("/v1/completions", json=body | {"prompt": [[7, 8], [9]], "ignore_eos": True})
+    assert [c["text"] for c in ids.json()["choices"]] == texts
+
+
+def test_an_answer_is_continued(client):
+    talk = [*CHAT["messages"], {"role": "assistant", "content": "w20 w21"}]
+    fields = {"continue_final_message": True, "add_generation_prompt": False}
+    reply = ask(client, messages=talk, **fields)
+    plain = ask(client).json()["usage"]["prompt_tokens"]
+    assert reply.status_code == 200
+    assert reply.json()["usage"]["prompt_tokens"] == plain + 3 - 1  # w4 w20 w21, but no open turn
+
+
+def test_the_baselines_of_the_evaluations_act(client):
+    long = ask(client, logit_bias={"2": -100}, seed=2).json()
+    assert long["usage"]["completion_tokens"] == CHAT["max_tokens"]
+    short = ask(client, exponential_decay_length_penalty=[2, 9.0], seed=2).json()
+    assert short["choices"][0]["finish_reason"] == "stop"
+    assert short["usage"]["completion_tokens"] < 16
+
+
+def test_the_default_length_leaves_room_for_what_is_asked():
+    with serving(default_max_tokens=8) as client:
+        body = {k: v for k, v in CHAT.items() if k != "max_tokens"}
+        free = client.post("/v1/chat/completions", json=body | {"ignore_eos": True}).json()
+        assert free["usage"]["completion_tokens"] == 8
+        asked = client.post("/v1/chat/completions", json=body | {"length": {"equal_to": 30}})
+        assert asked.json()["usage"]["completion_tokens"] == 30
+        settle(client)
+
+
+async def test_the_openai_client_works_unchanged(client):
+    async with openai.AsyncOpenAI(base_url=f"{client.base_url}/v1", api_key="none") as sdk:
+        (model,) = (await sdk.models.list()).data
+        answer = await sdk.chat.completions.create(
+            model=model.id, messages=CHAT["messages"], extra_body={"length": {"at_most": 7}}
+        )
+        assert answer.usage.completion_tokens <= 7
+        assert answer.usage.lenvm["predicted_length"] > 0
+        events = await sdk.chat.completions.create(
+            model=model.id,
+            messages=CHAT["messages"],
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"length": {"equal_to": 7}},
+        )
+        chunks = [chunk async for chunk in events]
+        assert chunks[-1].usage.completion_tokens == 7
+        assert chunks[0].lenvm["remaining"] >= 0
+        with pytest.raises(openai.UnprocessableEntityError, match=r"length\.equal_to is -1"):
+            await sdk.chat.completions.create(
+                model=model.id,
+                messages=CHAT["messages"],
+                extra_body={"length": {"equal_to": -1}},
+            )
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"length": {"equal_to": -1}}, "length.equal_to"),
+        ({"length": {"equal_to": 5, "top_p": 3}}, "length.top_p"),
+        ({"length": {"equal_to": 5, "at_most": 9}}, "length"),
+        ({"length": {}}, "length"),
+        ({"length": {"equl_to": 5}}, "length.equl_to"),
+        ({"length": {"equal_to": 5, "rule": "magic"}}, "length.rule"),
+        ({"length": {"equal_to": 5, "top_k": 500}}, "length.top_k"),
+        ({"length": {"equal_to": True}}, "length.equal_to"),
+        ({"length": [1]}, "length"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temprature": 1.0}, "temprature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 100_000}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"seed": 2**70}, "seed"),
+        ({"stop": [""]}, "stop"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"2": 1e9}}, "logit_bias.2"),
+        ({"exponential_decay_length_penalty": [-1, -1.0]}, "exponential_decay_length_penalty.0"),
+        ({"top_logprobs": 3}, "body"),
+        ({"frequency_penalty": 1.0}, "frequency_penalty"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value_and_what_is_allowed(client, fields, param):
+    reply = ask(client, **fields)
+    assert reply.status_code in (400, 422), reply.text
+    error = reply.json()["error"]
+    if param is not None:
+        assert error["param"] == param
+    assert error["allowed"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_what_the_scalar_head_cannot_do_is_refused(scalar):
+    error = ask(scalar, length={"equal_to": 5, "rule": "conditional"}).json()["error"]
+    assert error["param"] == "length.rule"
+    assert "distribution head" in error["allowed"]
+    error = ask(scalar, length={"equal_to": 5, "top_k": 100}).json()["error"]
+    assert error["param"] == "length.top_k"
+    assert "16 candidates" in error["allowed"]
+    assert ask(scalar, length={"equal_to": 5}).json()["usage"]["completion_tokens"] == 5
+
+
+def test_a_server_without_value_model_serves_all_but_lengths():
+    with serving(tiny_engine(None)) as client:
+        assert ask(client).status_code == 200
+        assert ask(client, length={"equal_to": 5}).json()["error"]["param"] == "length"
+        assert ask(client, track_length=True).json()["error"]["param"] == "track_length"
+        assert client.post("/v1/length/values", json={"text": "w7"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xff\xfe\x00",
+        b"[]",
+        b"null",
+        b'{"messages": ',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "w7"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "w7"}], "temperature": Infinity}',
+        b'{"messages": [{"role": "user", "content": "w7"}], "temperature": 1e999}',
+        b'{"messages": [{"role": "user", "content": "w7"}], "seed": ' + b"9" * 5000 + b"}",
+        b'{"messages": [{"role": "user", "content": "w7"}], "length": {"equal_to": '
+        + b"9" * 4000
+        + b"}}",
+        b'{"messages": ' + b"[" * 100_000,
+        b'{"messages": ' + b'{"a":' * 50_000,
+        b'{"messages": [{"role": "user", "content": "w7"}], "user": "\\udc00", "nope\\ud800": 1}',
+    ],
+    ids=lambda raw: raw[-24:].decode("latin-1"),
+)
+def test_what_is_no_request_is_refused_and_the_next_is_answered(client, raw):
+    reply = client.post(
+        "/v1/chat/completions", content=raw, headers={"content-type": "application/json"}
+    )
+    assert 400 <= reply.status_code < 500, reply.text
+    assert reply.json()["error"]["message"]
+    assert ask(client).status_code == 200
+
+
+def test_a_prompt_of_100000_tokens_is_refused_by_its_length(client):
+    text = "w7 " * 100_000
+    error = ask(client, messages=[{"role": "user", "content": text}]).json()["error"]
+    assert "100002 tokens" in error["message"]
+    assert error["allowed"] == "1 to 511 tokens"
+    reply = client.post("/v1/completions", json={"prompt": [7] * 100_000})
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+    assert client.post("/v1/completions", json={"prompt": [4000]}).status_code == 400
+    assert client.post("/v1/completions", json={"prompt": ""}).status_code == 400
+    assert len(json.dumps(error)) < 2000

@@ -1,0 +1,255 @@
+"""Keys, limits, time-outs, clients that leave, the drain, metrics, logs."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from lenvm.errors import InputError
+from lenvm.server.config import ServerConfig, load_api_keys
+from lenvm.server.logs import JsonFormatter
+from serving import CHAT, ask, serving, settle, stream, tiny_engine
+
+LONG = {"max_tokens": 400, "ignore_eos": True}
+
+
+def slow(engine, seconds: float = 0.02):
+    """Make every step of an engine last at least so long."""
+    step = engine.step
+
+    def slowed():
+        time.sleep(seconds)
+        return step()
+
+    engine.step = slowed
+    return engine
+
+
+def test_a_key_is_asked_for_where_keys_are_set():
+    with serving(api_keys=("one", "two")) as client:
+        assert ask(client).status_code == 401
+        assert client.get("/metrics").status_code == 401
+        assert client.get("/health").status_code == client.get("/").status_code == 200
+        for key, status in (("two", 200), ("three", 401), ("", 401), ("é", 401)):
+            headers = {"authorization": f"Bearer {key}".encode()}
+            reply = client.post("/v1/chat/completions", json=CHAT, headers=headers)
+            assert reply.status_code == status
+        assert reply.json()["error"]["type"] == "authentication_error"
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    file.write_text("# ours\nabc\n\ndef # of Ann\n")
+    assert load_api_keys(file) == ("abc", "def")
+    monkeypatch.setenv("LENVM_API_KEYS", "x, y,")
+    assert load_api_keys(None) == ("x", "y")
+    file.write_text("# none\n")
+    with pytest.raises(InputError, match="no API key"):
+        load_api_keys(file)
+    with pytest.raises(InputError, match="no API key file"):
+        load_api_keys(tmp_path / "missing")
+    with pytest.raises(InputError, match="timeout_s"):
+        ServerConfig(timeout_s=0)
+
+
+def test_other_host_names_are_refused_on_loopback(client):
+    reply = client.get("/v1/models", headers={"host": "evil.example:80"})
+    assert reply.status_code == 421
+    assert client.get("/health", headers={"host": "localhost:1"}).status_code == 200
+
+
+def test_a_body_over_the_limit_is_refused_with_and_without_its_length():
+    with serving(max_body_bytes=1000) as client:
+        assert client.post("/v1/completions", content=b"x" * 1001).status_code == 413
+        pieces = (b"x" * 100 for _ in range(20))
+        assert client.post("/v1/completions", content=pieces).status_code == 413
+        assert ask(client).status_code == 200
+
+
+def test_more_than_there_is_room_for_is_429_and_comes_through_later():
+    with serving(slow(tiny_engine(max_requests=2)), max_waiting=1) as client:
+        with ThreadPoolExecutor(8) as pool:
+            replies = list(pool.map(lambda i: ask(client, max_tokens=30, seed=i), range(8)))
+        statuses = {r.status_code for r in replies}
+        assert statuses == {200, 429}
+        refused = next(r for r in replies if r.status_code == 429)
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        settle(client)
+        assert ask(client).status_code == 200
+        assert ask(client, n=4).json()["error"]["param"] == "n"
+
+
+def test_a_request_that_takes_too_long_ends_and_frees_its_place():
+    with serving(slow(tiny_engine()), timeout_s=0.3) as client:
+        assert ask(client, **LONG).status_code == 504
+        body = CHAT | LONG | {"stream": True}
+        text = client.post("/v1/chat/completions", json=body).text
+        assert "not finished within 0.3 s" in text
+        assert "[DONE]" not in text
+        settle(client)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_leaves_is_cancelled_within_a_step(streamed):
+    with serving(slow(tiny_engine())) as client:
+        body = CHAT | LONG | {"stream": streamed, "n": 3, "length": {"at_least": 300}}
+        with httpx.Client(base_url=client.base_url, timeout=10) as leaver:
+            if streamed:
+                with leaver.stream("POST", "/v1/chat/completions", json=body) as reply:
+                    next(reply.iter_lines())
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    leaver.post("/v1/chat/completions", json=body, timeout=0.3)
+        start = time.monotonic()
+        settle(client, 3.0)
+        assert time.monotonic() - start < 1.0
+        assert 'completions_total{finish_reason="cancelled"} 3.0' in client.get("/metrics").text
+
+
+def test_a_defect_in_the_engine_ends_what_ran_and_nothing_else(caplog):
+    engine = tiny_engine()
+    with serving(engine) as client:
+        step, calls = engine.step, []
+
+        def fail_once():
+            calls.append(1)
+            if len(calls) == 3:
+                raise ZeroDivisionError("a defect")
+            return step()
+
+        engine.step = fail_once
+        with caplog.at_level(logging.CRITICAL, "lenvm.server"):
+            reply = ask(client, max_tokens=50, ignore_eos=True)
+        assert reply.status_code == 500
+        assert "ZeroDivisionError" in reply.json()["error"]["message"]
+        assert ask(client).status_code == 200
+        settle(client)
+
+
+def test_health_models_metrics(client):
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/ready").status_code == 200
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["max_model_len"] == 512
+    assert client.get("/v1/models/tiny").json() == model
+    assert client.get("/v1/models/other").status_code == 404
+    assert ask(client, model="other").json()["error"]["code"] == "model_not_found"
+    assert client.get("/nothing").json()["error"]["message"]
+    ask(client, track_length=True, exponential_decay_length_penalty=[2, 9.0])
+    ask(client, length={"equal_to": 6})
+    text = client.get("/metrics").text
+    for name in (
+        "generated_tokens_total",
+        "guidance_seconds_total",
+        "prediction_error_ratio_count",
+        "target_error_ratio_count",
+        "time_to_first_token_seconds_count",
+        "kv_tokens",
+        'requests_total{path="/v1/chat/completions",status="200"}',
+    ):
+        assert f"lenvm_{name}" in text, name
+
+
+def test_log_lines_are_json_without_the_prompt(client, caplog):
+    with caplog.at_level(logging.INFO, "lenvm.server"):
+        ask(client, messages=[{"role": "user", "content": "w33 w34 w35"}], length={"equal_to": 5})
+    (record,) = [r for r in caplog.records if getattr(r, "event", "") == "request"]
+    line = json.loads(JsonFormatter().format(record))
+    assert line["status"] == 200
+    assert line["length"] == {"equal_to": 5}
+    assert line["completion_tokens"] == 5
+    assert "w34" not in json.dumps(line)
+
+
+def test_many_mixed_clients_and_random_leavers_hurt_nobody():
+    engine = tiny_engine(max_requests=6)
+    controls = [None, {"equal_to": 9}, {"at_most": 12}, {"at_least": 15}, {"tilt": 5.0}]
+
+    def one(client: httpx.Client, i: int) -> bool:
+        fields = {"length": controls[i % 5], "seed": i, "max_tokens": 40}
+        if i % 4 == 3:
+            body = CHAT | fields | {"stream": True, "max_tokens": 300, "ignore_eos": True}
+            with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+                for _ in zip(range(i % 7), reply.iter_lines(), strict=False):
+                    pass
+            return True
+        if i % 3:
+            return len(stream(client, **fields)) > 0
+        return ask(client, **fields).status_code == 200
+
+    with serving(engine) as client, ThreadPoolExecutor(12) as pool:
+        expected = ask(client, length={"equal_to": 9}, seed=1).json()["choices"][0]["message"]
+        assert all(pool.map(lambda i: one(client, i), range(60)))
+        settle(client)
+        again = ask(client, length={"equal_to": 9}, seed=1).json()["choices"][0]["message"]
+        assert again == expected
+
+
+def test_a_running_request_is_finished_when_the_server_is_told_to_stop():
+    with serving(slow(tiny_engine(), 0.01)) as client:
+        done: list[httpx.Response] = []
+        body = CHAT | {"max_tokens": 100, "ignore_eos": True}
+        worker = threading.Thread(
+            target=lambda: done.append(client.post("/v1/chat/completions", json=body))
+        )
+        worker.start()
+        while not client.state.loop.num_open:
+            time.sleep(0.005)
+        client.server.handle_exit(signal.SIGTERM, None)
+        assert client.state.loop.draining
+        worker.join(20)
+        assert done[0].json()["usage"]["completion_tokens"] == 100
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{client.base_url}/health")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """Tiny generator and value model on disk."""
+    folder = tmp_path_factory.mktemp("models")
+    engine = tiny_engine()
+    engine.generator.save_pretrained(folder / "generator")
+    engine.tokenizer.save_pretrained(folder / "generator")
+    engine.value_model.save_pretrained(folder / "value")
+    return folder / "generator", folder / "value"
+
+
+def test_the_command_can_be_killed_starts_again_and_ends_well(folders, tmp_path):
+    code = "import sys; sys.argv[0] = 'lenvm'; from lenvm.cli import main; main()"
+    options = ["serve", "--model", str(folders[0]), "--lenvm", str(folders[1]), "--port"]
+    env = {**os.environ, "PYTHONPATH": "src", "LENVM_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    port = 18_000 + os.getpid() % 2000
+    for sig, expected in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
+        command = [sys.executable, "-c", code, *options, str(port)]
+        with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                _wait_ready(port, process)
+                reply = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=CHAT)
+                assert reply.status_code == 200
+            finally:
+                process.send_signal(sig)
+                _, errors = process.communicate(timeout=20)
+        assert process.returncode == expected
+        assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def _wait_ready(port: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
+                return
+        except httpx.ConnectError:
+            time.sleep(0.1)
+    raise AssertionError("the server did not start")
