@@ -12,26 +12,32 @@ that is taken back). So a drawn token joins its request only when the engine say
 
 A request whose guidance fails (an error of a rule, memory, anything) ends with a reason, alone.
 
+Under tensor parallelism rank 0 draws, and the other ranks (`FollowingBatch`) get its tokens: they
+agree by construction, and one copy of the value model is enough.
+
 Shape legend: B rows of the engine's batch, R guided rows, V vocabulary, K candidates.
 """
 
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lenvm.engines.sampling import draw
-from lenvm.errors import InputError, RequestError
+from lenvm.errors import LenVMError, RequestError
 from lenvm.guidance.session import GuidanceSession, Guided
 
 MAX_RETRIES = 3
 """Requests that one step sacrifices one by one to an error that names nobody, before all go."""
 
 T = TypeVar("T")
+Share = Callable[[Tensor], Tensor]
+"""Rank 0's tokens [R] int64 on every tensor-parallel rank."""
 log = logging.getLogger(__name__)
 
 
@@ -46,7 +52,7 @@ class Admission:
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
     failure_token_id: int | None = None
-    """What a failed request is made to say: a token that ends it."""
+    """What a failed request is made to say: a token that ends it. Never drawn otherwise."""
 
     @property
     def has_penalties(self) -> bool:
@@ -64,6 +70,8 @@ class _State:
     """The number of the coming draw; used up when the drawn token is kept."""
     is_prefilled: bool = False
     failure: str | None = None
+    kept: list[tuple[Tensor, int]] = field(default_factory=list)
+    """Each token since admission as (tokens of a step [R], its place); read only to rebuild."""
     counts_V: Tensor | None = None
     """How often each token was generated; only with penalties."""
     prompt_V: Tensor | None = None
@@ -75,6 +83,42 @@ class _Drawn:
     tokens_R: Tensor | None = None
 
 
+class Batch(Protocol):
+    """What an engine's adapter asks of a batch: `GuidedBatch` on rank 0, `FollowingBatch` else."""
+
+    def add(self, request_id: str, admission: Admission) -> None: ...
+    def remove(self, request_id: str) -> None: ...
+    def fail(self, request_id: str, reason: str) -> None: ...
+    def settle(self, kept: Sequence[str]) -> None: ...
+    def step(self, request_ids: Sequence[str], rows: Sequence[int], logits_BV: Tensor) -> None: ...
+
+
+class FollowingBatch:
+    """Requests of a tensor-parallel rank over 0: the tokens come from rank 0, in the same order."""
+
+    def __init__(self, share: Share) -> None:
+        self.share = share
+
+    def add(self, request_id: str, admission: Admission) -> None:
+        """Rank 0 does."""
+
+    def remove(self, request_id: str) -> None:
+        """Rank 0 does."""
+
+    def fail(self, request_id: str, reason: str) -> None:
+        """Rank 0 does."""
+
+    def settle(self, kept: Sequence[str]) -> None:
+        """Rank 0 does."""
+
+    def step(self, request_ids: Sequence[str], rows: Sequence[int], logits_BV: Tensor) -> None:
+        """Write rank 0's tokens into these rows of the logits, in place."""
+        if request_ids:
+            device = logits_BV.device
+            tokens = torch.zeros(len(request_ids), dtype=torch.long, device=device)
+            _force(logits_BV, _upload(rows, torch.long, device), self.share(tokens))
+
+
 class GuidedBatch:
     """Guided requests of one engine process."""
 
@@ -83,12 +127,12 @@ class GuidedBatch:
         session: GuidanceSession,
         *,
         seed: int = 0,
-        agree: Callable[[Tensor], Tensor] | None = None,
+        share: Share | None = None,
         on_failure: Callable[[str, str], None] | None = None,
     ) -> None:
-        """seed: of requests without one; equal on all ranks. agree: makes tokens [R] equal on all
-        tensor-parallel ranks. on_failure(request_id, reason) tells the engine, where it listens."""
-        self.session, self.seed, self.agree, self.on_failure = session, seed, agree, on_failure
+        """seed: of requests without one. share: sends tokens to the other tensor-parallel ranks.
+        on_failure(request_id, reason) tells the engine, where it listens."""
+        self.session, self.seed, self.share, self.on_failure = session, seed, share, on_failure
         self._states: dict[str, _State] = {}
         self._num_admitted = 0
         self._drawn = _Drawn()
@@ -156,17 +200,16 @@ class GuidedBatch:
         for index, request_id in enumerate(ids):
             state = self._states[request_id]
             state.uniform = None
+            state.kept.append((tokens, index))
             if state.counts_V is not None:
                 state.counts_V[tokens[index]] += 1
-        position = {r: i for i, r in enumerate(ids)}
-
-        def commit(some: list[str]) -> None:
-            if len(some) == len(ids):
-                return self.session.commit(some, tokens)
-            index = _upload([position[r] for r in some], torch.long, tokens.device)
-            return self.session.commit(some, tokens[index])
-
-        self._attempt(ids, commit)
+        try:
+            self.session.commit(ids, tokens)
+        except torch.AcceleratorError:
+            raise  # the device itself is lost; nothing in this process can go on
+        except Exception as error:  # some may be committed and some not: start them again
+            guilty = self._blame(ids, error, spare=True)
+            self._rebuild([r for r in ids if r not in guilty])
 
     @torch.inference_mode()
     def step(self, request_ids: Sequence[str], rows: Sequence[int], logits_BV: Tensor) -> None:
@@ -177,15 +220,13 @@ class GuidedBatch:
         row_of = dict(zip(request_ids, rows, strict=True))
         self._prefill([r for r in request_ids if self._is_new(r)])
         live = [r for r in request_ids if self._is_live(r)]
-        live, tokens = self._attempt(live, lambda some: self._sample(some, row_of, logits_BV))
-        if tokens is not None:
-            index = self._index([row_of[r] for r in live], logits_BV.device)
-            logits_BV.index_fill_(0, index, -torch.inf)
-            logits_BV.index_put_((index, tokens), torch.zeros_like(tokens, dtype=logits_BV.dtype))
-            self._drawn = _Drawn(live, tokens)
-        for request_id in request_ids:
-            if self._states[request_id].failure is not None:
-                self._end(self._states[request_id], logits_BV[row_of[request_id]])
+        live, drawn = self._attempt(live, lambda some: self._sample(some, row_of, logits_BV))
+        if drawn is not None:
+            self._drawn = _Drawn(live, drawn)
+        tokens = self._with_failures(request_ids, live, drawn, logits_BV)
+        if self.share is not None:
+            tokens = self.share(tokens)
+        _force(logits_BV, self._index(list(rows), logits_BV.device), tokens)
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -217,8 +258,8 @@ class GuidedBatch:
             for row, state in enumerate(states):
                 if state.admission.has_penalties:
                     _penalise(logits[row], state)
-        for token in {s.admission.failure_token_id for s in states} - {None}:
-            if token < logits.shape[-1]:  # it has one meaning only
+        for token in {s.admission.failure_token_id for s in states}:
+            if token is not None and token < logits.shape[-1]:  # it has one meaning only
                 logits[:, token].fill_(-torch.inf)
         candidates = self.session.step(request_ids, logits)
         for state in states:
@@ -229,17 +270,45 @@ class GuidedBatch:
         cold = [s.admission.guided.temperature == 0 for s in states]
         greedy = _upload(cold, torch.bool, device) if any(cold) else None
         index = draw(candidates.log_probs, uniform, greedy_R=greedy)
-        tokens = candidates.ids.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-        return tokens if self.agree is None else self.agree(tokens)
+        return candidates.ids.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
-    def _end(self, state: _State, row_V: Tensor) -> None:
+    def _with_failures(
+        self,
+        request_ids: Sequence[str],
+        live: list[str],
+        drawn: Tensor | None,
+        logits_BV: Tensor,
+    ) -> Tensor:
+        """Tokens of all these requests: drawn, or the one that ends a failed request."""
+        if drawn is not None and len(live) == len(request_ids):
+            return drawn
+        endings = [self._ending_token(self._states[r], logits_BV.shape[-1]) for r in request_ids]
+        tokens = _upload(endings, torch.long, logits_BV.device)
+        if drawn is not None:
+            place = {r: i for i, r in enumerate(request_ids)}
+            tokens[_upload([place[r] for r in live], torch.long, tokens.device)] = drawn
+        return tokens
+
+    @staticmethod
+    def _ending_token(state: _State, vocab_size: int) -> int:
         admission = state.admission
         token = admission.failure_token_id
-        if token is None or token >= len(row_V):
-            token = next(iter(admission.guided.stop_token_ids), None)
-        if token is not None:
-            row_V.fill_(-torch.inf)
-            row_V[token] = 0.0
+        if token is not None and token < vocab_size:
+            return token
+        return next(iter(admission.guided.stop_token_ids), 0)
+
+    def _rebuild(self, request_ids: Sequence[str]) -> None:
+        """Forget what the scorer holds of these requests; their next step prefills them again."""
+        for request_id in request_ids:
+            state = self._states[request_id]
+            with suppress(LenVMError):
+                self.session.remove([request_id])
+            state.is_prefilled = False
+            tokens = tuple(int(tokens[index]) for tokens, index in state.kept)
+            guided = state.admission.guided
+            guided = replace(guided, generated_token_ids=(*guided.generated_token_ids, *tokens))
+            state.admission = replace(state.admission, guided=guided)
+            state.kept.clear()
 
     def _index(self, rows: list[int], device: torch.device) -> Tensor:
         key = tuple(rows)
@@ -251,24 +320,37 @@ class GuidedBatch:
         self, request_ids: list[str], call: Callable[[list[str]], T]
     ) -> tuple[list[str], T | None]:
         """call(requests) without those that it fails for: (who is left, what it returned)."""
-        left, unnamed = list(request_ids), 0
+        left, num_unnamed = list(request_ids), 0
         while left:
             try:
                 return left, call(left)
             except torch.AcceleratorError:
                 raise  # the device itself is lost; nothing in this process can go on
             except Exception as error:  # whatever it is, it ends the request at hand and no other
-                named = set(error.request_ids) if isinstance(error, RequestError) else set(left)
-                guilty = [r for r in left if r in named]
-                if len(guilty) == len(left) or not guilty:
-                    unnamed += 1
-                    newest = max(left, key=lambda r: self._states[r].order)
-                    guilty = left if unnamed > MAX_RETRIES else [newest]
-                cause = error.cause if isinstance(error, RequestError) else error
-                for request_id in list(guilty):
-                    self.fail(request_id, f"{type(cause).__name__}: {cause}")
-                left = [r for r in left if r not in set(guilty)]
+                guilty = self._blame(left, error, spare=num_unnamed < MAX_RETRIES)
+                num_unnamed += 1
+                left = [r for r in left if r not in guilty]
         return [], None
+
+    def _blame(self, request_ids: Sequence[str], error: Exception, *, spare: bool) -> set[str]:
+        """End the requests that an error names. Where it names nobody, or everybody (none failed
+        alone: memory for all of them is short): the newest, or (not `spare`) all."""
+        named = error.request_ids if isinstance(error, RequestError) else ()
+        guilty = [r for r in request_ids if r in named]
+        if not guilty or len(guilty) == len(request_ids):
+            newest = max(request_ids, key=lambda r: self._states[r].order)
+            guilty = [newest] if spare else list(request_ids)
+        cause = error.cause if isinstance(error, RequestError) else error
+        for request_id in guilty:
+            self.fail(request_id, f"{type(cause).__name__}: {cause}")
+        return set(guilty)
+
+
+def _force(logits_BV: Tensor, rows_R: Tensor, tokens_R: Tensor) -> None:
+    """Leave these rows with one possible token each, in place. Log-probability 0 survives every
+    temperature, penalty and truncation."""
+    logits_BV.index_fill_(0, rows_R, -torch.inf)
+    logits_BV.index_put_((rows_R, tokens_R), torch.zeros_like(tokens_R, dtype=logits_BV.dtype))
 
 
 def _penalise(row_V: Tensor, state: _State) -> None:
@@ -298,9 +380,3 @@ def _upload(values: Sequence[float | None], dtype: torch.dtype, device: torch.de
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
-
-
-def check_penalty(name: str, value: float) -> None:
-    """InputError for a repetition penalty that divides by zero."""
-    if value <= 0:
-        raise InputError(f"{name} is {value}; with a length control it must be over 0")

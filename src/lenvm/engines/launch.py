@@ -190,7 +190,12 @@ def _forward_signals(child: "subprocess.Popen[str]") -> Callable[[], None]:
             child.send_signal(number)
 
     before = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
-    return lambda: [signal.signal(n, handler) for n, handler in before.items()] and None
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    return restore
 
 
 def _wait_until_healthy(child: "subprocess.Popen[str]", url: str, timeout_s: float) -> None:

@@ -39,7 +39,7 @@ BACKBONES = {
 """Hugging Face model type -> vLLM's architecture of the backbone."""
 
 
-class ValuePoolerHead(TokenPoolerHead):
+class ValuePoolerHead(TokenPoolerHead):  # type: ignore[misc]  # vLLM is not there to be typed
     """Hidden states [N, H] of a request's tokens -> [N, 2 + D]: V, length, raw outputs."""
 
     def __init__(self, head: Any, gamma: float) -> None:
