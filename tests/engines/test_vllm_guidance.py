@@ -44,6 +44,7 @@ def config(**changes) -> Any:
             seed=0,
             skip_tokenizer_init=True,
             is_multimodal_model=False,
+            logits_processors=None,
             get_vocab_size=lambda: VOCAB,
         ),
         "parallel_config": SimpleNamespace(pipeline_parallel_size=1, tensor_parallel_size=1),

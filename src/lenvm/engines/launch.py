@@ -15,17 +15,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Literal
 
 from lenvm.engines.settings import GuidanceSettings
 from lenvm.errors import EndpointError, InputError
 
 Engine = Literal["vllm", "sglang"]
-OURS = {
-    "vllm": ("--logits-processors", "--max-num-seqs", "--gpu-memory-utilization"),
-    "sglang": ("--enable-custom-logit-processor", "--max-running-requests"),
-}
-"""Flags that the launcher sets; a user's own take their place."""
+PROCESSOR = "lenvm.engines.vllm.guidance:LengthGuidance"
 
 
 def build_command(
@@ -38,7 +36,10 @@ def build_command(
     extra: Sequence[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """(argv, environment to add) of a server that generates with `model`, guided by the settings'
-    value model where there is one. `extra` are the engine's own flags and win over ours."""
+    value model where there is one. `extra` are the engine's own flags and win over ours.
+
+    InputError for an unknown engine, and for speculative decoding beside a value model.
+    """
     head = {
         "vllm": [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model],
         "sglang": [sys.executable, "-m", "sglang.launch_server", "--model-path", model],
@@ -48,8 +49,13 @@ def build_command(
     command = [*head[engine], "--host", host, "--port", str(port)]
     if settings is None:
         return [*command, *extra], {}
-    flags = _vllm_flags(settings) if engine == "vllm" else _sglang_flags(settings)
     given = {word.split("=")[0] for word in extra}
+    if speculative := sorted(word for word in given if word.startswith("--speculative")):
+        raise InputError(
+            f"{speculative[0]}: speculative decoding skips logits processors, so it does not go "
+            "with length control; leave it out, or serve with --lenvm none"
+        )
+    flags = _vllm_flags(settings) if engine == "vllm" else _sglang_flags(settings)
     for name, value in flags.items():
         if name not in given:
             command += [name] if value is None else [name, value]
@@ -94,9 +100,12 @@ def serve(
 ) -> int:
     """Run the engine's own server until it ends; its exit status. Blocks.
 
-    on_ready gets the server's base URL once it answers. Raises InputError for an unknown engine,
-    EndpointError where the server ends or does not answer within `startup_timeout_s`.
+    lenvm: the value model's folder; None serves without one. on_ready gets the server's base URL
+    once it answers. Raises InputError for an engine that is unknown or not installed, EndpointError
+    where the server ends or does not answer within `startup_timeout_s`.
     """
+    if engine in ("vllm", "sglang") and find_spec(engine) is None:
+        raise InputError(f"{engine} is not installed: pip install 'lenvm[{engine}]'")
     settings = None
     if lenvm is not None:
         settings = GuidanceSettings(lenvm, max_candidates, max_requests, gpu_memory)
@@ -160,17 +169,21 @@ def format_command(argv: Sequence[str], env: dict[str, str]) -> str:
 
 
 def _vllm_flags(settings: GuidanceSettings) -> dict[str, str | None]:
-    return {
-        "--logits-processors": "lenvm.engines.vllm.guidance:LengthGuidance",
+    flags: dict[str, str | None] = {
         "--max-num-seqs": str(settings.max_requests),
         "--gpu-memory-utilization": f"{0.92 - settings.gpu_memory:.2f}",
     }
+    found = entry_points(group="vllm.logits_processors")
+    if not any(entry.value == PROCESSOR for entry in found):  # lenvm runs from its sources
+        flags["--logits-processors"] = PROCESSOR
+    return flags
 
 
 def _sglang_flags(settings: GuidanceSettings) -> dict[str, str | None]:
     return {
         "--enable-custom-logit-processor": None,
         "--max-running-requests": str(settings.max_requests),
+        "--mem-fraction-static": f"{0.85 - settings.gpu_memory:.2f}",
     }
 
 

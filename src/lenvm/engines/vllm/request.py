@@ -1,9 +1,11 @@
 """vLLM's requests and configuration as guidance sees them, and what is refused, with a reason."""
 
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from lenvm.engines.settings import GuidanceSettings, read_control
+from lenvm.engines.vllm import PROCESSOR
 from lenvm.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,11 +68,21 @@ def read_request(
     )
 
 
+def is_installed() -> bool:
+    """Whether vLLM finds the processor by its entry point."""
+    return any(e.value == PROCESSOR for e in entry_points(group="vllm.logits_processors"))
+
+
 def check_config(vllm_config: Any, settings: GuidanceSettings) -> None:
     """InputError for an engine configuration in which guidance would be wrong."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if vllm_config.speculative_config is not None:
         raise InputError("length control does not go with speculative decoding: turn one off")
+    if PROCESSOR in (model.logits_processors or ()) and is_installed():
+        raise InputError(
+            "vLLM would load the value model twice, by lenvm's entry point and by "
+            "--logits-processors: leave the flag out"
+        )
     if parallel.pipeline_parallel_size > 1:
         raise InputError(
             "length control does not go with pipeline parallelism: use --tensor-parallel-size"
