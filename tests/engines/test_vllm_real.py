@@ -26,10 +26,10 @@ class RealBatch:
     """vLLM's InputBatch around a processor, stepped as `GPUModelRunner` does."""
 
     def __init__(self, guidance, *, seats: int, is_async: bool) -> None:
+        from vllm.utils import torch_utils
         from vllm.v1.sample.logits_processor.builtin import LogitBiasLogitsProcessor
         from vllm.v1.sample.logits_processor.state import LogitsProcessors
         from vllm.v1.sample.sampler import Sampler
-        from vllm.utils import torch_utils
         from vllm.v1.worker import gpu_input_batch
         from vllm.v1.worker.gpu_input_batch import InputBatch
 
