@@ -1,25 +1,29 @@
-"""Figures of guided decoding inside stock vLLM or SGLang: truth first, then speed.
+"""Figures of guided decoding inside stock vLLM or SGLang: truth first, then speed, then where the
+time of a step goes.
 
-    python benchmarks/engines.py vllm --real ~/kit/models/smollm2.gguf --out engines_h200.json
+    python benchmarks/engines.py vllm truth   --real ~/kit/models/smollm2.gguf --out truth.json
+    python benchmarks/engines.py vllm speed   --pairs 1.5b_0.5b 7b_1.5b --out speed.json
+    python benchmarks/engines.py vllm profile --pairs 1.5b_0.5b --out profile.json
+    python benchmarks/engines.py merge truth.json speed.json --out results/engines_h200.json
 
 Truth runs on a real small generator (`--real`: a folder or a GGUF file). Speed runs on shapes
 (Qwen2.5's 0.5B, 1.5B, 7B) with made-up weights: the work of a step does not depend on them. All
-engines of a part start at once and then work one at a time. The JSON is written after each point.
+engines of a call start at once and then work one at a time. The JSON is written after each point.
+
+What is compared (`kind`): `stock`, the engine alone with its default settings; `stock_v1`, vLLM
+alone with its V1 model runner, which it falls back to where any logits processor is installed;
+`unguided`, lenvm's plugin loaded and no request with a control; `guided`, every request with one.
+
+`--dry-run` plays it all on a CPU with tiny models and tests/engines/machine.py for an engine.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
-import signal
-import subprocess
 import sys
-import threading
 import time
 import traceback
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,97 +35,27 @@ import torch  # noqa: E402
 
 import engines_checks as checks  # noqa: E402
 import engines_setup as setup  # noqa: E402
+from engines_process import Engine, call  # noqa: E402
+from engines_results import headline, merge  # noqa: E402
 
 CONTROL = {"equal_to": 512, "rule": "soft", "strict": False, "top_k": 15, "top_p": 1.0}
-PROCESSOR = "lenvm.engines.vllm.guidance:LengthGuidance"
 PAIRS = [("1.5b", "0.5b"), ("7b", "1.5b"), ("0.5b", "0.5b")]
 KV_GIB = {"0.5b": 3, "1.5b": 5, "7b": 9, "real": 1}
 SHARE = {"0.5b": 0.035, "1.5b": 0.065, "real": 0.02}
 """Of the GPU's memory, for the value model and its KV: several engines share the GPU here."""
 
 
-class Engine:
-    """A worker process (engines_worker.py), or whatever prints its lines."""
-
-    def __init__(self, argv: list[str], env: dict[str, str], log: Path) -> None:
-        self.log = log.open("w")
-        self.child = subprocess.Popen(
-            argv,
-            env={**os.environ, **env},
-            text=True,
-            errors="replace",
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.answers: list[Any] = []
-        self.ready = threading.Event()
-        self.arrived = threading.Condition()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.child.stdout is not None
-        for line in self.child.stdout:
-            self.log.write(line)
-            self.log.flush()
-            if line.startswith("@@"):
-                self._put(json.loads(line[2:]))
-            elif line.startswith("ready: http"):
-                self._put({"ready": line.strip()})
-        self._put({"error": "the process ended; its log says why", "ended": True})
-
-    def _put(self, value: Any) -> None:
-        with self.arrived:
-            self.answers.append(value)
-            self.arrived.notify_all()
-
-    def wait(self, timeout_s: float) -> Any:
-        with self.arrived:
-            if not self.arrived.wait_for(lambda: self.answers, timeout=max(1.0, timeout_s)):
-                return {"error": f"no answer in {timeout_s:.0f} s", "ended": True}
-            return self.answers.pop(0)
-
-    def ask(self, command: dict[str, Any], timeout_s: float = 120.0) -> Any:
-        assert self.child.stdin is not None
-        try:
-            self.child.stdin.write(json.dumps(command) + "\n")
-            self.child.stdin.flush()
-        except BrokenPipeError:
-            return {"error": "the process is gone", "ended": True}
-        return self.wait(timeout_s)
-
-    def generate(self, requests: list[dict[str, Any]]) -> list[Any]:
-        answer = self.ask({"do": "generate", "requests": requests})
-        if isinstance(answer, dict):
-            raise RuntimeError(answer["error"])
-        return list(answer)
-
-    def stop(self) -> int | None:
-        with contextlib.suppress(BrokenPipeError, OSError):
-            if self.child.stdin is not None:
-                self.child.stdin.write("\n")
-                self.child.stdin.close()
-        try:
-            return self.child.wait(timeout=15.0)
-        except subprocess.TimeoutExpired:
-            self.child.send_signal(signal.SIGTERM)
-        try:
-            return self.child.wait(timeout=10.0)
-        except subprocess.TimeoutExpired:
-            self.child.kill()
-            return None
-
-
 class Run:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.engine, self.arguments = arguments.engine, arguments
+        self.part, self.is_dry = arguments.part, arguments.dry_run
         self.work = Path(arguments.work)
         self.logs = Path(arguments.out).parent / f"{self.engine}_logs"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.deadline = time.monotonic() + arguments.budget_s
         self.site = setup.write_site(self.work)
-        self.pending: dict[str, Engine] = {}
         self.results: dict[str, Any] = {
+            "is_dry_run": self.is_dry,
             "command": " ".join(sys.argv),
             "commit": arguments.commit,
             "engine": self.engine,
@@ -149,12 +83,11 @@ class Run:
     def start(
         self, name: str, model: Path, value: Path | None, size: str, share: float, **more: Any
     ) -> Engine:
-        env = self.env(value, share)
+        """`more`: engine options, and `env` for its environment."""
+        env = self.env(value, share) | more.pop("env", {})
         options: dict[str, Any] = dict(more)
         if self.engine == "vllm":
             options |= {"kv_cache_memory_bytes": KV_GIB[size] << 30, "gpu_memory_utilization": 0.1}
-            if value is not None:
-                options["logits_processors"] = [PROCESSOR]
         else:
             options |= {
                 "attention_backend": "triton",
@@ -165,12 +98,15 @@ class Run:
             options |= {"enable_custom_logit_processor": True} if value is not None else {}
         if size != "real":
             options |= {"load_format": "dummy", "skip_tokenizer_init": True}
-        spec = {"engine": self.engine, "model": str(model), "options": options}
+        kind = "machine" if self.is_dry else self.engine
+        spec = {"engine": kind, "model": str(model), "options": options}
         argv = [sys.executable, str(ROOT / "benchmarks/engines_worker.py"), json.dumps(spec)]
         return Engine(argv, env, self.logs / f"{name}.log")
 
     def env(self, value: Path | None, share: float = 0.05) -> dict[str, str]:
-        path = [str(ROOT / "src"), str(self.site), os.environ.get("PYTHONPATH", "")]
+        """Only an engine with a value model sees lenvm's entry points: stock is stock."""
+        site = [str(self.site)] if value is not None else []
+        path = [str(ROOT / "src"), *site, os.environ.get("PYTHONPATH", "")]
         env = {
             "PYTHONPATH": ":".join(path),
             "HF_HUB_OFFLINE": "1",
@@ -215,17 +151,24 @@ class Run:
     def start_truth(self) -> tuple[Path, Path, dict[str, Engine]]:
         from lenvm.model.bundled import resolve_model
 
-        real = Path(resolve_model(self.arguments.real))
+        if self.is_dry:
+            real = setup.write_tiny_generator(self.work)
+        else:
+            real = Path(resolve_model(self.arguments.real))
         value = setup.write_value_model("real", self.work, str(real))
         small = {"num_gpu_blocks_override": 420} if self.engine == "vllm" else {}
         engines = {
             "real_plugin": self.start("real_plugin", real, value, "real", SHARE["real"], **small),
-            "real_stock": self.start("real_stock", real, None, "real", 0.02),
+            "real_stock": self.start("real_stock", real, None, "real", 0.02, **self.v1()),
         }
-        if self.engine == "vllm":
+        if self.engine == "vllm" and not self.is_dry:
             engines["http"] = self.start_http(real, value)
             engines["values"] = self.start_values(value)
         return real, value, engines
+
+    def v1(self) -> dict[str, Any]:
+        """vLLM's V1 runner, which is what the plugin runs in: same kernels, same rounding."""
+        return {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}} if self.engine == "vllm" else {}
 
     def start_http(self, real: Path, value: Path) -> Engine:
         code = (
@@ -235,7 +178,7 @@ class Run:
             "'--gpu-memory-utilization', '0.1', '--served-model-name', 'real'], "
             "echo=lambda line: print(line, flush=True)))"
         )
-        return Engine([sys.executable, "-c", code], self.env(None), self.logs / "http.log")
+        return Engine([sys.executable, "-c", code], self.env(value), self.logs / "http.log")
 
     def start_values(self, value: Path) -> Engine:
         code = (
@@ -247,7 +190,8 @@ class Run:
             "'--served-model-name', 'value']); sys.exit(run_server(argv, env, "
             "'http://127.0.0.1:8072', echo=lambda line: print(line, flush=True)))"
         )
-        return Engine([sys.executable, "-c", code], self.env(None), self.logs / "values.log")
+        env = {k: v for k, v in self.env(value).items() if k != "LENVM_MODEL"}
+        return Engine([sys.executable, "-c", code], env, self.logs / "values.log")
 
     def truth(self, real: Path, value: Path, engines: dict[str, Engine]) -> None:
         from transformers import AutoModelForCausalLM
@@ -257,8 +201,11 @@ class Run:
         from lenvm.model.value_model import LengthValueModel
 
         dialect = checks.Dialect(self.engine)
-        generator = AutoModelForCausalLM.from_pretrained(real, dtype=torch.bfloat16).to("cuda")
-        ours = LengthValueModel.from_pretrained(value, dtype=torch.bfloat16, device="cuda")
+        device = setup.device()
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        generator = AutoModelForCausalLM.from_pretrained(real, dtype=dtype).to(device)
+        checks.use_vocabulary(generator.config.vocab_size)
+        ours = LengthValueModel.from_pretrained(value, dtype=dtype, device=device)
         scorer = CandidateScorer(ours, max_tokens=8192, max_requests=4)
         session = GuidanceSession(scorer, eos_token_ids=())
         if "real_plugin" in engines:
@@ -302,39 +249,71 @@ class Run:
             if status != 200:
                 return {"ok": False, "status": status, "answer": str(answer)[:500]}
             got = torch.tensor(answer["data"][0]["data"])
-            want = ours.belief(ours.read([ids])[0].to("cuda")).value().cpu()
+            with torch.inference_mode():
+                raw = ours(torch.tensor([ids], device=setup.device()))[0]
+                want = ours.belief(raw).value().float().cpu()
             if len(got) != len(want):
                 return {"ok": False, "got": len(got), "want": len(want)}
             worst = max(worst, float((got[:, 0] - want).abs().max()))
             rows += len(got)
         return {"ok": worst < 0.05, "worst_value_error": worst, "tokens": rows}
 
-    def speed(self, pairs: list[tuple[str, str]]) -> None:
-        engines = {}
+    def start_speed(self, pairs: list[tuple[str, str]]) -> dict[str, Engine]:
+        engines: dict[str, Engine] = {}
         for generator, value in pairs:
-            folder = setup.write_generator(generator, self.work)
-            checkpoint = setup.write_value_model(value, self.work)
-            torch.cuda.empty_cache()
-            pair = f"{generator}_{value}"
-            engines[f"{pair}_stock"] = self.start(f"{pair}_stock", folder, None, generator, 0.05)
-            engines[f"{pair}_plugin"] = self.start(
-                f"{pair}_plugin", folder, checkpoint, generator, SHARE[value]
-            )
-        self.pending |= engines
+            folder = setup.write_generator(generator, self.work, is_tiny=self.is_dry)
+            checkpoint = setup.write_value_model(value, self.work, is_tiny=self.is_dry)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            kinds: list[tuple[str, Path | None, dict[str, Any]]] = [
+                ("stock", None, {}),
+                ("plugin", checkpoint, {}),
+            ]
+            if self.engine == "vllm" and generator == "1.5b":
+                kinds.append(("stock_v1", None, self.v1()))
+            for kind, model, more in kinds:
+                name = f"{generator}_{value}_{kind}"
+                engines[name] = self.start(name, folder, model, generator, SHARE[value], **more)
+        return engines
 
-    def measure(self, pairs: list[tuple[str, str]]) -> None:
-        engines = self.await_ready(self.pending, 240.0)
-        for concurrency in (64, 16, 1, 256):
+    def speed(self, pairs: list[tuple[str, str]]) -> None:
+        engines = self.await_ready(self.start_speed(pairs), 330.0)
+        for concurrency in self.arguments.concurrency:
             for generator, value in pairs:
                 pair = f"{generator}_{value}"
                 for kind, name, control in (
                     ("stock", f"{pair}_stock", None),
+                    ("stock_v1", f"{pair}_stock_v1", None),
                     ("unguided", f"{pair}_plugin", None),
                     ("guided", f"{pair}_plugin", CONTROL),
                 ):
-                    if name in engines and self.left_s > 25:
+                    if name in engines and self.left_s > 15:
                         self.point(engines[name], pair, kind, concurrency, control)
         for engine in engines.values():
+            engine.stop()
+
+    def profile(self, pairs: list[tuple[str, str]]) -> None:
+        """vLLM's worker inside the process that times it; its steps wait for the device, so the
+        parts are right and their sum is above a step's time in `speed`."""
+        engines = {}
+        for generator, value in pairs:
+            folder = setup.write_generator(generator, self.work, is_tiny=self.is_dry)
+            checkpoint = setup.write_value_model(value, self.work, is_tiny=self.is_dry)
+            inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LENVM_BENCH_TIMERS": "1"}
+            name = f"{generator}_{value}_profile"
+            engines[name] = self.start(
+                name, folder, checkpoint, generator, SHARE[value], env=inside
+            )
+        for name, engine in self.await_ready(engines, 330.0).items():
+            pair = name.removesuffix("_profile")
+            command = {"do": "split", "concurrency": 64, "num_tokens": 128, "control": CONTROL}
+            answer = engine.ask(command, min(120.0, self.left_s))
+            table = answer.pop("table", "")
+            (self.logs / f"{name}.txt").write_text(table)
+            self.results.setdefault("splits", []).append({"pair": pair, **answer})
+            self.say(json.dumps(answer))
+            self.say(table[:6000])
+            self.save()
             engine.stop()
 
     def point(self, engine: Engine, pair: str, kind: str, concurrency: int, control: Any) -> None:
@@ -347,61 +326,40 @@ class Run:
         self.save()
 
     def headline(self) -> None:
-        rate = {
-            (p["pair"], p["kind"]): p["tokens_per_s"]
-            for p in self.results["points"]
-            if p["concurrency"] == 64 and "tokens_per_s" in p
-        }
-
-        def ratio(pair: str, kind: str) -> float | None:
-            top, bottom = rate.get((pair, kind)), rate.get((pair, "stock"))
-            return round(top / bottom, 3) if top and bottom else None
-
-        self.results["headline"] = {
-            f"{self.engine}_ratio_1p5b_0p5b": ratio("1.5b_0.5b", "guided"),
-            f"{self.engine}_ratio_7b_1p5b": ratio("7b_1.5b", "guided"),
-            f"{self.engine}_ratio_0p5b_0p5b": ratio("0.5b_0.5b", "guided"),
-            f"{self.engine}_unguided_ratio": ratio("1.5b_0.5b", "unguided"),
-        }
-
-
-def call(url: str, body: dict[str, Any]) -> tuple[int, Any]:
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()[:500]
+        self.results["headline"] = headline(self.engine, self.results["points"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    if sys.argv[1:2] == ["merge"]:
+        *paths, flag, out = sys.argv[2:]
+        assert flag == "--out", "merge FILE ... --out FILE"
+        return merge(paths, out)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("engine", choices=["vllm", "sglang"])
-    parser.add_argument("--real", required=True, help="a real small generator: folder or GGUF")
-    parser.add_argument("--out", default="benchmarks/results/engines_h200.json")
+    parser.add_argument("part", choices=["truth", "speed", "profile"])
+    parser.add_argument("--real", default="smollm2", help="a real small generator")
+    parser.add_argument("--out", required=True)
     parser.add_argument("--work", default="/dev/shm/engines")
-    parser.add_argument("--budget-s", type=float, default=400.0)
+    parser.add_argument("--budget-s", type=float, default=500.0)
     parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--parts", nargs="*", default=["truth", "speed"])
     parser.add_argument("--pairs", nargs="*", default=["1.5b_0.5b", "7b_1.5b", "0.5b_0.5b"])
+    parser.add_argument("--concurrency", nargs="*", type=int, default=[64, 16, 1, 256])
+    parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     run = Run(arguments)
     pairs = [p for p in PAIRS if "_".join(p) in arguments.pairs]
-    truth = run.start_truth() if "truth" in arguments.parts else None
-    if "speed" in arguments.parts:
-        run.speed(pairs[:2])
-    if truth is not None:
-        real, value, engines = truth
-        good = run.await_ready(engines, 200.0)
+    if arguments.part == "truth":
+        real, value, engines = run.start_truth()
+        good = run.await_ready(engines, 330.0)
         run.truth(real, value, good)
         for engine in good.values():
             engine.stop()
-        torch.cuda.empty_cache()
-    if "speed" in arguments.parts:
-        run.speed(pairs[2:])
-        run.measure(pairs)
+    elif arguments.part == "speed":
+        run.speed(pairs)
+    else:
+        run.profile(pairs)
     run.save()
     run.say(json.dumps(run.results["headline"]))
 

@@ -13,12 +13,18 @@ import torch
 
 Ask = Callable[[list[dict[str, Any]]], list[Any]]
 GENERATED = 96
+TOKENS = [1000, 40_000]
+"""Prompts are made of these."""
+
+
+def use_vocabulary(size: int) -> None:
+    TOKENS[:] = [size // 10, size - size // 10]
 
 
 def prompts(count: int, seed: int = 0, low: int = 20, high: int = 200) -> list[list[int]]:
     source = random.Random(seed)
     return [
-        [source.randrange(1000, 40_000) for _ in range(source.randrange(low, high))]
+        [source.randrange(*TOKENS) for _ in range(source.randrange(low, high))]
         for _ in range(count)
     ]
 
@@ -65,13 +71,15 @@ def check_untouched(ask: Ask, stock: Ask, dialect: Dialect) -> dict[str, Any]:
 
 
 def check_lengths(ask: Ask, dialect: Dialect, count: int = 64) -> dict[str, Any]:
-    """A strict goal is kept exactly, through preemption and late joiners."""
+    """A strict goal is kept exactly by the soft and the hard rule, through preemption."""
     targets = [20 + 3 * i for i in range(count)]
     requests = [
         {
             "prompt": p,
             "params": dialect.params(
-                400, {"equal_to": t, "rule": "soft", "top_k": 8}, temperature=1.0
+                400,
+                {"equal_to": t, "rule": "hard" if t % 2 else "soft", "strict": True, "top_k": 8},
+                temperature=1.0,
             ),
         }
         for p, t in zip(prompts(count, 3), targets, strict=True)
@@ -95,7 +103,7 @@ def check_rule(
     answers = [o[0]["tokens"] for o in ask([{"prompt": p, "params": params} for p in mine])]
     agree = total = 0
     for prompt, tokens in zip(mine, answers, strict=True):
-        ids = torch.tensor([[*prompt, *tokens]], device="cuda")
+        ids = torch.tensor([[*prompt, *tokens]], device=generator.device)
         with torch.inference_mode():
             logits = generator(ids).logits[0, len(prompt) - 1 : -1].float()
         guided = Guided(prompt, LengthControl.parse(control), temperature=0.0)
@@ -125,7 +133,7 @@ def check_distribution(
         token = answer[0]["tokens"][0]
         counts[token] = counts.get(token, 0) + 1
     with torch.inference_mode():
-        logits = generator(torch.tensor([prompt], device="cuda")).logits[:, -1].float()
+        logits = generator(torch.tensor([prompt], device=generator.device)).logits[:, -1].float()
     session.add({"r": Guided(prompt, LengthControl.parse(control), temperature=0.8)})
     chosen = session.step(["r"], logits)
     session.remove(["r"])

@@ -23,12 +23,21 @@ def explode(candidates, belief, params):
 '''
 
 
-def build_config(name: str) -> Any:
+TINY = (32, 64, 2, 4, 2, True)
+"""Every shape's stand-in in a dry run on a CPU."""
+TINY_VOCABULARY = 512
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build_config(name: str, *, is_tiny: bool = False) -> Any:
     from transformers import Qwen2Config
 
-    hidden, intermediate, layers, heads, kv_heads, tied = SHAPES[name]
+    hidden, intermediate, layers, heads, kv_heads, tied = TINY if is_tiny else SHAPES[name]
     return Qwen2Config(
-        vocab_size=151_936,
+        vocab_size=TINY_VOCABULARY if is_tiny else 151_936,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
@@ -37,14 +46,29 @@ def build_config(name: str) -> Any:
         max_position_embeddings=32_768,
         tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        eos_token_id=151_645,
-        bos_token_id=151_643,
-        dtype="bfloat16",
+        eos_token_id=2 if is_tiny else 151_645,
+        bos_token_id=1 if is_tiny else 151_643,
+        dtype="float32" if is_tiny else "bfloat16",
     )
 
 
-def write_generator(name: str, folder: Path) -> Path:
+def write_tiny_generator(folder: Path) -> Path:
+    """A generator with weights, for a dry run."""
+    from transformers import AutoModelForCausalLM
+
+    target = folder / "generator-tiny"
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(build_config("tiny", is_tiny=True))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6)  # tied: logits that tell tokens apart
+    model.save_pretrained(target)
+    return target
+
+
+def write_generator(name: str, folder: Path, *, is_tiny: bool = False) -> Path:
     """A configuration; the engine makes up the weights (`load_format=dummy`)."""
+    if is_tiny:
+        return write_tiny_generator(folder)
     target = folder / f"generator-{name}"
     if not target.exists():
         config = build_config(name)
@@ -53,7 +77,9 @@ def write_generator(name: str, folder: Path) -> Path:
     return target
 
 
-def write_value_model(name: str, folder: Path, backbone: str | None = None) -> Path:
+def write_value_model(
+    name: str, folder: Path, backbone: str | None = None, *, is_tiny: bool = False
+) -> Path:
     """A checkpoint with a random head whose z spreads by 2; random weights of a shape, or on top of
     a real backbone."""
     from transformers import AutoModel
@@ -66,14 +92,16 @@ def write_value_model(name: str, folder: Path, backbone: str | None = None) -> P
     torch.manual_seed(0)
     config = LenVMConfig(gamma=0.997)
     if backbone is not None:
-        model = LengthValueModel.build(backbone, config, dtype=torch.bfloat16, device="cuda")
+        dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+        model = LengthValueModel.build(backbone, config, dtype=dtype, device=device())
     else:
-        with torch.device("cuda"):
-            network = AutoModel.from_config(build_config(name), dtype=torch.bfloat16)
-        model = LengthValueModel(network, config).to("cuda")
+        shape = build_config(name, is_tiny=is_tiny)
+        with torch.device(device()):
+            network = AutoModel.from_config(shape, dtype=shape.dtype)
+        model = LengthValueModel(network, config).to(device())
     with torch.inference_mode():
         vocabulary = model.backbone.get_input_embeddings().num_embeddings
-        z = model(torch.randint(3, vocabulary, (4, 128), device="cuda"))
+        z = model(torch.randint(3, vocabulary, (4, 128), device=device()))
         model.head.summary.weight.mul_(2.0 / z.std())
         model.head.summary.bias.sub_(z.mean() * 2.0 / z.std())
     model.save_pretrained(target)
