@@ -183,7 +183,7 @@ class Run:
     def start_values(self, value: Path) -> Engine:
         code = (
             "import sys; from lenvm.engines.launch import build_values_command, run_server; "
-            f"argv, env = build_values_command('vllm', {str(value)!r}, port=8072, extra=["
+            f"argv, env = build_values_command({str(value)!r}, port=8072, extra=["
             "'--max-model-len', '2048', '--max-num-batched-tokens', '256', "
             "'--kv-cache-memory-bytes', '1073741824', '--gpu-memory-utilization', '0.1', "
             "'--enable-prefix-caching', '--enable-chunked-prefill', "
@@ -287,8 +287,12 @@ class Run:
                     ("unguided", f"{pair}_plugin", None),
                     ("guided", f"{pair}_plugin", CONTROL),
                 ):
-                    if name in engines and self.left_s > 15:
-                        self.point(engines[name], pair, kind, concurrency, control)
+                    if (
+                        name in engines
+                        and self.left_s > 15
+                        and not self.point(engines[name], pair, kind, concurrency, control)
+                    ):
+                        del engines[name]
         for engine in engines.values():
             engine.stop()
 
@@ -306,7 +310,8 @@ class Run:
             )
         for name, engine in self.await_ready(engines, 330.0).items():
             pair = name.removesuffix("_profile")
-            command = {"do": "split", "concurrency": 64, "num_tokens": 128, "control": CONTROL}
+            command = {"do": "split", "concurrency": 64, "control": CONTROL}
+            command["num_tokens"] = min(128, self.arguments.num_tokens)
             answer = engine.ask(command, min(120.0, self.left_s))
             table = answer.pop("table", "")
             (self.logs / f"{name}.txt").write_text(table)
@@ -316,14 +321,23 @@ class Run:
             self.save()
             engine.stop()
 
-    def point(self, engine: Engine, pair: str, kind: str, concurrency: int, control: Any) -> None:
-        command = {"do": "rate", "concurrency": concurrency, "num_tokens": 512, "control": control}
+    def point(self, engine: Engine, pair: str, kind: str, concurrency: int, control: Any) -> bool:
+        """Measure one point; False where the engine gave no answer (it is stopped)."""
+        command = {
+            "do": "rate",
+            "concurrency": concurrency,
+            "num_tokens": self.arguments.num_tokens,
+            "control": control,
+        }
         answer = engine.ask(command, min(60.0, self.left_s))
         point = {"pair": pair, "kind": kind, "concurrency": concurrency, **answer}
         self.results["points"].append(point)
         self.say(json.dumps(point))
         self.headline()
         self.save()
+        if answer.get("ended"):
+            engine.stop()
+        return not answer.get("ended")
 
     def headline(self) -> None:
         self.results["headline"] = headline(self.engine, self.results["points"])
@@ -346,6 +360,7 @@ def main() -> None:
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--pairs", nargs="*", default=["1.5b_0.5b", "7b_1.5b", "0.5b_0.5b"])
     parser.add_argument("--concurrency", nargs="*", type=int, default=[64, 16, 1, 256])
+    parser.add_argument("--num-tokens", type=int, default=512)
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     run = Run(arguments)

@@ -63,24 +63,12 @@ def build_command(
 
 
 def build_values_command(
-    engine: Engine,
-    checkpoint: str,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    extra: Sequence[str] = (),
+    checkpoint: str, *, host: str = "127.0.0.1", port: int = 8000, extra: Sequence[str] = ()
 ) -> tuple[list[str], dict[str, str]]:
-    """(argv, environment to add) of a server of the value model itself: per-token values."""
-    command, _ = build_command(engine, checkpoint, host=host, port=port)
-    if engine == "vllm":
-        override = json.dumps({"architectures": ["LengthValueModel"]})
-        return [*command, "--runner", "pooling", "--hf-overrides", override, *extra], {}
-    override = json.dumps({"architectures": ["SglangLengthValueModel"]})
-    flags = ["--is-embedding", "--json-model-override-args", override, "--disable-radix-cache"]
-    flags += ["--chunked-prefill-size", "-1"]
-    return [*command, *flags, *extra], {
-        "SGLANG_EXTERNAL_MODEL_PACKAGE": "lenvm.engines.sglang.models"
-    }
+    """(argv, environment to add) of a vLLM server of the value model itself: per-token values."""
+    command, _ = build_command("vllm", checkpoint, host=host, port=port)
+    override = json.dumps({"architectures": ["LengthValueModel"]})
+    return [*command, "--runner", "pooling", "--hf-overrides", override, *extra], {}
 
 
 def serve(
