@@ -310,7 +310,8 @@ class Run:
             )
         for name, engine in self.await_ready(engines, 330.0).items():
             pair = name.removesuffix("_profile")
-            command = {"do": "split", "concurrency": 64, "control": CONTROL}
+            concurrency = self.arguments.concurrency[0]
+            command = {"do": "split", "concurrency": concurrency, "control": CONTROL}
             command["num_tokens"] = min(128, self.arguments.num_tokens)
             answer = engine.ask(command, min(120.0, self.left_s))
             table = answer.pop("table", "")

@@ -55,3 +55,18 @@ def test_a_sign_is_made_only_where_there_is_a_value_model_and_goes_with_its_proc
     sign, before, after = run(code, LENVM_MODEL=str(tmp_path), TMPDIR=str(tmp_path)).split()
     assert (before, after) == ("False", "True")
     assert not Path(sign).parent.exists()
+
+
+def test_the_page_names_every_setting_and_the_flags_that_the_launcher_prints():
+    from lenvm.engines.launch import build_command
+    from lenvm.engines.settings import GuidanceSettings
+
+    page = (ROOT / "docs/engines.md").read_text()
+    settings = GuidanceSettings("runs/model", gamma=0.9, untested_engine=True)
+    assert all(f"`{name}`" in page for name in settings.to_env())
+    for engine in ("vllm", "sglang"):
+        argv, env = build_command(engine, "G", GuidanceSettings("runs/model"))
+        skipped = ("--host", "--port", "--logits-processors")
+        flags = [w for w in argv if w.startswith("--") and w not in skipped]
+        assert all(flag in page for flag in flags)
+        assert all(f"{name}={value}" in page for name, value in env.items())

@@ -2,8 +2,8 @@
 
 `register` is the entry point `sglang.srt.plugins`, which SGLang calls in every process. Where
 LENVM_MODEL is set it asks SGLang's own hook registry for five hooks (hooks.py); else it does
-nothing. requests.py maps SGLang's batch onto a `GuidedBatch`. Hooks that could not be applied would ignore controls without a word, so a release
-that was not tested ends the process.
+nothing. requests.py maps SGLang's batch onto a `GuidedBatch`. Hooks that could not be applied would
+ignore controls without a word, so a release that was not tested ends the process.
 """
 
 import os

@@ -107,7 +107,8 @@ def after_initialize(_result: Any, runner: Any, *_rest: Any, **_more: Any) -> No
         assert share is not None
         Worker.rows = RequestRows(FollowingBatch(share), settings)
         return
-    device = torch.device(runner.device, runner.gpu_id if runner.device == "cuda" else None)
+    is_cuda = runner.device == "cuda"
+    device = torch.device(f"cuda:{runner.gpu_id}" if is_cuda else runner.device)
     tokenizer = None if args.skip_tokenizer_init else args.tokenizer_path
     session = settings.load_session(device, tokenizer=tokenizer)
     batch = GuidedBatch(session, seed=args.random_seed or 0, share=share)
