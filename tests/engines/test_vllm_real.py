@@ -134,3 +134,46 @@ def test_vllms_own_batch_and_sampler_give_the_plain_loops_tokens(seed, is_async)
         if control is not None:
             assert job.tokens == plain_loop(job, control)
     assert not guidance.scorer.requests
+
+
+def test_the_pooling_models_head_gives_our_values_for_every_token_of_a_chunked_prompt(monkeypatch):
+    """vLLM's own registry and pooler classes; the backbone needs a GPU."""
+    from types import SimpleNamespace
+
+    from vllm.model_executor.layers.pooler.tokwise import TokenPooler, methods
+    from vllm.model_executor.models.registry import _ModelInfo
+
+    from lenvm.engines.vllm.values import ValuePoolerHead, VllmLengthValueModel
+    from lenvm.model.head import LengthBins, build_head
+
+    info = _ModelInfo.from_model_cls(VllmLengthValueModel)
+    assert info.is_pooling_model
+    assert info.default_tok_pooling_type == "ALL"
+    scheduler = SimpleNamespace(enable_chunked_prefill=True)
+    monkeypatch.setattr(
+        methods,
+        "get_current_vllm_config",
+        lambda: SimpleNamespace(scheduler_config=scheduler),
+    )
+    head = build_head("scalar", 32, LengthBins(200, 1.5))
+    pooler = TokenPooler(pooling=methods.AllPool(), head=ValuePoolerHead(head, 0.98))
+    assert pooler.get_supported_tasks() == {"token_classify"}
+    hidden, state = torch.randn(7, 32), SimpleNamespace(hidden_states_cache=[])
+    state.clean = state.hidden_states_cache.clear
+    found = None
+    for first, last in ((0, 4), (4, 7)):
+
+        def cursor(last=last, first=first):
+            return SimpleNamespace(
+                num_scheduled_tokens_cpu=torch.tensor([last - first]),
+                is_finished=lambda: [last == 7],
+            )
+
+        metadata = SimpleNamespace(
+            pooling_params=[None], pooling_states=[state], get_pooling_cursor=cursor
+        )
+        assert found is None
+        (found,) = pooler(hidden[first:last], metadata)
+    belief = head.belief(head(hidden), 0.98)
+    assert torch.allclose(found[:, 0], belief.value())
+    assert torch.allclose(found[:, 1], belief.length())
