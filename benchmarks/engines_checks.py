@@ -163,17 +163,16 @@ def check_faults(ask: Ask, dialect: Dialect) -> dict[str, Any]:
     good = dialect.params(50, {"equal_to": 40, "rule": "soft", "top_k": 8}, temperature=1.0)
     bad = dialect.params(50, {"equal_to": 40, "rule": "explode", "top_k": 8}, temperature=1.0)
     answers = ask([{"prompt": p, "params": bad if i == 2 else good} for i, p in enumerate(mine)])
-    if "error" in answers[0]:
-        return {"ok": False, "error": answers[0]["error"]}
-    lengths = [len(a[0]["tokens"]) for a in answers]
+    answers += [answers[0]] * (len(mine) - len(answers))  # one error for all
+    lengths = [0 if "error" in a else len(a[0]["tokens"]) for a in answers]
     refused = ask([{"prompt": mine[0], "params": dialect.params(8, {"equal_to": 0})}])[0]
     after = ask([{"prompt": mine[0], "params": good}])[0]
     fine = all(n == 40 for i, n in enumerate(lengths) if i != 2) and lengths[2] < 40
     refusal = refused["error"] if isinstance(refused, dict) else None
     return {
-        "ok": fine and bool(refusal) and len(after[0]["tokens"]) == 40,
+        "ok": fine and bool(refusal) and "error" not in after and len(after[0]["tokens"]) == 40,
         "lengths": lengths,
-        "failed": answers[2][0],
+        "failed": answers[2],
         "refusal": refusal,
     }
 

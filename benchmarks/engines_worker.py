@@ -74,18 +74,28 @@ class SglangWorker:
                 input_ids=[r["prompt"] for r in requests],
                 sampling_params=[r["params"] for r in requests],
             )
-        except Exception as error:  # whatever the engine raises is the answer
-            return [{"error": str(error)}]
+        except Exception:  # one request's error is the whole call's: ask one by one
+            return [self.generate_one(r) for r in requests]
         outputs = outputs if isinstance(outputs, list) else [outputs]
+        return [self.read(output) for output in outputs]
+
+    def generate_one(self, request: dict[str, Any]) -> Any:
+        try:
+            output = self.engine.generate(
+                input_ids=request["prompt"], sampling_params=request["params"]
+            )
+        except Exception as error:  # whatever the engine raises is the answer
+            return {"error": str(error)}
+        return self.read(output)
+
+    @staticmethod
+    def read(output: dict[str, Any]) -> list[dict[str, Any]]:
         return [
-            [
-                {
-                    "tokens": list(o["output_ids"]),
-                    "finish_reason": o["meta_info"]["finish_reason"],
-                    "stop_reason": None,
-                }
-            ]
-            for o in outputs
+            {
+                "tokens": list(output["output_ids"]),
+                "finish_reason": output["meta_info"]["finish_reason"],
+                "stop_reason": None,
+            }
         ]
 
     def params(self, num_tokens: int, control: dict[str, Any] | None, seed: int) -> dict[str, Any]:
