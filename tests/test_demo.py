@@ -10,7 +10,7 @@ import time
 import pytest
 
 from lenvm.demo import DemoConfig, run_demo
-from lenvm.errors import DataError
+from lenvm.errors import InputError
 from lenvm.reports.demo import build_demo_report, shortfalls
 from tiny import EOS, tiny_generator, tiny_tokenizer
 
@@ -74,7 +74,7 @@ def test_every_stage_is_there_and_a_second_run_is_over_at_once(generator, tmp_pa
         (tmp_path / "summary.json").read_text()
     )
     assert time.monotonic() - start < 5
-    with pytest.raises(DataError, match="completions"):
+    with pytest.raises(InputError, match="completions"):
         run_demo(tmp_path, DemoConfig(generator=generator, completions=3, **SIZES), print)
 
 

@@ -35,6 +35,9 @@ Progress = Callable[[str, int, int], None]
 TRUNCATION: dict[str, Any] = {"top_k": 8, "min_p": 0.05}
 """Of every completion, guided or not. Few candidates a step: scoring them is what control costs."""
 
+LONG_ENOUGH_TO_SHOW = 60
+"""Tokens: a completion of this length or more shows how the value moves."""
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -267,15 +270,16 @@ def _predict(model: LengthValueModel, trajectories: Sequence[Trajectory]) -> dic
 
 
 def _write_traces(output: Path, model: LengthValueModel, rows: Sequence[Trajectory]) -> None:
-    """`traces.jsonl`: three held-out completions token by token."""
+    """`traces.jsonl`: one held-out completion of every domain, token by token."""
     import json
 
-    chosen: dict[str, Trajectory] = {}
+    by_domain: dict[str, list[Trajectory]] = defaultdict(list)
     for t in rows:
-        if t.split != "train" and t.is_complete and 60 <= t.length <= 260:
-            chosen.setdefault(t.domain, t)
+        if t.split != "train":
+            by_domain[t.domain].append(t)
     lines = []
-    for t in chosen.values():
+    for group in by_domain.values():
+        t = max(group, key=lambda t: (t.is_complete, min(t.length, LONG_ENOUGH_TO_SHOW)))
         states = trace_values(model, t.prompt_token_ids, t.completion_token_ids)
         tokens = [model.tokenizer.decode([i]) for i in t.completion_token_ids]
         prompt = t.messages[-1]["content"] if t.messages else t.prompt_text

@@ -40,7 +40,7 @@ def test_a_key_is_asked_for_where_keys_are_set():
         assert client.get("/metrics").status_code == 401
         assert client.get("/health").status_code == client.get("/").status_code == 200
         for key, status in (("two", 200), ("three", 401), ("", 401), ("é", 401)):
-            headers = {"authorization": f"Bearer {key}".encode()}
+            headers = {"authorization": f"Bearer {key}".strip().encode()}
             reply = client.post("/v1/chat/completions", json=CHAT, headers=headers)
             assert reply.status_code == status
         assert reply.json()["error"]["type"] == "authentication_error"

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,7 +109,7 @@ def _write_folder(source: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**place)
         loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16)
-    except (ValueError, OSError, KeyError, IndexError) as error:
+    except (ValueError, OSError, KeyError, IndexError, struct.error) as error:
         raise CheckpointError(f"{source} cannot be read as a GGUF model: {error}") from error
     finally:
         if shown:
