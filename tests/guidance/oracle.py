@@ -107,6 +107,8 @@ class OracleScorer:
 
     def remove(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
+            if request_id not in self.requests:
+                raise InputError(f"no request {request_id!r}: never added, or removed")
             del self.requests[request_id]
 
 

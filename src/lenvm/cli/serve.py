@@ -53,11 +53,17 @@ def register(app: typer.Typer) -> None:
         ] = False,
         log_prompts: Annotated[bool, typer.Option("--log-prompts")] = False,
         device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+        gpu_memory: Annotated[
+            float, typer.Option(help="vllm, sglang: part of the GPU for the value model.")
+        ] = 0.15,
     ) -> None:
-        """Serve the OpenAI API with length control, and a live page at /."""
+        """Serve the OpenAI API with length control, and a live page at /.
+
+        --engine vllm or sglang starts that engine's own server; flags that are not listed here go
+        to it as they are.
+        """
         if engine != "transformers":
-            _launch(engine, context.args, model=model, lenvm=lenvm, host=host, port=port)
-            return
+            raise typer.Exit(_launch(engine, context))
         from lenvm.errors import InputError
 
         if context.args:
@@ -124,15 +130,41 @@ def _build_upstream(url: str, engine: str, config: Any) -> Any:
     return build_upstream_app(url, config, engine=engine, api_key=key)  # type: ignore[arg-type]
 
 
-def _launch(engine: str, arguments: list[str], **options: Any) -> None:
-    """Start a stock server of another engine with the plugin; its own arguments go through."""
-    from importlib import import_module
-    from importlib.util import find_spec
+FOR_ENGINES = ("engine", "model", "lenvm", "name", "host", "port")
+LIMITS = ("max_requests", "max_candidates", "gpu_memory")
 
+
+def _launch(engine: str, context: typer.Context) -> int:
+    """Run the stock server of another engine with the value model in it; its exit status."""
+    from lenvm.engines.launch import serve
     from lenvm.errors import InputError
 
     if engine not in ("vllm", "sglang"):
         raise InputError(f"engine is {engine!r}; allowed: transformers, vllm, sglang")
-    if find_spec("lenvm.engines.launch") is None:
-        raise InputError(f"this lenvm cannot start {engine}; use --engine transformers")
-    import_module("lenvm.engines.launch").serve(engine=engine, arguments=arguments, **options)
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+    for name in given:
+        if name not in (*FOR_ENGINES, *LIMITS):
+            raise InputError(
+                f"--{name.replace('_', '-')} goes with --engine transformers only; flags of "
+                f"{engine} itself are passed on"
+            )
+    if "model" not in given or "lenvm" not in given:
+        raise InputError(
+            f"--engine {engine} needs --model (folder or hub id of the generator) and --lenvm "
+            "(folder of the value model, or none)"
+        )
+    extra = [*(("--served-model-name", given["name"]) if "name" in given else ()), *context.args]
+    return serve(
+        engine,  # type: ignore[arg-type]  # checked above
+        given["model"],
+        None if given["lenvm"] == "none" else given["lenvm"],
+        host=context.params["host"],
+        port=context.params["port"],
+        extra=extra,
+        echo=typer.echo,
+        **{name: given[name] for name in LIMITS if name in given},
+    )

@@ -14,6 +14,7 @@ Shape legend: R rows of a step, V vocabulary, K candidates.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -115,16 +116,17 @@ class GuidanceSession:
         firsts: dict[tuple[int, ...], str] = {}
         for request_id, prefix in prefixes.items():
             firsts.setdefault(prefix, request_id)
-        added: list[str] = []
         try:
             belief = self.scorer.add({r: list(p) for p, r in firsts.items()})
-            added += firsts.values()
             for request_id, prefix in prefixes.items():
                 if firsts[prefix] != request_id:
                     self.scorer.fork(firsts[prefix], request_id)
-                    added.append(request_id)
-        except LenVMError as error:
-            self.scorer.remove(added)
+        except Exception as error:
+            for request_id in requests:  # whatever went wrong, nothing stays behind
+                with suppress(LenVMError):
+                    self.scorer.remove([request_id])
+            if not isinstance(error, LenVMError):
+                raise
             raise self._blame(requests, error, lambda r: self._try_add(r, prefixes[r])) from error
         reading = _Reading(self._value(belief), belief.length())
         row = {prefix: index for index, prefix in enumerate(firsts)}

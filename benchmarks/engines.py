@@ -1,0 +1,384 @@
+"""Figures of guided decoding inside stock vLLM or SGLang: truth first, then speed, then where the
+time of a step goes.
+
+    python benchmarks/engines.py vllm truth   --real ~/kit/models/smollm2.gguf --out truth.json
+    python benchmarks/engines.py vllm speed   --pairs 1.5b_0.5b 7b_1.5b --out speed.json
+    python benchmarks/engines.py vllm profile --pairs 1.5b_0.5b --out profile.json
+    python benchmarks/engines.py merge truth.json speed.json --out results/engines_h200.json
+
+Truth runs on a real small generator (`--real`: a folder or a GGUF file). Speed runs on shapes
+(Qwen2.5's 0.5B, 1.5B, 7B) with made-up weights: the work of a step does not depend on them. All
+engines of a call start at once and then work one at a time. The JSON is written after each point.
+
+What is compared (`kind`): `stock`, the engine alone with its default settings; `stock_v1`, vLLM
+alone with its V1 model runner, which it falls back to where any logits processor is installed;
+`unguided`, lenvm's plugin loaded and no request with a control; `guided`, every request with one.
+
+`--dry-run` plays it all on a CPU with tiny models and tests/engines/machine.py for an engine.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+
+import engines_checks as checks  # noqa: E402
+import engines_setup as setup  # noqa: E402
+from engines_process import Engine, call  # noqa: E402
+from engines_results import headline, merge  # noqa: E402
+
+CONTROL = {"equal_to": 512, "rule": "soft", "strict": False, "top_k": 15, "top_p": 1.0}
+PAIRS = [("1.5b", "0.5b"), ("7b", "1.5b"), ("0.5b", "0.5b")]
+KV_GIB = {"0.5b": 3, "1.5b": 5, "7b": 9, "real": 1}
+SHARE = {"0.5b": 0.035, "1.5b": 0.065, "real": 0.02}
+"""Of the GPU's memory, for the value model and its KV: several engines share the GPU here."""
+
+
+class Run:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.engine, self.arguments = arguments.engine, arguments
+        self.part, self.is_dry = arguments.part, arguments.dry_run
+        self.work = Path(arguments.work)
+        self.logs = Path(arguments.out).parent / f"{self.engine}_logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.deadline = time.monotonic() + arguments.budget_s
+        self.site = setup.write_site(self.work)
+        self.results: dict[str, Any] = {
+            "is_dry_run": self.is_dry,
+            "command": " ".join(sys.argv),
+            "commit": arguments.commit,
+            "engine": self.engine,
+            "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+            "host": platform.node(),
+            "versions": setup.versions(),
+            "headline": {},
+            "checks": {},
+            "engines": {},
+            "points": [],
+        }
+
+    @property
+    def left_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def save(self) -> None:
+        setup.write_json(Path(self.arguments.out), self.results)
+
+    def say(self, text: str) -> None:
+        print(f"[{self.arguments.budget_s - self.left_s:5.0f} s] {text}", flush=True)
+
+    # -- engines ----------------------------------------------------------------------------------
+
+    def start(
+        self, name: str, model: Path, value: Path | None, size: str, share: float, **more: Any
+    ) -> Engine:
+        """`more`: engine options, and `env` for its environment."""
+        env = self.env(value, share) | more.pop("env", {})
+        options: dict[str, Any] = dict(more)
+        if self.engine == "vllm":
+            options |= {"kv_cache_memory_bytes": KV_GIB[size] << 30, "gpu_memory_utilization": 0.1}
+        else:
+            options |= {
+                "attention_backend": "triton",
+                "sampling_backend": "pytorch",
+                "max_total_tokens": 160_000,
+                "disable_custom_all_reduce": True,
+            }
+            options |= {"enable_custom_logit_processor": True} if value is not None else {}
+        if size != "real":
+            options |= {"load_format": "dummy", "skip_tokenizer_init": True}
+        kind = "machine" if self.is_dry else self.engine
+        spec = {"engine": kind, "model": str(model), "options": options}
+        argv = [sys.executable, str(ROOT / "benchmarks/engines_worker.py"), json.dumps(spec)]
+        return Engine(argv, env, self.logs / f"{name}.log")
+
+    def env(self, value: Path | None, share: float = 0.05) -> dict[str, str]:
+        """Only an engine with a value model sees lenvm's entry points: stock is stock."""
+        site = [str(self.site)] if value is not None else []
+        path = [str(ROOT / "src"), *site, os.environ.get("PYTHONPATH", "")]
+        env = {
+            "PYTHONPATH": ":".join(path),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "LENVM_GPU_MEMORY": str(share),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        return env | ({"LENVM_MODEL": str(value)} if value is not None else {})
+
+    def await_ready(self, engines: dict[str, Engine], timeout_s: float) -> dict[str, Engine]:
+        end = time.monotonic() + min(timeout_s, self.left_s)
+        good = {}
+        for name, engine in engines.items():
+            answer = engine.wait(end - time.monotonic())
+            self.results["engines"][name] = answer
+            self.say(f"{name}: {answer}")
+            if "ready" in answer:
+                good[name] = engine
+            else:
+                engine.stop()
+                log = (self.logs / f"{name}.log").read_text().splitlines()
+                print("\n".join(log[-40:]), flush=True)
+        self.save()
+        return good
+
+    def attempt(self, name: str, call: Callable[[], dict[str, Any]]) -> None:
+        start = time.monotonic()
+        try:
+            record = call()
+        except Exception as error:  # one check that breaks must not hide the others
+            where = traceback.format_exc().splitlines()[-5:]
+            record = {"ok": False, "error": repr(error), "where": where}
+        record["seconds"] = round(time.monotonic() - start, 1)
+        self.results["checks"][name] = record
+        self.say(f"check {name}: {json.dumps(record)[:900]}")
+        self.save()
+
+    # -- parts ------------------------------------------------------------------------------------
+
+    def start_truth(self) -> tuple[Path, Path, dict[str, Engine]]:
+        from lenvm.model.bundled import resolve_model
+
+        if self.is_dry:
+            real = setup.write_tiny_generator(self.work)
+        else:
+            real = Path(resolve_model(self.arguments.real))
+        value = setup.write_value_model("real", self.work, str(real))
+        small = {"num_gpu_blocks_override": 420} if self.engine == "vllm" else {}
+        engines = {
+            "real_plugin": self.start("real_plugin", real, value, "real", SHARE["real"], **small),
+            "real_stock": self.start("real_stock", real, None, "real", 0.02, **self.v1()),
+        }
+        if self.engine == "vllm" and not self.is_dry:
+            engines["http"] = self.start_http(real, value)
+            engines["values"] = self.start_values(value)
+        return real, value, engines
+
+    def v1(self) -> dict[str, Any]:
+        """vLLM's V1 runner, which is what the plugin runs in: same kernels, same rounding."""
+        return {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}} if self.engine == "vllm" else {}
+
+    def start_http(self, real: Path, value: Path) -> Engine:
+        code = (
+            "import sys; from lenvm.engines.launch import serve; sys.exit(serve("
+            f"'vllm', {str(real)!r}, {str(value)!r}, port=8071, gpu_memory=0.02, max_requests=64, "
+            "extra=['--max-model-len', '2048', '--kv-cache-memory-bytes', '1073741824', "
+            "'--gpu-memory-utilization', '0.1', '--served-model-name', 'real'], "
+            "echo=lambda line: print(line, flush=True)))"
+        )
+        return Engine([sys.executable, "-c", code], self.env(value), self.logs / "http.log")
+
+    def start_values(self, value: Path) -> Engine:
+        code = (
+            "import sys; from lenvm.engines.launch import build_values_command, run_server; "
+            f"argv, env = build_values_command({str(value)!r}, port=8072, extra=["
+            "'--max-model-len', '2048', '--max-num-batched-tokens', '256', "
+            "'--kv-cache-memory-bytes', '1073741824', '--gpu-memory-utilization', '0.1', "
+            "'--enable-prefix-caching', '--enable-chunked-prefill', "
+            "'--served-model-name', 'value']); sys.exit(run_server(argv, env, "
+            "'http://127.0.0.1:8072', echo=lambda line: print(line, flush=True)))"
+        )
+        env = {k: v for k, v in self.env(value).items() if k != "LENVM_MODEL"}
+        return Engine([sys.executable, "-c", code], env, self.logs / "values.log")
+
+    def truth(self, real: Path, value: Path, engines: dict[str, Engine]) -> None:
+        from transformers import AutoModelForCausalLM
+
+        from lenvm.guidance.scorer import CandidateScorer
+        from lenvm.guidance.session import GuidanceSession
+        from lenvm.model.value_model import LengthValueModel
+
+        dialect = checks.Dialect(self.engine)
+        device = setup.device()
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        generator = AutoModelForCausalLM.from_pretrained(real, dtype=dtype).to(device)
+        checks.use_vocabulary(generator.config.vocab_size)
+        ours = LengthValueModel.from_pretrained(value, dtype=dtype, device=device)
+        scorer = CandidateScorer(ours, max_tokens=8192, max_requests=4)
+        session = GuidanceSession(scorer, eos_token_ids=())
+        if "real_plugin" in engines:
+            ask = engines["real_plugin"].generate
+            self.attempt("lengths", lambda: checks.check_lengths(ask, dialect))
+            self.attempt("faults", lambda: checks.check_faults(ask, dialect))
+            self.attempt("rule", lambda: checks.check_rule(ask, dialect, generator, session))
+            self.attempt(
+                "distribution",
+                lambda: checks.check_distribution(ask, dialect, generator, session),
+            )
+            if "real_stock" in engines:
+                stock = engines["real_stock"].generate
+                self.attempt("untouched", lambda: checks.check_untouched(ask, stock, dialect))
+        if "http" in engines:
+            self.attempt("http", self.check_http)
+        if "values" in engines:
+            self.attempt("values", lambda: self.check_values(ours))
+
+    def check_http(self) -> dict[str, Any]:
+        def post(body: dict[str, Any]) -> tuple[int, Any]:
+            return call("http://127.0.0.1:8071/v1/completions", {"model": "real", **body})
+
+        control = json.dumps({"equal_to": 40, "rule": "soft", "top_k": 8})
+        base = {"prompt": "Tell me a story.", "max_tokens": 100, "temperature": 1.0}
+        good = post({**base, "n": 3, "logprobs": 2, "vllm_xargs": {"lenvm": control}})
+        bad = post({**base, "vllm_xargs": {"lenvm": '{"equal_to": 0}'}})
+        used = good[1].get("usage", {}).get("completion_tokens")
+        return {
+            "ok": good[0] == 200 and used == 120 and 400 <= bad[0] < 500,
+            "completion_tokens": used,
+            "bad": bad,
+            "good_status": good[0],
+        }
+
+    def check_values(self, ours: Any) -> dict[str, Any]:
+        worst, rows = 0.0, 0
+        for ids in checks.prompts(3, 7, 30, 200) + checks.prompts(1, 8, 700, 701) * 2:
+            body = {"model": "value", "input": ids, "task": "token_classify"}
+            status, answer = call("http://127.0.0.1:8072/pooling", body)
+            if status != 200:
+                return {"ok": False, "status": status, "answer": str(answer)[:500]}
+            got = torch.tensor(answer["data"][0]["data"])
+            with torch.inference_mode():
+                raw = ours(torch.tensor([ids], device=setup.device()))[0]
+                want = ours.belief(raw).value().float().cpu()
+            if len(got) != len(want):
+                return {"ok": False, "got": len(got), "want": len(want)}
+            worst = max(worst, float((got[:, 0] - want).abs().max()))
+            rows += len(got)
+        return {"ok": worst < 0.05, "worst_value_error": worst, "tokens": rows}
+
+    def start_speed(self, pairs: list[tuple[str, str]]) -> dict[str, Engine]:
+        engines: dict[str, Engine] = {}
+        for generator, value in pairs:
+            folder = setup.write_generator(generator, self.work, is_tiny=self.is_dry)
+            checkpoint = setup.write_value_model(value, self.work, is_tiny=self.is_dry)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            kinds: list[tuple[str, Path | None, dict[str, Any]]] = [
+                ("stock", None, {}),
+                ("plugin", checkpoint, {}),
+            ]
+            if self.engine == "vllm" and generator == "1.5b":
+                kinds.append(("stock_v1", None, self.v1()))
+            for kind, model, more in kinds:
+                name = f"{generator}_{value}_{kind}"
+                engines[name] = self.start(name, folder, model, generator, SHARE[value], **more)
+        return engines
+
+    def speed(self, pairs: list[tuple[str, str]]) -> None:
+        engines = self.await_ready(self.start_speed(pairs), 330.0)
+        for concurrency in self.arguments.concurrency:
+            for generator, value in pairs:
+                pair = f"{generator}_{value}"
+                for kind, name, control in (
+                    ("stock", f"{pair}_stock", None),
+                    ("stock_v1", f"{pair}_stock_v1", None),
+                    ("unguided", f"{pair}_plugin", None),
+                    ("guided", f"{pair}_plugin", CONTROL),
+                ):
+                    if (
+                        name in engines
+                        and self.left_s > 15
+                        and not self.point(engines[name], pair, kind, concurrency, control)
+                    ):
+                        del engines[name]
+        for engine in engines.values():
+            engine.stop()
+
+    def profile(self, pairs: list[tuple[str, str]]) -> None:
+        """vLLM's worker inside the process that times it; its steps wait for the device, so the
+        parts are right and their sum is above a step's time in `speed`."""
+        engines = {}
+        for generator, value in pairs:
+            folder = setup.write_generator(generator, self.work, is_tiny=self.is_dry)
+            checkpoint = setup.write_value_model(value, self.work, is_tiny=self.is_dry)
+            inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LENVM_BENCH_TIMERS": "1"}
+            name = f"{generator}_{value}_profile"
+            engines[name] = self.start(
+                name, folder, checkpoint, generator, SHARE[value], env=inside
+            )
+        for name, engine in self.await_ready(engines, 330.0).items():
+            pair = name.removesuffix("_profile")
+            concurrency = self.arguments.concurrency[0]
+            command = {"do": "split", "concurrency": concurrency, "control": CONTROL}
+            command["num_tokens"] = min(128, self.arguments.num_tokens)
+            answer = engine.ask(command, min(120.0, self.left_s))
+            table = answer.pop("table", "")
+            (self.logs / f"{name}.txt").write_text(table)
+            self.results.setdefault("splits", []).append({"pair": pair, **answer})
+            self.say(json.dumps(answer))
+            self.say(table[:6000])
+            self.save()
+            engine.stop()
+
+    def point(self, engine: Engine, pair: str, kind: str, concurrency: int, control: Any) -> bool:
+        """Measure one point; False where the engine gave no answer (it is stopped)."""
+        command = {
+            "do": "rate",
+            "concurrency": concurrency,
+            "num_tokens": self.arguments.num_tokens,
+            "control": control,
+        }
+        answer = engine.ask(command, min(60.0, self.left_s))
+        point = {"pair": pair, "kind": kind, "concurrency": concurrency, **answer}
+        self.results["points"].append(point)
+        self.say(json.dumps(point))
+        self.headline()
+        self.save()
+        if answer.get("ended"):
+            engine.stop()
+        return not answer.get("ended")
+
+    def headline(self) -> None:
+        self.results["headline"] = headline(self.engine, self.results["points"])
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["merge"]:
+        *paths, flag, out = sys.argv[2:]
+        assert flag == "--out", "merge FILE ... --out FILE"
+        return merge(paths, out)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("engine", choices=["vllm", "sglang"])
+    parser.add_argument("part", choices=["truth", "speed", "profile"])
+    parser.add_argument("--real", default="smollm2", help="a real small generator")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--work", default="/dev/shm/engines")
+    parser.add_argument("--budget-s", type=float, default=500.0)
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--pairs", nargs="*", default=["1.5b_0.5b", "7b_1.5b", "0.5b_0.5b"])
+    parser.add_argument("--concurrency", nargs="*", type=int, default=[64, 16, 1, 256])
+    parser.add_argument("--num-tokens", type=int, default=512)
+    parser.add_argument("--dry-run", action="store_true")
+    arguments = parser.parse_args()
+    run = Run(arguments)
+    pairs = [p for p in PAIRS if "_".join(p) in arguments.pairs]
+    if arguments.part == "truth":
+        real, value, engines = run.start_truth()
+        good = run.await_ready(engines, 330.0)
+        run.truth(real, value, good)
+        for engine in good.values():
+            engine.stop()
+    elif arguments.part == "speed":
+        run.speed(pairs)
+    else:
+        run.profile(pairs)
+    run.save()
+    run.say(json.dumps(run.results["headline"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Entry points name what is there, import next to nothing, and do nothing until configured."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STAND_IN = Path(__file__).parent / "stand_in"
+GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+TARGETS = {value for group in GROUPS.values() for value in group.values()}
+
+
+def run(code: str, **environment: str) -> str:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LENVM_")}
+    env |= {"PYTHONPATH": f"{STAND_IN}:{ROOT / 'src'}", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_the_groups_are_the_engines_own():
+    assert set(GROUPS) == {
+        "vllm.general_plugins",
+        "vllm.logits_processors",
+        "sglang.srt.plugins",
+    }
+    assert all(find_spec(target.split(":")[0]) for target in TARGETS if "guidance" not in target)
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_an_entry_point_imports_neither_torch_nor_the_value_model(target):
+    module, name = target.split(":")
+    code = (
+        f"import sys; from {module} import {name} as found\n"
+        "if not isinstance(found, type): found()\n"
+        "heavy = [m for m in sys.modules if m in ('torch', 'transformers') or "
+        "m.startswith(('lenvm.model', 'lenvm.engines.adapter', 'lenvm.guidance.session'))]\n"
+        "print(heavy)"
+    )
+    assert run(code) == "[]"
+
+
+def test_a_sign_is_made_only_where_there_is_a_value_model_and_goes_with_its_process(tmp_path):
+    code = (
+        "import os\nfrom lenvm.engines.vllm import register, show_sign, sees_sign\n"
+        "register(); register()\nbefore = sees_sign(); show_sign()\n"
+        "print(os.environ.get('LENVM_VLLM_SIGN'), before, sees_sign())"
+    )
+    assert run(code) == "None False False"
+    sign, before, after = run(code, LENVM_MODEL=str(tmp_path), TMPDIR=str(tmp_path)).split()
+    assert (before, after) == ("False", "True")
+    assert not Path(sign).parent.exists()
+
+
+def test_the_page_names_every_setting_and_the_flags_that_the_launcher_prints():
+    from lenvm.engines.launch import build_command
+    from lenvm.engines.settings import GuidanceSettings
+
+    page = (ROOT / "docs/engines.md").read_text()
+    settings = GuidanceSettings("runs/model", gamma=0.9, untested_engine=True)
+    assert all(f"`{name}`" in page for name in settings.to_env())
+    for engine in ("vllm", "sglang"):
+        argv, env = build_command(engine, "G", GuidanceSettings("runs/model"))
+        skipped = ("--host", "--port", "--logits-processors")
+        flags = [w for w in argv if w.startswith("--") and w not in skipped]
+        assert all(flag in page for flag in flags)
+        assert all(f"{name}={value}" in page for name, value in env.items())
