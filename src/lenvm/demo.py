@@ -55,9 +55,9 @@ class DemoConfig:
     """Value model to go on from. None: the package's own for the default generator, else none (a
     fresh head on the generator's own layers)."""
     last_layers: int = 4
-    epochs: float = 2.0
-    learning_rate: float = 1e-4
-    head_learning_rate: float = 3e-4
+    epochs: float = 1.0
+    learning_rate: float = 3e-5
+    head_learning_rate: float = 1e-4
     batch_tokens: int = 2048
     control_prompts: int = 5
     control_max_tokens: int = 130
