@@ -69,6 +69,7 @@ def test_every_stage_is_there_and_a_second_run_is_over_at_once(generator, tmp_pa
     assert summary["equal_to"]["guided"]["deviation"] <= 0.05
     assert build_demo_report(tmp_path).exists()
     assert isinstance(shortfalls(summary), list)
+    assert 0 < summary["peak_memory_gb"] < 6
     start = time.monotonic()
     assert run_demo(tmp_path, config, lambda *_: None) == json.loads(
         (tmp_path / "summary.json").read_text()

@@ -4,6 +4,8 @@ Every stage leaves a file under the output folder and is skipped when it is ther
 killed goes on where it stopped. Stages are bounded in time, so that a slow machine trains on less.
 """
 
+import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -107,9 +109,16 @@ def run_demo(output: Path, config: DemoConfig, progress: Progress) -> dict[str, 
         "prediction": prediction,
         **control,
         "seconds": time.monotonic() - started,
+        "peak_memory_gb": peak_memory_gb(),
     }
     write_json(summary_path, summary)
     return summary
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far, 10^9 bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _prompts(config: DemoConfig) -> tuple[list[Prompt], list[Prompt]]:
