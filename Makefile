@@ -14,7 +14,7 @@ demo: $(READY)
 	$(BIN)/lenvm demo
 
 test: $(DEV)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 4 --dist loadscope
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m slow

@@ -156,7 +156,7 @@ class DistributionBelief:
 
     def value(self, gamma: float | None = None) -> Tensor:
         table = self.bins.on(self.log_probs.device).values(gamma or self.gamma)
-        return self._mask((self.log_probs.exp() @ table).clamp(max=0.0))
+        return self._mask(self._expect(table).clamp(max=0.0))
 
     def length(self) -> Tensor:
         """The median: robust, and what a user means by "about n more tokens"."""
@@ -166,7 +166,7 @@ class DistributionBelief:
         """E[remaining], exact given the bins: no Jensen bias."""
         bins = self.bins.on(self.log_probs.device)
         centre = ((bins.lower + bins.upper).double() / 2).float()
-        return self._mask(self.log_probs.exp() @ centre)
+        return self._mask(self._expect(centre))
 
     def quantile(self, q: float) -> Tensor:
         if not 0.0 < q < 1.0:
@@ -200,6 +200,10 @@ class DistributionBelief:
         belief.log_probs, belief.gamma, belief.bins = self.log_probs, self.gamma, self.bins
         belief.is_terminal = is_terminal
         return belief
+
+    def _expect(self, table_K: Tensor) -> Tensor:
+        """E[table]. Not a matmul, whose rounding of a row changes with the rows beside it."""
+        return (self.log_probs.exp() * table_K).sum(-1)
 
     def _mask(self, x: Tensor) -> Tensor:
         return x if self.is_terminal is None else x.masked_fill(self.is_terminal, 0.0)
