@@ -1,5 +1,5 @@
-"""Set before torch is imported: threads that wait asleep, and one thread in each of the processes
-that share the tests (`pytest -n`). They would else spend most of their time waiting for one another.
+"""Set before torch is imported: threads that wait asleep, and one thread in each process that
+shares the tests (`pytest -n`). They would else spend most of their time waiting for one another.
 
 Property tests draw the same examples each time, so that a change is judged by what it changed;
 HYPOTHESIS_PROFILE=explore draws new ones.
