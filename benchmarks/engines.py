@@ -35,7 +35,7 @@ import torch  # noqa: E402
 
 import engines_checks as checks  # noqa: E402
 import engines_setup as setup  # noqa: E402
-from engines_process import Engine, call  # noqa: E402
+from engines_process import Engine, call, stream  # noqa: E402
 from engines_results import headline, merge  # noqa: E402
 
 CONTROL = {"equal_to": 512, "rule": "soft", "strict": False, "top_k": 15, "top_p": 1.0}
@@ -43,6 +43,11 @@ PAIRS = [("1.5b", "0.5b"), ("7b", "1.5b"), ("0.5b", "0.5b")]
 KV_GIB = {"0.5b": 3, "1.5b": 5, "7b": 9, "real": 1}
 SHARE = {"0.5b": 0.035, "1.5b": 0.065, "real": 0.02}
 """Of the GPU's memory, for the value model and its KV: several engines share the GPU here."""
+
+VLLM_SMALL = ["--kv-cache-memory-bytes", "1073741824", "--gpu-memory-utilization", "0.1"]
+SGLANG_SMALL = ["--max-total-tokens", "40000", "--attention-backend", "triton",
+                "--sampling-backend", "pytorch", "--disable-custom-all-reduce"]  # fmt: skip
+"""Servers that share the GPU with others."""
 
 
 class Run:
@@ -161,7 +166,7 @@ class Run:
             "real_plugin": self.start("real_plugin", real, value, "real", SHARE["real"], **small),
             "real_stock": self.start("real_stock", real, None, "real", 0.02, **self.v1()),
         }
-        if self.engine == "vllm" and not self.is_dry:
+        if not self.is_dry:
             engines["http"] = self.start_http(real, value)
             engines["values"] = self.start_values(value)
         return real, value, engines
@@ -171,24 +176,31 @@ class Run:
         return {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}} if self.engine == "vllm" else {}
 
     def start_http(self, real: Path, value: Path) -> Engine:
+        own = {
+            "vllm": ["--max-model-len", "2048", *VLLM_SMALL],
+            "sglang": ["--context-length", "2048", *SGLANG_SMALL],
+        }
         code = (
             "import sys; from lenvm.engines.launch import serve; sys.exit(serve("
-            f"'vllm', {str(real)!r}, {str(value)!r}, port=8071, gpu_memory=0.02, max_requests=64, "
-            "extra=['--max-model-len', '2048', '--kv-cache-memory-bytes', '1073741824', "
-            "'--gpu-memory-utilization', '0.1', '--served-model-name', 'real'], "
+            f"{self.engine!r}, {str(real)!r}, {str(value)!r}, port=8071, gpu_memory=0.02, "
+            f"max_requests=64, extra={[*own[self.engine], '--served-model-name', 'real']!r}, "
             "echo=lambda line: print(line, flush=True)))"
         )
         return Engine([sys.executable, "-c", code], self.env(value), self.logs / "http.log")
 
     def start_values(self, value: Path) -> Engine:
+        """With a prefix cache, and prompts in chunks of 256."""
+        own = {
+            "vllm": ["--max-model-len", "2048", "--max-num-batched-tokens", "256", *VLLM_SMALL,
+                     "--enable-prefix-caching", "--enable-chunked-prefill"],
+            "sglang": ["--context-length", "2048", "--chunked-prefill-size", "256", *SGLANG_SMALL],
+        }  # fmt: skip
         code = (
             "import sys; from lenvm.engines.launch import build_values_command, run_server; "
-            f"argv, env = build_values_command({str(value)!r}, port=8072, extra=["
-            "'--max-model-len', '2048', '--max-num-batched-tokens', '256', "
-            "'--kv-cache-memory-bytes', '1073741824', '--gpu-memory-utilization', '0.1', "
-            "'--enable-prefix-caching', '--enable-chunked-prefill', "
-            "'--served-model-name', 'value']); sys.exit(run_server(argv, env, "
-            "'http://127.0.0.1:8072', echo=lambda line: print(line, flush=True)))"
+            f"argv, env = build_values_command({self.engine!r}, {str(value)!r}, port=8072, "
+            f"extra={[*own[self.engine], '--served-model-name', 'value']!r}); "
+            "sys.exit(run_server(argv, env, 'http://127.0.0.1:8072', "
+            "echo=lambda line: print(line, flush=True)))"
         )
         env = {k: v for k, v in self.env(value).items() if k != "LENVM_MODEL"}
         return Engine([sys.executable, "-c", code], env, self.logs / "values.log")
@@ -226,29 +238,50 @@ class Run:
             self.attempt("values", lambda: self.check_values(ours))
 
     def check_http(self) -> dict[str, Any]:
-        def post(body: dict[str, Any]) -> tuple[int, Any]:
-            return call("http://127.0.0.1:8071/v1/completions", {"model": "real", **body})
+        """A control over HTTP: whole, refused, streamed, ended by a stop string, left behind."""
+        url = "http://127.0.0.1:8071/v1/completions"
 
-        control = json.dumps({"equal_to": 40, "rule": "soft", "top_k": 8})
-        base = {"prompt": "Tell me a story.", "max_tokens": 100, "temperature": 1.0}
-        good = post({**base, "n": 3, "logprobs": 2, "vllm_xargs": {"lenvm": control}})
-        bad = post({**base, "vllm_xargs": {"lenvm": '{"equal_to": 0}'}})
-        used = good[1].get("usage", {}).get("completion_tokens")
+        def body(control: dict[str, Any], **more: Any) -> dict[str, Any]:
+            own: dict[str, Any] = {"custom_params": {"lenvm": control}}
+            if self.engine == "vllm":
+                own = {"vllm_xargs": {"lenvm": json.dumps(control)}}
+            base = {"model": "real", "prompt": "Tell me a story.", "max_tokens": 100}
+            return {**base, "temperature": 1.0, **own, **more}
+
+        control = {"equal_to": 40, "rule": "soft", "top_k": 8}
+        good = call(url, body(control, n=3))
+        used = good[1].get("usage", {}).get("completion_tokens") if good[0] == 200 else None
+        bad = call(url, body({"equal_to": 0}))
+        options = {"stream_options": {"include_usage": True}}
+        streamed = stream(url, body(control, **options))
+        stream_used = (streamed[-1].get("usage") or {}).get("completion_tokens")
+        stopped = call(url, body({**control, "equal_to": 90}, stop=["a", "e"]))
+        choice = stopped[1]["choices"][0] if stopped[0] == 200 else {}
+        for _ in range(5):
+            stream(url, body({"equal_to": 90, "rule": "soft", "top_k": 8}), leave_after=3)
+        after = call(url, body(control))
+        after_used = after[1].get("usage", {}).get("completion_tokens") if after[0] == 200 else None
+        stop_ok = not set("ae") & set(choice.get("text", "a")) and choice["finish_reason"] == "stop"
         return {
-            "ok": good[0] == 200 and used == 120 and 400 <= bad[0] < 500,
+            "ok": (used, stream_used, after_used) == (120, 40, 40)
+            and 400 <= bad[0] < 500
+            and stop_ok,
             "completion_tokens": used,
+            "streamed": {"chunks": len(streamed), "completion_tokens": stream_used},
+            "stop_string": {"ok": stop_ok, "choice": choice},
+            "after_clients_left": after_used,
             "bad": bad,
-            "good_status": good[0],
+            "good": good if good[0] != 200 else 200,
         }
 
     def check_values(self, ours: Any) -> dict[str, Any]:
         worst, rows = 0.0, 0
         for ids in checks.prompts(3, 7, 30, 200) + checks.prompts(1, 8, 700, 701) * 2:
-            body = {"model": "value", "input": ids, "task": "token_classify"}
-            status, answer = call("http://127.0.0.1:8072/pooling", body)
+            status, answer = self.ask_values(ids)
             if status != 200:
                 return {"ok": False, "status": status, "answer": str(answer)[:500]}
-            got = torch.tensor(answer["data"][0]["data"])
+            is_vllm = self.engine == "vllm"
+            got = torch.tensor(answer["data"][0]["data"] if is_vllm else answer["embedding"])
             with torch.inference_mode():
                 raw = ours(torch.tensor([ids], device=setup.device()))[0]
                 want = ours.belief(raw).value().float().cpu()
@@ -257,6 +290,12 @@ class Run:
             worst = max(worst, float((got[:, 0] - want).abs().max()))
             rows += len(got)
         return {"ok": worst < 0.05, "worst_value_error": worst, "tokens": rows}
+
+    def ask_values(self, ids: list[int]) -> tuple[int, Any]:
+        if self.engine == "vllm":
+            body = {"model": "value", "input": ids, "task": "token_classify"}
+            return call("http://127.0.0.1:8072/pooling", body)
+        return call("http://127.0.0.1:8072/encode", {"input_ids": ids})
 
     def start_speed(self, pairs: list[tuple[str, str]]) -> dict[str, Engine]:
         engines: dict[str, Engine] = {}

@@ -93,3 +93,18 @@ def call(url: str, body: dict[str, Any]) -> tuple[int, Any]:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()[:500]
+
+
+def stream(url: str, body: dict[str, Any], leave_after: int | None = None) -> list[dict[str, Any]]:
+    """The chunks of a streamed answer; `leave_after` so many the client goes away."""
+    request = urllib.request.Request(
+        url, json.dumps({**body, "stream": True}).encode(), {"Content-Type": "application/json"}
+    )
+    chunks: list[dict[str, Any]] = []
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        for line in answer:
+            if line.startswith(b"data: {"):
+                chunks.append(json.loads(line[6:]))
+            if len(chunks) == leave_after:
+                break
+    return chunks

@@ -128,3 +128,13 @@ def test_the_flag_stands_in_for_an_entry_point_that_is_not_installed(is_installe
     monkeypatch.setattr(launch, "entry_points", lambda group: [entry] if is_installed else [])
     argv, _ = launch.build_command("vllm", "G", GuidanceSettings("V"))
     assert ("--logits-processors" in argv) == (not is_installed)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_the_value_models_own_server_is_the_one_that_the_page_shows(engine):
+    argv, env = launch.build_values_command(engine, "runs/model", extra=["--port", "1"])
+    page = (Path(__file__).parents[2] / "docs/engines.md").read_text()
+    flags = [w for w in argv if w.startswith("--") and w not in ("--host", "--port")]
+    assert all(flag in page for flag in flags)
+    assert all(f"{name}={value}" in page for name, value in env.items())
+    assert argv[-2:] == ["--port", "1"]

@@ -63,12 +63,24 @@ def build_command(
 
 
 def build_values_command(
-    checkpoint: str, *, host: str = "127.0.0.1", port: int = 8000, extra: Sequence[str] = ()
+    engine: Engine,
+    checkpoint: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    extra: Sequence[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
-    """(argv, environment to add) of a vLLM server of the value model itself: per-token values."""
-    command, _ = build_command("vllm", checkpoint, host=host, port=port)
+    """(argv, environment to add) of a server of the value model itself: per-token values.
+
+    docs/engines.md says how each engine is asked. InputError for an unknown engine.
+    """
+    command, _ = build_command(engine, checkpoint, host=host, port=port)
     override = json.dumps({"architectures": ["LengthValueModel"]})
-    return [*command, "--runner", "pooling", "--hf-overrides", override, *extra], {}
+    if engine == "vllm":
+        return [*command, "--runner", "pooling", "--hf-overrides", override, *extra], {}
+    command += ["--is-embedding", "--cuda-graph-backend-prefill", "disabled"]
+    command += ["--json-model-override-args", override]
+    return [*command, *extra], {"SGLANG_EXTERNAL_MODEL_PACKAGE": "lenvm.engines.sglang"}
 
 
 def serve(

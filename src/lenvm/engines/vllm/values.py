@@ -13,7 +13,6 @@ Written against vLLM 0.25.0: `model_executor/models/adapters.py`, `interfaces_ba
 """
 
 from collections.abc import Iterable, Set
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,19 +23,7 @@ from vllm.model_executor.models.adapters import as_embedding_model
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import maybe_prefix
 
-from lenvm.errors import CheckpointError
-from lenvm.files import read_json
-from lenvm.model.head import LengthBins, build_head
-from lenvm.model.value_model import CONFIG_FILE, HEAD_FILE, LenVMConfig
-
-BACKBONES = {
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
-"""Hugging Face model type -> vLLM's architecture of the backbone."""
+from lenvm.engines.values import build_head_of, find_backbone, load_head
 
 
 class ValuePoolerHead(TokenPoolerHead):  # type: ignore[misc]  # vLLM is not there to be typed
@@ -69,21 +56,14 @@ class VllmLengthValueModel(nn.Module):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
         model = vllm_config.model_config
-        kind = model.hf_text_config.model_type
-        if kind not in BACKBONES:
-            raise CheckpointError(
-                f"vLLM cannot serve a value model on {kind}; it can on {', '.join(BACKBONES)}"
-            )
-        folder = Path(model.model)
-        config = LenVMConfig.model_validate(read_json(folder / CONFIG_FILE))
-        cls, _ = ModelRegistry.resolve_model_cls([BACKBONES[kind]], model)
+        architecture = find_backbone("vLLM", model.hf_text_config.model_type)
+        cls, _ = ModelRegistry.resolve_model_cls([architecture], model)
         self.backbone = as_embedding_model(cls)(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "backbone")
         )
-        bins = LengthBins(config.num_single_bins, config.bin_growth)
-        head = build_head(config.head, model.get_hidden_size(), bins)
-        self._head_file = folder / HEAD_FILE
-        pooler = TokenPooler(pooling=AllPool(), head=ValuePoolerHead(head, config.gamma))
+        self._folder = model.model
+        head, gamma = build_head_of(self._folder, model.get_hidden_size())
+        pooler = TokenPooler(pooling=AllPool(), head=ValuePoolerHead(head, gamma))
         self.pooler = DispatchPooler({"token_classify": pooler})
         self.value_head = head
 
@@ -102,16 +82,9 @@ class VllmLengthValueModel(nn.Module):
         return hidden
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Backbone from vLLM's loader, the head from its own file (an index may hide it)."""
-        from safetensors.torch import load_file
-
+        """Backbone from vLLM's loader, the head from its own file."""
         rest = ((name, w) for name, w in weights if not name.startswith("v_head."))
         loaded = {f"backbone.{name}" for name in self.backbone.load_weights(rest) or ()}
-        state = {
-            k.removeprefix("v_head."): v.float() for k, v in load_file(self._head_file).items()
-        }
-        device = next(self.backbone.parameters()).device
-        self.value_head.float().to(device)
-        self.value_head.load_state_dict(state)
+        load_head(self.value_head, self._folder, next(self.backbone.parameters()).device)
         names = {name for name, _ in self.named_parameters()}
         return loaded | {n for n in names if n.startswith(("value_head.", "pooler."))}
