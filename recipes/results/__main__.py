@@ -31,6 +31,7 @@ def run(
     budget: Annotated[float, typer.Option(help="Seconds; nothing new is begun after them.")] = 560,
     dry: Annotated[bool, typer.Option(help="Tiny sizes: the plan's [dry] options.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda")] = None,
+    replicas: Annotated[int, typer.Option(help="Engines side by side on the device.")] = 1,
     commit: Annotated[str, typer.Option(help="Named in the result files.")] = "",
 ) -> None:
     """Run the steps of the calls that are not finished, one after another."""
@@ -47,10 +48,12 @@ def run(
         data=data,
         generators=paths,
         device=pick_device(device),
+        replicas=replicas,
         deadline=started + budget,
         about={"command": f"python -m recipes.results run {' '.join(calls)}", "commit": commit},
     )
     failed = run_steps([step for call in calls for step in found.of_call(call)], where)
+    where.release()
     if failed:
         print(f"failed: {', '.join(failed)}; the other steps are done, run the call again")
         raise typer.Exit(1)

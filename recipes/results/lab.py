@@ -11,6 +11,7 @@ Everything but `data` travels between machines (`travel.py`).
 """
 
 import gc
+import math
 import platform
 import time
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ import torch
 from recipes.results.tokens import TokenFolder
 
 from lenvm import __version__
+from lenvm.engines.replicas import EngineReplicas, EngineSpec
 from lenvm.engines.transformers import TransformersEngine
 from lenvm.errors import InputError
 from lenvm.model.bundled import resolve_model
@@ -53,7 +55,9 @@ class Lab:
     """time.monotonic() at which nothing new is begun."""
     about: dict[str, Any] = field(default_factory=dict)
     """Command and commit, for the result files."""
-    _engine: tuple[Any, TransformersEngine] | None = None
+    replicas: int = 1
+    """Processes that answer side by side: one alone is bound by Python, not by the GPU."""
+    _engine: tuple[Any, TransformersEngine | EngineReplicas] | None = None
 
     @property
     def remaining_s(self) -> float:
@@ -84,16 +88,18 @@ class Lab:
 
     def value_model(self, name: str) -> LengthValueModel:
         """A value model that a step trained."""
-        folder = self.folder / "models" / name
-        base = self.figures(name).get("backbone")
         model = LengthValueModel.from_pretrained(
-            folder,
-            base_model=self.generator(base) if (folder / "adapter_config.json").exists() else None,
-            dtype=self.dtype,
-            device=self.device,
+            **self.value_source(name), dtype=self.dtype, device=self.device
         )
         model.head.float()
         return model
+
+    def value_source(self, name: str) -> dict[str, Any]:
+        """Where `LengthValueModel.from_pretrained` finds what a step trained."""
+        folder = self.folder / "models" / name
+        base = self.figures(name).get("backbone")
+        has_adapter = (folder / "adapter_config.json").exists()
+        return {"folder": str(folder), "base_model": self.generator(base) if has_adapter else None}
 
     def engine(
         self,
@@ -103,26 +109,32 @@ class Lab:
         batch: int,
         tokens: int,
         candidates: int,
-    ) -> TransformersEngine:
+    ) -> TransformersEngine | EngineReplicas:
         """An engine for `batch` requests of `tokens` each; the last one asked for is kept."""
         key = (generator, value_model, batch, tokens, candidates)
         if self._engine is not None and self._engine[0] == key:
             return self._engine[1]
         self.release()
-        engine = TransformersEngine.load(
-            self.generator(generator),
-            self.value_model(value_model) if value_model else None,
-            dtype=self.dtype,
-            device=self.device,
-            max_requests=batch,
-            max_tokens=max(batch * tokens, 4096),
-            max_candidates=candidates,
-        )
+        share = math.ceil(batch / self.replicas)
+        options = {
+            "max_requests": share,
+            "max_tokens": max(share * tokens, 4096),
+            "max_candidates": candidates,
+        }
+        source = self.value_source(value_model) if value_model else None
+        spec = EngineSpec(self.generator(generator), source, self.dtype, options)
+        engine: TransformersEngine | EngineReplicas
+        if self.replicas > 1:
+            engine = EngineReplicas(spec, [self.device] * self.replicas)
+        else:
+            engine = spec.load(self.device)
         self._engine = (key, engine)
         return engine
 
     def release(self) -> None:
         """Give the engine's memory back."""
+        if self._engine is not None and isinstance(self._engine[1], EngineReplicas):
+            self._engine[1].close()
         self._engine = None
         gc.collect()
         if self.device.startswith("cuda"):

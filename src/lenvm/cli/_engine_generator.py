@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from lenvm.engines.replicas import EngineReplicas
 from lenvm.engines.sampling import SamplingParams
 from lenvm.engines.transformers import Completion, Request, TransformersEngine
 from lenvm.evals.generator import Feature, GenerationRequest, GenerationResponse, OnResponse
@@ -12,22 +13,21 @@ from lenvm.model.tokenization import encode_prompt
 
 
 class EngineGenerator:
-    """A `lenvm.evals.generator.Generator` over a `TransformersEngine`. `model` labels results."""
+    """A `lenvm.evals.generator.Generator` over in-process engines. `model` labels results."""
 
-    def __init__(self, engine: TransformersEngine, model: str) -> None:
+    def __init__(self, engine: TransformersEngine | EngineReplicas, model: str) -> None:
         self.engine, self.model = engine, model
         self._encode_text = lru_cache(maxsize=8192)(self._encode)
 
     @property
     def max_length(self) -> int:
-        config: Any = self.engine.generator.config.get_text_config()
-        return min(self.engine.max_tokens, int(config.max_position_embeddings))
+        return self.engine.max_length
 
     def lacks(self, feature: Feature) -> str | None:
-        value_model = self.engine.value_model
-        if feature in ("control", "conditional") and value_model is None:
+        head = self.engine.head
+        if feature in ("control", "conditional") and head is None:
             return "no value model is loaded (--lenvm)"
-        if feature == "conditional" and value_model.config.head != "distribution":  # type: ignore[union-attr]
+        if feature == "conditional" and head != "distribution":
             return "the value model has no distribution head"
         return None
 

@@ -97,6 +97,11 @@ class TransformersEngine:
         eos = find_eos_token_ids(path, tokenizer)
         return cls(model, tokenizer, value_model, eos_token_ids=eos, **options)
 
+    @property
+    def head(self) -> str | None:
+        """Kind of the value model's head; None without a value model."""
+        return None if self.value_model is None else self.value_model.config.head
+
     # -- requests ---------------------------------------------------------------------------------
 
     @property
