@@ -41,13 +41,20 @@ from engines_results import headline, merge  # noqa: E402
 CONTROL = {"equal_to": 512, "rule": "soft", "strict": False, "top_k": 15, "top_p": 1.0}
 PAIRS = [("1.5b", "0.5b"), ("7b", "1.5b"), ("0.5b", "0.5b")]
 KV_GIB = {"0.5b": 3, "1.5b": 5, "7b": 9, "real": 1}
-SHARE = {"0.5b": 0.035, "1.5b": 0.065, "real": 0.02}
-"""Of the GPU's memory, for the value model and its KV: several engines share the GPU here."""
+VALUE_GIB = {"0.5b": 5.0, "1.5b": 9.0, "real": 3.0}
+"""For the value model and its KV: several engines share the GPU here."""
 
 VLLM_SMALL = ["--kv-cache-memory-bytes", "1073741824", "--gpu-memory-utilization", "0.1"]
 SGLANG_SMALL = ["--max-total-tokens", "40000", "--attention-backend", "triton",
                 "--sampling-backend", "pytorch", "--disable-custom-all-reduce"]  # fmt: skip
 """Servers that share the GPU with others."""
+
+
+def share_of(name: str) -> float:
+    """VALUE_GIB as a part of this GPU's memory."""
+    if not torch.cuda.is_available():
+        return 0.05
+    return VALUE_GIB[name] * 2**30 / torch.cuda.get_device_properties(0).total_memory
 
 
 class Run:
@@ -163,8 +170,8 @@ class Run:
         value = setup.write_value_model("real", self.work, str(real))
         small = {"num_gpu_blocks_override": 420} if self.engine == "vllm" else {}
         engines = {
-            "real_plugin": self.start("real_plugin", real, value, "real", SHARE["real"], **small),
-            "real_stock": self.start("real_stock", real, None, "real", 0.02, **self.v1()),
+            "real_plugin": self.start("real_plugin", real, value, "real", share_of("real"), **small),
+            "real_stock": self.start("real_stock", real, None, "real", 0.05, **self.v1()),
         }
         if not self.is_dry:
             engines["http"] = self.start_http(real, value)
@@ -182,7 +189,7 @@ class Run:
         }
         code = (
             "import sys; from lenvm.engines.launch import serve; sys.exit(serve("
-            f"{self.engine!r}, {str(real)!r}, {str(value)!r}, port=8071, gpu_memory=0.02, "
+            f"{self.engine!r}, {str(real)!r}, {str(value)!r}, port=8071, gpu_memory={share_of('real'):.3f}, "
             f"max_requests=64, extra={[*own[self.engine], '--served-model-name', 'real']!r}, "
             "echo=lambda line: print(line, flush=True)))"
         )
@@ -312,7 +319,7 @@ class Run:
                 kinds.append(("stock_v1", None, self.v1()))
             for kind, model, more in kinds:
                 name = f"{generator}_{value}_{kind}"
-                engines[name] = self.start(name, folder, model, generator, SHARE[value], **more)
+                engines[name] = self.start(name, folder, model, generator, share_of(value), **more)
         return engines
 
     def speed(self, pairs: list[tuple[str, str]]) -> None:
@@ -345,7 +352,7 @@ class Run:
             inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LENVM_BENCH_TIMERS": "1"}
             name = f"{generator}_{value}_profile"
             engines[name] = self.start(
-                name, folder, checkpoint, generator, SHARE[value], env=inside
+                name, folder, checkpoint, generator, share_of(value), env=inside
             )
         for name, engine in self.await_ready(engines, 330.0).items():
             pair = name.removesuffix("_profile")
