@@ -137,7 +137,7 @@ class EngineReplicas:
 def _serve(index: int, spec: EngineSpec, device: str, requests: Any, answers: Any) -> None:
     """A replica's process: takes requests, sends completions as they finish."""
     torch.set_num_threads(1)
-    if device.startswith("cuda"):
+    if ":" in device:
         torch.cuda.set_device(device)
     try:
         engine = spec.load(device)
