@@ -70,15 +70,17 @@ def check_untouched(ask: Ask, stock: Ask, dialect: Dialect) -> dict[str, Any]:
     return {"ok": same["plugin_beside_guided"] >= min(1.0, same["stock_again"]), **same}
 
 
-def check_lengths(ask: Ask, dialect: Dialect, count: int = 64) -> dict[str, Any]:
-    """A strict goal is kept exactly by the soft and the hard rule, through preemption."""
+def check_lengths(
+    ask: Ask, dialect: Dialect, rules: tuple[str, ...], count: int = 64
+) -> dict[str, Any]:
+    """A strict goal is kept exactly by every rule, through preemption."""
     targets = [20 + 3 * i for i in range(count)]
     requests = [
         {
             "prompt": p,
             "params": dialect.params(
                 400,
-                {"equal_to": t, "rule": "hard" if t % 2 else "soft", "strict": True, "top_k": 8},
+                {"equal_to": t, "rule": rules[t % len(rules)], "strict": True, "top_k": 8},
                 temperature=1.0,
             ),
         }

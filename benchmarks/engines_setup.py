@@ -108,6 +108,25 @@ def write_value_model(
     return target
 
 
+def write_real_value_model(folder: Path, generator: Path, *, is_tiny: bool = False) -> Path:
+    """The value model that the package ships for SmolLM2, merged into its backbone: a trained head
+    does not magnify the rounding of two bf16 implementations, as random ones do."""
+    from lenvm.model.bundled import bundled_value_model
+    from lenvm.model.value_model import LengthValueModel
+
+    if is_tiny:
+        return write_value_model("real", folder, str(generator), is_tiny=True)
+    target = folder / "value-bundled"
+    if not target.exists():
+        dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+        model = LengthValueModel.from_pretrained(
+            bundled_value_model(), base_model=str(generator), dtype=dtype, device=device()
+        )
+        model.head.float()
+        model.save_pretrained(target)
+    return target
+
+
 def write_site(folder: Path) -> Path:
     """A folder for PYTHONPATH that makes lenvm's entry points known, and a rule that fails."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lenvm.engines.sampling import SamplingParams, draw, truncate
+from lenvm.engines.sampling import BLOCK, SamplingParams, draw, truncate
 from lenvm.errors import InputError
 
 
@@ -25,6 +25,20 @@ def test_draws_follow_the_distribution():
     u = (torch.arange(3000) + 0.5) / 3000
     counts = torch.bincount(draw(logits, u), minlength=3)
     assert counts.tolist() == pytest.approx([300, 600, 2100], abs=1)
+
+
+def test_a_draw_from_a_large_vocabulary_follows_the_distribution_token_by_token():
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(1000, generator=generator) * 3  # over four blocks: drawn block by block
+    logits[torch.rand(1000, generator=generator) < 0.3] = -torch.inf
+    logits[:BLOCK] = -torch.inf
+    num = 20_000
+    u = (torch.arange(num) + 0.5) / num
+    drawn = torch.cat([draw(logits.expand(len(part), -1), part) for part in u.split(2000)])
+    assert (drawn.diff() >= 0).all()  # the CDF inverted: in order of the tokens
+    counts = torch.bincount(drawn, minlength=1000)
+    assert (counts - num * logits.softmax(-1)).abs().max() < 1.5
+    assert counts[logits == -torch.inf].sum() == 0
 
 
 def test_truncation_is_per_row():

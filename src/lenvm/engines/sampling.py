@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from lenvm.errors import InputError
 
 FEW = 256
 """Up to this many candidates are found without sorting the vocabulary."""
+BLOCK = 128
+"""Tokens of a block of the draw: a divisor of the usual vocabularies' sizes."""
 
 
 class SamplingParams(BaseModel):
@@ -47,6 +50,11 @@ class SamplingParams(BaseModel):
     ) = None
     """(start, factor): after `start` generated tokens the ending token's logit z becomes
     z + |z| (factor^(t - start) - 1), as `ExponentialDecayLengthPenalty` of transformers."""
+
+    @property
+    def truncates(self) -> bool:
+        """Some tokens may not be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
     def changes_logits(self) -> bool:
@@ -99,21 +107,47 @@ def draw(log_probs_RK: Tensor, uniform_R: Tensor, *, greedy_R: Tensor | None = N
     [0, 1). Rows in `greedy_R` take the most likely column.
     """
     probs = log_probs_RK.float().softmax(-1)
-    cdf = probs.cumsum(-1)
-    total = cdf[:, -1:]
-    # below the total, so that rounding never picks a column past the last possible one
-    target = torch.minimum(uniform_R.unsqueeze(-1) * total, torch.nextafter(total, total - 1))
-    index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
+    if probs.shape[-1] > 4 * BLOCK:
+        index = _draw_by_block(probs, uniform_R)
+    else:
+        index, _ = _invert(probs, uniform_R)
     if greedy_R is not None:
         index = torch.where(greedy_R, log_probs_RK.argmax(-1), index)
     return index
 
 
+def _draw_by_block(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """`_invert` over the vocabulary: first a block, then a token of it. One long cumulative sum
+    would take as long as a small model's layers."""
+    rows, width = probs_RV.shape
+    padded = F.pad(probs_RV, (0, -width % BLOCK)).view(rows, -1, BLOCK)
+    block, rest = _invert(padded.sum(-1), uniform_R)
+    own = padded[torch.arange(rows, device=block.device), block]
+    index, _ = _invert(own, rest)
+    return block * BLOCK + index
+
+
+def _invert(weights_RK: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
+    """(column whose share of the row's total holds `uniform`, where in that share it lies in
+    [0, 1)): [R] each. A column of weight 0 is never chosen."""
+    cdf = weights_RK.cumsum(-1)
+    total = cdf[:, -1:]
+    # below the total, so that rounding never picks a column past the last possible one
+    target = torch.minimum(uniform_R.unsqueeze(-1) * total, torch.nextafter(total, total - 1))
+    index = torch.searchsorted(cdf, target, right=True)
+    own = weights_RK.gather(-1, index)
+    place = (target - (cdf.gather(-1, index) - own)) / own
+    return index.squeeze(-1), place.squeeze(-1).clamp(0, 1 - 2**-24)
+
+
 def truncate(logits_RV: Tensor, params: list[SamplingParams]) -> Tensor:
     """Logits over temperature with top-k, top-p and min-p applied (-inf outside), row by row.
 
-    Greedy rows are left alone. The sort is paid only by rows that ask for top-k or top-p.
+    Greedy rows are left alone. The sort is paid only by rows that ask for top-k or top-p, and
+    nothing where no row asks for anything: then the logits come back as they are.
     """
+    if all(p.temperature in (0, 1) and not p.truncates for p in params):
+        return logits_RV
     device = logits_RV.device
     temperature = torch.tensor([p.temperature or 1.0 for p in params], device=device)
     logits = logits_RV.float() / temperature.unsqueeze(-1)

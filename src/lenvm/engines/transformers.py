@@ -275,15 +275,19 @@ class TransformersEngine:
         """Next token of every row: [R]. Guided rows are drawn from their candidates."""
         params = [c.request.sampling for c in rows]
         uniform = torch.tensor([self._streams[c.request.id].random() for c in rows])
-        greedy = torch.tensor([p.temperature == 0 for p in params])
-        uniform, greedy = uniform.to(self.device), greedy.to(self.device)
+        uniform = uniform.to(self.device)
+        cold = [p.temperature == 0 for p in params]
+        greedy = torch.tensor(cold).to(self.device) if any(cold) else None
         num_generated = [len(c.token_ids) for c in rows]
         logits_RV = adjust(logits_RV, params, num_generated, self.eos_token_ids)
         free = [i for i, c in enumerate(rows) if c.request.control is None]
+        if len(free) == len(rows):
+            return draw(truncate(logits_RV, params), uniform, greedy_R=greedy)
         tokens = torch.zeros(len(rows), dtype=torch.long, device=self.device)
         if free:
             truncated = truncate(logits_RV[free], [params[i] for i in free])
-            tokens[free] = draw(truncated, uniform[free], greedy_R=greedy[free])
+            own = None if greedy is None else greedy[free]
+            tokens[free] = draw(truncated, uniform[free], greedy_R=own)
         while guided := [
             i for i, c in enumerate(rows) if c.request.control is not None and c.error is None
         ]:
@@ -291,11 +295,13 @@ class TransformersEngine:
             ids = [rows[i].request.id for i in guided]
             with self._guidance_time():
                 try:
-                    candidates = self.session.step(ids, logits_RV[guided])
+                    rows_RV = logits_RV if len(ids) == len(rows) else logits_RV[guided]
+                    candidates = self.session.step(ids, rows_RV)
                 except RequestError as error:
                     self._fail(error)
                     continue
-            index = draw(candidates.log_probs, uniform[guided], greedy_R=greedy[guided])
+            own = None if greedy is None else greedy[guided]
+            index = draw(candidates.log_probs, uniform[guided], greedy_R=own)
             tokens[guided] = candidates.ids.gather(-1, index.unsqueeze(-1)).squeeze(-1)
             break
         return tokens
