@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lenvm.guidance.candidates import Candidates, Truncation, build_candidates, write_back
+from lenvm.guidance.candidates import (
+    BLOCK,
+    Candidates,
+    Truncation,
+    build_candidates,
+    top_k,
+    write_back,
+)
 
 V = 12
 
@@ -194,3 +201,15 @@ def test_write_back_gives_the_engine_the_guided_distribution_and_leaves_others(d
             assert drawn_from[token].item() == pytest.approx(
                 p, rel=0.05 if t and dtype != torch.float32 else 1e-4
             )
+
+
+@pytest.mark.parametrize("width", [700, 1024, 64 * BLOCK])
+@pytest.mark.parametrize("k", [1, 7, 15])
+def test_the_largest_by_blocks_are_the_largest(width: int, k: int):
+    x = torch.randn(5, width, generator=torch.Generator().manual_seed(width + k))
+    x[1, : width // 2] = -torch.inf
+    x[2, 3:9] = 9.0 + torch.arange(6) / 8  # several in one block
+    values, columns = top_k(x, k)
+    want = x.topk(k)
+    assert torch.equal(values, want.values)
+    assert torch.equal(columns, want.indices)
