@@ -11,7 +11,7 @@ from lenvm.guidance.candidates import (
     Candidates,
     Truncation,
     build_candidates,
-    top_k,
+    largest,
     write_back,
 )
 
@@ -209,7 +209,7 @@ def test_the_largest_by_blocks_are_the_largest(width: int, k: int):
     x = torch.randn(5, width, generator=torch.Generator().manual_seed(width + k))
     x[1, : width // 2] = -torch.inf
     x[2, 3:9] = 9.0 + torch.arange(6) / 8  # several in one block
-    values, columns = top_k(x, k)
+    values, columns = largest(x, k)
     want = x.topk(k)
     assert torch.equal(values, want.values)
     assert torch.equal(columns, want.indices)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from lenvm.errors import InputError
-from lenvm.guidance.candidates import BLOCK, top_k
+from lenvm.guidance.candidates import BLOCK, largest
 
 FEW = 256
 """Up to this many candidates are found without sorting the vocabulary."""
@@ -175,7 +175,7 @@ def _truncate_sorted(logits: Tensor, params: list[SamplingParams]) -> Tensor:
     top_p = torch.tensor([p.top_p for p in params], device=device).unsqueeze(-1)
     most = min(width, max(p.top_k or width for p in params))
     if most <= FEW:
-        values, order = top_k(logits, most)
+        values, order = largest(logits, most)
     else:
         values, order = logits.sort(-1, descending=True)
     rank = torch.arange(values.shape[-1], device=device)

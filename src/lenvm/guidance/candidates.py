@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 128
-"""Tokens of a block where the largest are looked for: a divisor of the usual vocabularies' sizes."""
+"""Tokens of a block of a long row: a divisor of the usual vocabularies' sizes."""
 BANNED = -1e28
 """Logit of an ending token where the answer may not end: chosen only if nothing else can be."""
 
@@ -71,7 +71,7 @@ def build_candidates(
     temperature = torch.where(truncation.temperature > 0, truncation.temperature, 1.0)
     # as cold as 1e-6 is greedy already, and no logit overflows there
     log_probs_RV = restricted.div_(temperature.clamp(min=1e-6).unsqueeze(-1)).log_softmax(-1)
-    top, ids = top_k(log_probs_RV, min(truncation.max_candidates, restricted.shape[-1]))
+    top, ids = largest(log_probs_RV, min(truncation.max_candidates, restricted.shape[-1]))
     top = top.nan_to_num(nan=-torch.inf)  # a row of -inf: whatever comes first is certain
     top = torch.cat([top[:, :1].clamp(min=-1e30), top[:, 1:]], -1)
     mask = _keep(top, truncation)
@@ -102,7 +102,7 @@ def write_back(
     logits_BV.index_copy_(0, rows_R, guided.scatter_(-1, ids, scaled))
 
 
-def top_k(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def largest(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row, largest first, and their columns: `topk` that reads the row once.
     They lie in those k blocks whose maxima are the largest."""
     rows, width = x_RV.shape
