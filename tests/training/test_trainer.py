@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,52 @@ def test_options_train(tmp_path: Path, base: str, fields: dict[str, object]):
     settings = config(tmp_path, base, **{"head": "scalar", "epochs": 2, "evals": 1, **fields})
     result = train(settings)
     assert result.val_loss_last < result.val_loss_first
+
+
+def test_accumulation_changes_nothing(tmp_path: Path, base: str):
+    """The mean is that of the global batch, however it is cut into micro batches."""
+    found = []
+    for tokens in (64, 4096):
+        name = f"model_{tokens}"
+        settings = config(
+            tmp_path,
+            base,
+            output=str(tmp_path / name),
+            batch_tokens=tokens,
+            batch_sequences=24,
+            epochs=1,
+        )
+        train(settings)
+        found.append([r["loss"] for r in read_metrics(tmp_path, name) if "loss" in r])
+    assert len(found[0]) > 5
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["backbone", "head"])
+def test_head_and_backbone_have_their_own_learning_rates(tmp_path: Path, base: str, frozen: str):
+    """The part whose rate is next to nothing stays where it began; the other moves."""
+    rates = {"learning_rate": 4e-3, "head_learning_rate": 4e-3}
+    rates["learning_rate" if frozen == "backbone" else "head_learning_rate"] = 1e-12
+    train(config(tmp_path, base, head="scalar", gamma=0.9, epochs=1, **rates))
+    after = LengthValueModel.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    torch.manual_seed(0)
+    before = LengthValueModel.build(base, after.config, dtype=torch.float32)
+    sequences = Sequences.select([TokenStore.load(tmp_path / "t.jsonl")], "train")
+    start_from_marginal(before, sequences.lengths)
+    moved = {"backbone": 0.0, "head": 0.0}
+    for name, value in before.state_dict().items():
+        change = (after.state_dict()[name] - value).abs().max().item()
+        part = name.split(".")[0]
+        moved[part] = max(moved[part], change)
+    assert moved.pop(frozen) < 1e-6
+    assert min(moved.values()) > 1e-3
+
+
+def test_gamma_auto_gives_the_99th_percentile_a_return_of_99_percent(tmp_path: Path, base: str):
+    result = train(config(tmp_path, base, epochs=1, evals=1, trainable="head"))
+    store = Sequences.select([TokenStore.load(tmp_path / "t.jsonl")], "train")
+    longest = sorted(store.lengths.tolist())[math.ceil(0.99 * len(store)) - 1]
+    assert 1 - result.gamma**longest == pytest.approx(0.99, abs=1e-6)
 
 
 def test_sequence_wise_means_warn(tmp_path: Path, base: str):
