@@ -168,7 +168,9 @@ class Run:
         self.point, self.setting = point, setting
         frozen = point.trainable in ("lora", "head") and setting.device == "cuda"
         path = setting.models.get(point.shape)
-        model, self.logits = build_model(point.shape, setting.device, path=path, low=frozen)
+        model, logits = build_model(point.shape, setting.device, path=path, low=frozen)
+        self.logits = logits if point.way == "padded" else None
+        del logits
         choose_parameters(model, "head" if point.trainable == "head" else "full", 1)
         if point.trainable == "lora":
             add_adapter(model, 8, 16, 0.0)
@@ -256,6 +258,7 @@ class Run:
             attention_mask=(at < totals.unsqueeze(-1)).long(),
             use_cache=False,
         ).last_hidden_state
+        assert self.logits is not None
         logits = self.logits(hidden if hidden.is_cuda else hidden.bfloat16())
         del logits  # the published way computes and drops them
         raw: Tensor = model.head(hidden)

@@ -1,6 +1,8 @@
 import json
 import math
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,10 +10,10 @@ import torch
 from lenvm.data.dataset import Sequences, TokenStore
 from lenvm.data.packing import pack
 from lenvm.data.trajectory import Trajectory
-from lenvm.errors import DataError, InputError, TrainingError
+from lenvm.errors import CheckpointError, DataError, InputError, TrainingError
 from lenvm.model.value_model import LengthValueModel
 from lenvm.training.config import TrainingConfig
-from lenvm.training.model import PackedModel
+from lenvm.training.model import PackedModel, use_liger
 from lenvm.training.objective import Objective, States
 from lenvm.training.trainer import start_from_marginal, train
 from tiny import EOS, tiny_backbone, tiny_generator, tiny_tokenizer
@@ -28,7 +30,7 @@ def trajectory(i: int, length: int, split: str, **fields: object) -> Trajectory:
         "prompt_text": "p",
         "prompt_token_ids": [4, 40 + length // 15, 40 + length // 15],
         "completion_token_ids": [8 + length // 15] * (length - 1) + [EOS],
-        "completion_text": "c",
+        "completion_text": "",
         "finish_reason": "stop",
         "model": "tiny",
         **fields,
@@ -161,12 +163,15 @@ def test_accumulation_changes_nothing(tmp_path: Path, base: str):
             output=str(tmp_path / name),
             batch_tokens=tokens,
             batch_sequences=24,
+            learning_rate=1e-3,
             epochs=1,
         )
         train(settings)
-        found.append([r["loss"] for r in read_metrics(tmp_path, name) if "loss" in r])
-    assert len(found[0]) > 5
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+        rows = [r for r in read_metrics(tmp_path, name) if "loss" in r]
+        found.append(([r["loss"] for r in rows], [r["grad_norm"] for r in rows]))
+    assert len(found[0][0]) > 5
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-3)
 
 
 @pytest.mark.parametrize("frozen", ["backbone", "head"])
@@ -310,6 +315,73 @@ def test_no_usable_sequence_and_other_tokenizers(tmp_path: Path, base: str):
     write_rows(path, rows)
     with pytest.raises(DataError, match="another tokenizer"):
         train(config(tmp_path, base, output=str(tmp_path / "other")))
+
+
+def test_tokens_of_another_tokenizer_inside_the_vocabulary_are_found(tmp_path: Path, base: str):
+    """The texts say what the tokens should spell."""
+
+    def write(shift: int) -> None:
+        rows = []
+        for i in range(20):
+            t = trajectory(i, 6, "validation" if i % 5 == 0 else "train")
+            text = " ".join(f"w{n + shift}" for n in t.completion_token_ids[:-1])
+            rows.append(t.model_copy(update={"completion_text": text}))
+        write_rows(tmp_path / "t.jsonl", rows)
+
+    write(1)
+    with pytest.raises(DataError, match=r"another tokenizer .*'w9 w9.* spell 'w8 w8"):
+        train(config(tmp_path, base, epochs=1))
+    write(0)
+    train(config(tmp_path, base, epochs=1, trainable="head", output=str(tmp_path / "own")))
+
+
+def test_a_state_of_another_engine_is_refused(tmp_path: Path, base: str):
+    train(config(tmp_path, base, epochs=1, evals=2))
+    (tmp_path / "model.result.json").unlink()  # as if it had been killed before its end
+    (written,) = (tmp_path / "model.state").glob("checkpoint-*/complete")
+    written.write_text(json.dumps({"step": 1, "engine": "fsdp"}))
+    with pytest.raises(InputError, match="written under fsdp, and this run is under ddp"):
+        train(config(tmp_path, base, epochs=1, evals=2))
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_before_the_first_step(tmp_path: Path, base: str):
+    train(config(tmp_path, base, epochs=1, evals=1, trainable="head"))
+    path = tmp_path / "model" / "lenvm.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+    values = {
+        "data": [str(tmp_path / "t.jsonl")],
+        "init_from": str(tmp_path / "model"),
+        "output": str(tmp_path / "next"),
+    }
+    with pytest.raises(CheckpointError, match="is of format 99, newer than"):
+        train(TrainingConfig.parse(values))
+    assert not (tmp_path / "next.metrics.jsonl").exists()
+
+
+def test_liger_patches_the_layers_and_leaves_the_forward(monkeypatch: pytest.MonkeyPatch):
+    """A stand-in of the package's two names; tests/training/test_gpu.py runs the real one."""
+    asked: list[dict[str, object]] = []
+    package, patches = ModuleType("liger_kernel.transformers"), ModuleType("monkey_patch")
+    package._apply_liger_kernel_to_instance = lambda **options: asked.append(options)  # type: ignore[attr-defined]
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patches)
+    backbone = tiny_backbone()
+    use_liger(backbone)
+    assert asked == [{"model": backbone, "fused_linear_cross_entropy": False}]
+    with pytest.raises(InputError, match="no kernels for model type 'qwen2'"):
+        use_liger(tiny_backbone("qwen2"))
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
+    with pytest.raises(InputError, match="pip install liger-kernel"):
+        use_liger(backbone)
+
+
+def test_fp16_needs_a_gpu(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="'fp16', which needs a GPU"):
+        train(config(tmp_path, base, precision="fp16"))
 
 
 @pytest.mark.parametrize(
