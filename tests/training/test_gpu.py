@@ -19,6 +19,7 @@ from training.test_trainer import config
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore"),  # dynamo and the loss scaler warn of what is meant
 ]
 
 

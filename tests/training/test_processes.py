@@ -32,6 +32,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
         "data": [str(tmp_path / "t.jsonl")],
         "backbone": str(tmp_path / "base"),
         "learning_rate": 1e-3,
+        "precision": "fp32",  # in bf16 a product's rounding depends on the batch it is in
         "batch_tokens": 128,
         "accumulation": 3,
         "epochs": 2,
@@ -91,13 +92,14 @@ def test_two_processes_and_one_give_the_same_losses_and_weights(
         assert len(a) > 3
         assert a == pytest.approx(b, rel=1e-5)
     norms = [[r["grad_norm"] for r in read_metrics(tmp_path, n) if "loss" in r] for n in NAMES]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)  # AdamW alone would hide a wrong scale
+    # AdamW alone would hide a wrong scale
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     # AdamW takes a full step where a gradient is nothing but rounding, so single weights may differ
     start_weights, a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("base", *NAMES))
     for name, tensor in a.items():
         moved = (tensor - start_weights[f"model.{name}"]).norm()
         assert moved > 0
-        assert (tensor - b[name]).norm() < 1e-2 * moved, name
+        assert (tensor - b[name]).norm() < 1e-3 * moved, name
     # metrics but for speed are the same too
     first, second = ([r for r in read_metrics(tmp_path, n) if "eval_mae" in r][-1] for n in NAMES)
     for name in ("eval_mae", "eval_rmse", "eval_relative_error_at_50", "eval_calibration_error"):

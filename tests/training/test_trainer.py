@@ -164,6 +164,7 @@ def test_accumulation_changes_nothing(tmp_path: Path, base: str):
             batch_tokens=tokens,
             batch_sequences=24,
             learning_rate=1e-3,
+            precision="fp32",
             epochs=1,
         )
         train(settings)
