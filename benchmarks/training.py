@@ -1,16 +1,22 @@
 """Figures of training: tokens/s of real tokens, MFU and peak memory of each way to train.
 
-    python benchmarks/training.py --out benchmarks/results/training_h200.json  # GPU, 4 minutes
+    python benchmarks/training.py --shapes 0.5b --model 0.5b=qwen2.5-coder-0.5b.gguf \\
+        --tokens lab/tokens/coder05-heldout  # one GPU, 150 s; merges into training_h200.json
+    python benchmarks/training.py --shapes 0.5b 1.5b smollm2  # random weights, made-up sequences
     python benchmarks/training.py --device cpu --shapes tiny --out /tmp/t.json  # a dry run
 
-Models are random weights of a shape; sequences are synthetic, or a trajectory file's
-(`--trajectories`). FLOPs are counted from the model (matrix products of the layers, causal
-attention of each sequence alone, the head; no embedding, no recomputation, no padding) and divided
-by the rate of a large bf16 matrix product measured in the same run. The file is written after each
-point; points that it holds already are not run again, and `--budget` seconds end the run early.
+A call is one entry of the file's `runs`: its machine, its bf16 ceiling, its data and its points, of
+which each names its card. Earlier runs stay. FLOPs are counted from the model (matrix products of
+the layers, causal attention of each sequence alone, the head; no embedding, no recomputation, no
+padding) and divided by the rate of a large bf16 matrix product measured in the same call. The
+file is written after each point, and `--budget` seconds end the call early.
 
-The padded way is the published one: random batches of 8 padded to the longest, eager, the
-vocabulary's logits computed and thrown away.
+All ways start from the same weights and use the same optimizer (fused AdamW, fp32 weights and
+states), bf16 autocast and size of an optimizer step. `padded` is the published way: random batches
+of 8 padded to the longest, not compiled, Hugging Face's default attention (SDPA with its mask), the
+vocabulary's logits computed and thrown away. `padded_lean` is the best that padding can do: no
+logits, no mask (causality alone keeps the padding out, so SDPA takes its flash kernel). Every point
+reads the same 8 sequences before it starts: `loss_of_8` shows that they compute the same.
 """
 
 import argparse
@@ -34,12 +40,11 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-from lenvm.data.dataset import Sequences, TokenStore  # noqa: E402
+from lenvm.data.dataset import Sequences  # noqa: E402
 from lenvm.data.packing import BatchPlan, PackedBatch, pack, pad  # noqa: E402
-from lenvm.data.trajectory import Trajectory  # noqa: E402
-from lenvm.model.value_model import LengthValueModel, LenVMConfig  # noqa: E402
+from lenvm.model.value_model import LengthValueModel  # noqa: E402
 from lenvm.training.model import (  # noqa: E402
     PackedModel,
     add_adapter,
@@ -48,42 +53,14 @@ from lenvm.training.model import (  # noqa: E402
     find_layers,
 )
 from lenvm.training.objective import Objective, States  # noqa: E402
-
-QWEN = {"family": "qwen2", "vocab_size": 151_936, "num_key_value_heads": 2, "rope_theta": 1e6}
-SHAPES: dict[str, dict[str, Any]] = {
-    "0.5b": {
-        **QWEN,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-    },
-    "1.5b": {
-        **QWEN,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-    },
-    "smollm2": {
-        "family": "llama",
-        "vocab_size": 49_152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    },
-    "tiny": {
-        "family": "llama",
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}
+from training_inputs import (  # noqa: E402
+    SHAPES,
+    build_model,
+    describe,
+    load_sequences,
+    make_sequences,
+    sample,
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +70,7 @@ class Point:
     name: str
     shape: str
     way: str = "packed"
-    """packed, padded"""
+    """packed, padded, padded_lean"""
     trainable: str = "full"
     compiled: bool = True
     shared: bool = False
@@ -108,6 +85,7 @@ def list_points(shapes: list[str]) -> list[Point]:
         return [
             Point("packed_tiny", "tiny", compiled=False),
             Point("padded_tiny", "tiny", "padded", compiled=False),
+            Point("padded_lean_tiny", "tiny", "padded_lean", compiled=False),
             Point("head_only_tiny", "tiny", trainable="head", compiled=False),
             Point("lora_tiny", "tiny", trainable="lora", compiled=False),
             Point("shared_prompts_tiny", "tiny", compiled=False, shared=True),
@@ -116,70 +94,18 @@ def list_points(shapes: list[str]) -> list[Point]:
     points = [
         Point("packed_0.5b", "0.5b", profile=True),
         Point("padded_0.5b", "0.5b", "padded", compiled=False),
-        Point("step_1.5b", "1.5b", one_step_of=1024),
-        Point("lora_smollm2", "smollm2", trainable="lora"),
-        Point("packed_smollm2", "smollm2"),
-        Point("packed_eager_0.5b", "0.5b", compiled=False),
         Point("head_only_0.5b", "0.5b", trainable="head", compiled=False),
+        Point("packed_eager_0.5b", "0.5b", compiled=False),
+        Point("padded_lean_0.5b", "0.5b", "padded_lean", compiled=False),
+        Point("step_1.5b", "1.5b", one_step_of=1024),
+        Point("packed_smollm2", "smollm2"),
         Point("padded_smollm2", "smollm2", "padded", compiled=False),
+        Point("head_only_smollm2", "smollm2", trainable="head", compiled=False),
+        Point("lora_smollm2", "smollm2", trainable="lora"),
         Point("lora_0.5b", "0.5b", trainable="lora"),
-        Point("lora_eager_smollm2", "smollm2", trainable="lora", compiled=False),
         Point("shared_prompts_0.5b", "0.5b", shared=True),
     ]
     return [p for p in points if p.shape in shapes]
-
-
-def build_sequences(path: Path | None, vocab_size: int, num: int, max_tokens: int) -> Sequences:
-    """The file's sequences, or synthetic ones."""
-    if path is not None:
-        return Sequences.select([TokenStore.load(path)], None, max_tokens=max_tokens)
-    random = np.random.default_rng(0)
-    rows = []
-    for prompt in range(num // 4):
-        prompt_length = int(np.clip(random.lognormal(5.0, 0.6), 20, max_tokens // 3))
-        ids = random.integers(3, vocab_size, prompt_length).tolist()
-        for sample in range(4):
-            length = int(np.clip(random.lognormal(5.9, 0.8), 4, max_tokens - prompt_length))
-            rows.append(
-                Trajectory.model_validate(
-                    {
-                        "schema": "lenvm.trajectory/1",
-                        "id": f"{prompt:016x}-{sample}",
-                        "prompt_hash": f"{prompt:016x}",
-                        "sample_index": sample,
-                        "prompt_text": "",
-                        "prompt_token_ids": ids,
-                        "completion_token_ids": random.integers(3, vocab_size, length).tolist(),
-                        "completion_text": "",
-                        "finish_reason": "stop",
-                        "model": "synthetic",
-                    }
-                )
-            )
-    return Sequences.from_trajectories(rows, max_tokens=max_tokens)
-
-
-def build_model(shape: str, device: str, *, low: bool) -> tuple[LengthValueModel, nn.Module]:
-    """(value model, output matrix of the vocabulary); fp32, or bf16 backbone where `low`."""
-    from transformers import AutoModel
-    from transformers.models.llama import LlamaConfig
-    from transformers.models.qwen2 import Qwen2Config
-
-    values = dict(SHAPES[shape])
-    kind = {"qwen2": Qwen2Config, "llama": LlamaConfig}[values.pop("family")]
-    theta = values.pop("rope_theta", 1e4)
-    config = kind(
-        **values,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        backbone = AutoModel.from_config(config, dtype=torch.bfloat16 if low else torch.float32)
-    model = LengthValueModel.build(backbone, LenVMConfig(gamma=0.997, head="scalar"), device=device)
-    logits = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
-    logits.weight = backbone.embed_tokens.weight  # tied, as in all three
-    return model.train(), logits
 
 
 def count_flops(
@@ -222,9 +148,17 @@ class Setting:
     batch_tokens: int
     step_tokens: int
     seconds: float
-    trajectories: Path | None
+    models: dict[str, str]
+    """Shape -> its weights."""
+    real: Sequences | None
+    """Sampled sequences; None: made-up ones."""
     num_sequences: int
     max_tokens: int
+
+    def sequences(self, shape: str) -> Sequences:
+        if self.real is not None:
+            return self.real
+        return make_sequences(SHAPES[shape]["vocab_size"], self.num_sequences, self.max_tokens)
 
 
 class Run:
@@ -233,22 +167,22 @@ class Run:
     def __init__(self, point: Point, setting: Setting) -> None:
         self.point, self.setting = point, setting
         frozen = point.trainable in ("lora", "head") and setting.device == "cuda"
-        model, self.logits = build_model(point.shape, setting.device, low=frozen)
+        path = setting.models.get(point.shape)
+        model, logits = build_model(point.shape, setting.device, path=path, low=frozen)
+        self.logits = logits if point.way == "padded" else None
+        del logits
         choose_parameters(model, "head" if point.trainable == "head" else "full", 1)
         if point.trainable == "lora":
             add_adapter(model, 8, 16, 0.0)
             model.to(setting.device)
         self.model = PackedModel(model)
+        if point.way == "padded":
+            model.backbone.config._attn_implementation = "sdpa"  # Hugging Face's default
         if point.compiled:
             compile_layers(model.backbone)
-        self.objective = Objective()
-        self.sequences = build_sequences(
-            setting.trajectories,
-            SHAPES[point.shape]["vocab_size"],
-            setting.num_sequences,
-            setting.max_tokens,
-        )
-        self.sequences.check_vocabulary(SHAPES[point.shape]["vocab_size"])
+        self.objective = Objective(censoring="one_sided")
+        self.sequences = setting.sequences(point.shape)
+        self.sequences.check_vocabulary(model.backbone.get_input_embeddings().num_embeddings)
         self.flops = count_flops(model, point.trainable, self.sequences.totals)
         self.live = [p for p in self.model.parameters() if p.requires_grad]
         fused = setting.device == "cuda"
@@ -268,7 +202,7 @@ class Run:
         for epoch in itertools.count():
             for number in range(plan.num_steps(epoch)):
                 rows = plan.step(epoch, number)
-                if self.point.way == "padded":
+                if self.is_padded:
                     groups = [rows[i : i + 8] for i in range(0, len(rows), 8)]
                     yield (pad(self.sequences, g) for g in groups)
                 else:
@@ -293,27 +227,48 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         return done
 
-    def backward(self, batch: PackedBatch) -> None:
+    @property
+    def is_padded(self) -> bool:
+        return self.point.way.startswith("padded")
+
+    def loss_of(self, batch: PackedBatch) -> Tensor:
+        """The mean over the batch's states."""
         count = int(batch.lengths.sum())
-        device = self.setting.device
-        if device == "cuda":
-            batch = batch.pin_memory().to(device)
-        with autocast(device):
-            raw = self._with_logits(batch) if self.point.way == "padded" else self.model(batch)
-        loss = self.objective.sum(self.model.value_model.head, raw, States.of(batch), 0.997)
-        loss = loss / count
+        totals = torch.from_numpy(self.sequences.totals[batch.sequences.numpy()])
+        if self.setting.device == "cuda":
+            batch, totals = batch.pin_memory().to("cuda"), totals.pin_memory().to("cuda")
+        with autocast(self.setting.device):
+            if self.point.way == "padded":
+                raw = self._as_published(batch, totals)
+            else:
+                raw = self.model(batch)
+        head = self.model.value_model.head
+        return self.objective.sum(head, raw, States.of(batch), 0.997) / count
+
+    def backward(self, batch: PackedBatch) -> None:
+        loss = self.loss_of(batch)
         loss.backward()
         self.losses.append(loss.detach())
 
-    def _with_logits(self, batch: PackedBatch) -> Tensor:
+    def _as_published(self, batch: PackedBatch, totals: Tensor) -> Tensor:
         model = self.model.value_model
+        at = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
         hidden = model.backbone(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            input_ids=batch.input_ids,
+            attention_mask=(at < totals.unsqueeze(-1)).long(),
+            use_cache=False,
         ).last_hidden_state
-        logits = self.logits(hidden)
+        assert self.logits is not None
+        logits = self.logits(hidden if hidden.is_cuda else hidden.bfloat16())
         del logits  # the published way computes and drops them
         raw: Tensor = model.head(hidden)
         return raw.flatten(0, 1)[batch.state_index]
+
+    def loss_of_8(self) -> float:
+        """Of the same 8 sequences in every way of training, before any step."""
+        rows = np.linspace(0, len(self.sequences) - 1, 8).astype(np.int64)
+        batch = pad(self.sequences, rows) if self.is_padded else pack(self.sequences, rows)
+        return self.loss_of(batch).item()
 
 
 def autocast(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -331,10 +286,11 @@ def measure(point: Point, setting: Setting, ceiling: float) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     run = Run(point, setting)
+    loss_of_8 = run.loss_of_8()
     steps = run.steps()
     warm = 1 if point.one_step_of else 2
     for _ in range(warm):
-        batches = itertools.islice(next(steps), 3 if point.way == "packed" else 8)
+        batches = itertools.islice(next(steps), 8 if run.is_padded else 3)
         run.step(batches)
     synchronize(setting.device)
     setup = time.perf_counter() - started
@@ -352,7 +308,9 @@ def measure(point: Point, setting: Setting, ceiling: float) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     losses = torch.stack(run.losses).float().cpu()
     found = {
+        "card": name_card(setting.device),
         "shape": point.shape,
+        "weights": Path(setting.models.get(point.shape, "random")).name,
         "way": point.way,
         "trainable": point.trainable,
         "compiled": point.compiled,
@@ -367,6 +325,7 @@ def measure(point: Point, setting: Setting, ceiling: float) -> dict[str, Any]:
         "sequences": total["sequences"],
         "seconds": seconds,
         "set_up_and_compile_s": setup,
+        "loss_of_8": loss_of_8,
         "loss_first": losses[0].item(),
         "loss_last": losses[-1].item(),
     }
@@ -440,16 +399,23 @@ def measure_ceiling(device: str) -> float:
     return best
 
 
-def describe_machine(device: str) -> dict[str, Any]:
+def name_card(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+
+
+def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
     import transformers
 
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    commit = (
+        commit
+        or subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+    )
     return {
         "command": " ".join(sys.argv),
         "commit": commit,
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+        "card": name_card(device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -457,84 +423,125 @@ def describe_machine(device: str) -> dict[str, Any]:
     }
 
 
-def summarise(points: dict[str, Any]) -> dict[str, Any]:
-    """The issue's figures, of the points that are there."""
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The issue's figures. The speed-up and the MFU beside it come from one call on one card: the
+    last that measured both ways."""
 
-    def get(name: str, field: str) -> Any:
-        return points.get(name, {}).get(field)
+    def last(*names: str) -> dict[str, Any]:
+        whole = [r for r in runs if all("tokens_per_s" in r["points"].get(n, {}) for n in names)]
+        return whole[-1] if whole else {"points": {}}
 
-    packed, padded = get("packed_0.5b", "tokens_per_s"), get("padded_0.5b", "tokens_per_s")
+    run = last("packed_0.5b", "padded_0.5b")
+    points = (run if run["points"] else last("packed_0.5b"))["points"]
+    packed, padded = points.get("packed_0.5b"), points.get("padded_0.5b")
+    big = last("step_1.5b")["points"].get("step_1.5b")
+    both = packed and padded and "tokens_per_s" in padded
     return {
-        "mfu_packed_0p5b": get("packed_0.5b", "mfu"),
-        "speedup_over_padded": packed / padded if packed and padded else None,
-        "peak_memory_gb_1p5b": get("step_1.5b", "peak_memory_gb"),
+        "mfu_packed_0p5b": packed and packed["mfu"],
+        "speedup_over_padded": packed["tokens_per_s"] / padded["tokens_per_s"] if both else None,
+        "card": packed and packed["card"],
+        "peak_memory_gb_1p5b": big and big["peak_memory_gb"],
+        "card_1p5b": big and big["card"],
     }
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/training_h200.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", default=["0.5b", "1.5b", "smollm2"])
     parser.add_argument("--points", nargs="+", help="only these")
-    parser.add_argument("--trajectories", type=Path, help="a file; its tokenizer must fit")
-    parser.add_argument("--sequences", type=int, default=4096, help="synthetic ones")
+    parser.add_argument("--model", action="append", default=[], metavar="SHAPE=PATH")
+    parser.add_argument("--tokens", type=Path, help="LAB/tokens/NAME: real sampled sequences")
+    parser.add_argument("--prompts", type=Path, help="shared/data: sample where --tokens is empty")
+    parser.add_argument("--sample-s", type=float, default=15.0, help="begin no sample after this")
+    parser.add_argument("--sequences", type=int, default=4096, help="made-up ones")
     parser.add_argument("--max-tokens", type=int, default=2048)
     parser.add_argument("--batch-tokens", type=int, default=32_768)
     parser.add_argument("--step-tokens", type=int, default=262_144)
     parser.add_argument("--seconds", type=float, default=6.0, help="of measurement, each point")
-    parser.add_argument("--budget", type=float, default=225.0, help="no new point after this")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore", category=UserWarning)
-    started = time.perf_counter()
-    torch.set_float32_matmul_precision("highest")  # the head is in fp32
-    report: dict[str, Any] = {"schema": "lenvm.benchmark.training/1", "points": {}}
-    if options.out.exists():
-        report = json.loads(options.out.read_text())
-    report["machine"] = describe_machine(options.device)
-    ceiling = report["ceiling_flops"] = measure_ceiling(options.device)
-    print(f"ceiling {ceiling / 1e12:.1f} TFLOP/s", flush=True)
-    setting = Setting(
+    parser.add_argument("--budget", type=float, default=115.0, help="no new point after this")
+    parser.add_argument("--commit", help="where git is missing")
+    return parser.parse_args()
+
+
+def build_setting(options: argparse.Namespace) -> Setting:
+    models = dict(m.split("=", 1) for m in options.model)
+    models = {shape: str(Path(path).expanduser()) for shape, path in models.items()}
+    real = None
+    if options.tokens is not None:
+        folder = options.tokens.expanduser()
+        if not (folder / "completions.jsonl").exists():
+            if options.prompts is None or not models:
+                raise SystemExit(f"{folder} holds no completions; give --prompts and --model")
+            first = next(iter(models.values()))
+            sample(folder, options.prompts, first, options.device, seconds=options.sample_s)
+        real = load_sequences(folder, options.max_tokens)
+    return Setting(
         options.device,
         options.batch_tokens,
         options.step_tokens,
         options.seconds,
-        options.trajectories,
+        models,
+        real,
         options.sequences,
         options.max_tokens,
     )
-    report["setting"] = {k: str(v) for k, v in vars(options).items()}
-    failed = False
+
+
+def main() -> None:
+    options = parse()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    started = time.perf_counter()
+    torch.set_float32_matmul_precision("highest")  # the head is in fp32
+    setting = build_setting(options)
+    ceiling = measure_ceiling(options.device)
+    print(
+        f"{time.perf_counter() - started:.0f} s; ceiling {ceiling / 1e12:.1f} TFLOP/s", flush=True
+    )
+    report: dict[str, Any] = {"schema": "lenvm.benchmark.training/2", "headline": {}, "runs": []}
+    if options.out.exists():
+        report = json.loads(options.out.read_text())
+    points: dict[str, Any] = {}
+    run = {
+        "machine": describe_machine(options.device, options.commit),
+        "ceiling_flops": ceiling,
+        "data": {
+            "source": str(options.tokens) if setting.real else "made up: log-normal lengths",
+            **describe(setting.sequences(options.shapes[0])),
+        },
+        "setting": {k: str(v) for k, v in vars(options).items()},
+        "points": points,
+    }
+    report["runs"].append(run)
     for point in list_points(options.shapes):
-        wanted = point.name in options.points if options.points else True
-        if not wanted or "tokens_per_s" in report["points"].get(point.name, {}):
+        if options.points and point.name not in options.points:
             continue
         if time.perf_counter() - started > options.budget:
-            print(f"{point.name}: left for the next run (budget)")
+            print(f"{point.name}: left out (budget)")
             continue
         try:
             found = measure(point, setting, ceiling)
             print(
                 f"{point.name}: {found['tokens_per_s']:,.0f} tokens/s, MFU {found['mfu']:.1%}, "
                 f"{found.get('peak_memory_gb', 0):.1f} GB, {found['seconds']:.1f} s "
-                f"(+ {found['set_up_and_compile_s']:.0f} s)",
+                f"(+ {found['set_up_and_compile_s']:.0f} s), loss of 8 {found['loss_of_8']:.5f}",
                 flush=True,
             )
         except Exception as error:  # a point that fails is a result
-            failed = True
             traceback.print_exc()
-            found = {"error": f"{type(error).__name__}: {error}"[:2000]}
-        report["points"][point.name] = found
-        report["headline"] = summarise(report["points"])
+            found = {"card": name_card(options.device), "error": f"{type(error).__name__}: {error}"}
+            found["error"] = found["error"][:2000]
+        points[point.name] = found
+        report["headline"] = summarise(report["runs"])
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
-        del found
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
         torch._dynamo.reset()
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
-    print(json.dumps(report.get("headline"), indent=2))
-    sys.exit(1 if failed else 0)
+    print(json.dumps(report["headline"], indent=1))
+    sys.exit(any("error" in p for p in points.values()))
 
 
 if __name__ == "__main__":

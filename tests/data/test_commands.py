@@ -65,6 +65,8 @@ def test_sample_then_stats_then_convert_there_and_back(tmp_path: Path):
     found = json.loads(run("stats", path, "--json"))
     assert found["groups"][-1]["num_completions"] == 24
     assert found["controlled"] == 24
+    run("stats", path, "--plot", tmp_path / "lengths.png")
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     run("stats", path, "--downsample", tmp_path / "d.jsonl", "--per-prompt", 1)
     assert len(list(read_trajectories(tmp_path / "d.jsonl"))) == 12
     with pytest.raises(InputError, match="need --downsample"):

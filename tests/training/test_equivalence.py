@@ -1,6 +1,7 @@
 """Packed, padded, shared-prompt and single-sequence runs are the same computation."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +97,47 @@ def test_lambda_returns_and_bootstrap_see_one_completion_at_a_time():
     ):
         packed = [pack(sequences, rows)]
         assert_same(model, packed, [pack(sequences, [i]) for i in rows], objective)
+
+
+TARGETS = ("discounted_return", "length", "normalized_length", "log_length")
+OBJECTIVES = [
+    ("scalar", {"target": t, "loss": x, "censoring": c})
+    for t, x in [*itertools.product(TARGETS, ("mse", "huber")), ("discounted_return", "bce")]
+    for c in ("one_sided", "bootstrap")
+]
+OBJECTIVES += [
+    ("scalar", {"relative": True, "target": "length", "censoring": "one_sided"}),
+    ("scalar", {"include_eos": True, "loss": "bce", "censoring": "one_sided"}),
+    ("scalar", {"lambda_": 0.7, "censoring": "bootstrap"}),
+    ("scalar", {"lambda_": 0.0, "include_eos": True, "censoring": "one_sided"}),
+    *(
+        (head, {"aggregation": a, "censoring": "one_sided"})
+        for head in ("scalar", "distribution")
+        for a in ("sequence_mean", "sequence_sum")
+    ),
+    ("distribution", {"smoothing": 0.1, "censoring": "one_sided"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("head", "options"), OBJECTIVES, ids=lambda o: o if isinstance(o, str) else str(o.values())
+)
+def test_every_objective_is_the_same_packed_padded_shared_and_single(
+    head: HeadName, options: dict[str, Any]
+):
+    sequences = family(num_prompts=2, per_prompt=3)
+    assert not sequences.complete.all()
+    rows = list(range(len(sequences)))
+    backbone = tiny_backbone(num_hidden_layers=1)
+    model = PackedModel(LengthValueModel.build(backbone, LenVMConfig(gamma=0.95, head=head)))
+    objective = Objective(**options, length_scale=40.0)
+    packed = [pack(sequences, rows)]
+    for other in (
+        [pack(sequences, [i]) for i in rows],
+        [pad(sequences, rows[:4]), pad(sequences, rows[4:])],
+        [pack(sequences, rows, share_prompts=True)],
+    ):
+        assert_same(model, packed, other, objective)
 
 
 def test_a_sliding_window_is_kept_inside_a_sequence():

@@ -14,7 +14,7 @@ import yaml
 from lenvm.model.value_model import LengthValueModel
 from lenvm.training.config import TrainingConfig
 from tiny import tiny_generator, tiny_tokenizer
-from training.test_processes import SCRIPT, losses
+from training.test_processes import SCRIPT, finish, kill_after, losses
 from training.test_trainer import write_data
 
 ROOT = Path(__file__).parents[2]
@@ -56,15 +56,31 @@ def test_two_gpus_give_the_losses_of_one(tmp_path: Path, layout: str):
     for a, b in zip(losses(tmp_path, "one"), losses(tmp_path, "two"), strict=True):
         assert a == pytest.approx(b, rel=2e-2)  # bf16
     LengthValueModel.from_pretrained(tmp_path / "two")
+    again = {k: v for k, v in settings.items() if k != "backbone"}
+    again |= {"init_from": str(tmp_path / "two"), "output": str(tmp_path / "again"), "epochs": 1}
+    run(tmp_path, again, [sys.executable])  # and it goes on in one process
+    assert losses(tmp_path, "again")[1][0] == pytest.approx(
+        losses(tmp_path, "two")[1][-1], rel=2e-2
+    )
+    killed = {**settings, "output": str(tmp_path / "killed")}
+    kill_after(launch(tmp_path, killed, command), tmp_path / "killed.metrics.jsonl", rows=12)
+    assert list((tmp_path / "killed.state").glob("checkpoint-*/complete"))
+    run(tmp_path, killed, command)
+    for a, b in zip(losses(tmp_path, "two"), losses(tmp_path, "killed"), strict=True):
+        assert a == pytest.approx(b, rel=2e-2)
 
 
-def run(tmp_path: Path, settings: dict[str, Any], launcher: list[str]) -> None:
+def launch(
+    tmp_path: Path, settings: dict[str, Any], launcher: list[str]
+) -> "subprocess.Popen[bytes]":
     TrainingConfig.parse(settings)
     path = tmp_path / f"{Path(settings['output']).name}.json"
     path.write_text(json.dumps(settings))
     count = "0,1" if "--num_processes" in launcher else "0"
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": count}
-    done = subprocess.run(
-        [*launcher, str(SCRIPT), str(path)], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [*launcher, str(SCRIPT), str(path)]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def run(tmp_path: Path, settings: dict[str, Any], launcher: list[str]) -> None:
+    finish(launch(tmp_path, settings, launcher))

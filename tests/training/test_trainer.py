@@ -1,5 +1,8 @@
 import json
+import math
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -7,10 +10,10 @@ import torch
 from lenvm.data.dataset import Sequences, TokenStore
 from lenvm.data.packing import pack
 from lenvm.data.trajectory import Trajectory
-from lenvm.errors import DataError, InputError, TrainingError
+from lenvm.errors import CheckpointError, DataError, InputError, TrainingError
 from lenvm.model.value_model import LengthValueModel
 from lenvm.training.config import TrainingConfig
-from lenvm.training.model import PackedModel
+from lenvm.training.model import PackedModel, use_liger
 from lenvm.training.objective import Objective, States
 from lenvm.training.trainer import start_from_marginal, train
 from tiny import EOS, tiny_backbone, tiny_generator, tiny_tokenizer
@@ -27,7 +30,7 @@ def trajectory(i: int, length: int, split: str, **fields: object) -> Trajectory:
         "prompt_text": "p",
         "prompt_token_ids": [4, 40 + length // 15, 40 + length // 15],
         "completion_token_ids": [8 + length // 15] * (length - 1) + [EOS],
-        "completion_text": "c",
+        "completion_text": "",
         "finish_reason": "stop",
         "model": "tiny",
         **fields,
@@ -149,6 +152,56 @@ def test_options_train(tmp_path: Path, base: str, fields: dict[str, object]):
     assert result.val_loss_last < result.val_loss_first
 
 
+def test_accumulation_changes_nothing(tmp_path: Path, base: str):
+    """The mean is that of the global batch, however it is cut into micro batches."""
+    found = []
+    for tokens in (64, 4096):
+        name = f"model_{tokens}"
+        settings = config(
+            tmp_path,
+            base,
+            output=str(tmp_path / name),
+            batch_tokens=tokens,
+            batch_sequences=24,
+            learning_rate=1e-3,
+            precision="fp32",
+            epochs=1,
+        )
+        train(settings)
+        rows = [r for r in read_metrics(tmp_path, name) if "loss" in r]
+        found.append(([r["loss"] for r in rows], [r["grad_norm"] for r in rows]))
+    assert len(found[0][0]) > 5
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-3)
+
+
+@pytest.mark.parametrize("frozen", ["backbone", "head"])
+def test_head_and_backbone_have_their_own_learning_rates(tmp_path: Path, base: str, frozen: str):
+    """The part whose rate is next to nothing stays where it began; the other moves."""
+    rates = {"learning_rate": 4e-3, "head_learning_rate": 4e-3}
+    rates["learning_rate" if frozen == "backbone" else "head_learning_rate"] = 1e-12
+    train(config(tmp_path, base, head="scalar", gamma=0.9, epochs=1, **rates))
+    after = LengthValueModel.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    torch.manual_seed(0)
+    before = LengthValueModel.build(base, after.config, dtype=torch.float32)
+    sequences = Sequences.select([TokenStore.load(tmp_path / "t.jsonl")], "train")
+    start_from_marginal(before, sequences.lengths)
+    moved = {"backbone": 0.0, "head": 0.0}
+    for name, value in before.state_dict().items():
+        change = (after.state_dict()[name] - value).abs().max().item()
+        part = name.split(".")[0]
+        moved[part] = max(moved[part], change)
+    assert moved.pop(frozen) < 1e-6
+    assert min(moved.values()) > 1e-3
+
+
+def test_gamma_auto_gives_the_99th_percentile_a_return_of_99_percent(tmp_path: Path, base: str):
+    result = train(config(tmp_path, base, epochs=1, evals=1, trainable="head"))
+    store = Sequences.select([TokenStore.load(tmp_path / "t.jsonl")], "train")
+    longest = sorted(store.lengths.tolist())[math.ceil(0.99 * len(store)) - 1]
+    assert 1 - result.gamma**longest == pytest.approx(0.99, abs=1e-6)
+
+
 def test_sequence_wise_means_warn(tmp_path: Path, base: str):
     with pytest.warns(UserWarning, match="App. E"):
         train(config(tmp_path, base, aggregation="sequence_mean", epochs=1))
@@ -263,6 +316,73 @@ def test_no_usable_sequence_and_other_tokenizers(tmp_path: Path, base: str):
     write_rows(path, rows)
     with pytest.raises(DataError, match="another tokenizer"):
         train(config(tmp_path, base, output=str(tmp_path / "other")))
+
+
+def test_tokens_of_another_tokenizer_inside_the_vocabulary_are_found(tmp_path: Path, base: str):
+    """The texts say what the tokens should spell."""
+
+    def write(shift: int) -> None:
+        rows = []
+        for i in range(20):
+            t = trajectory(i, 6, "validation" if i % 5 == 0 else "train")
+            text = " ".join(f"w{n + shift}" for n in t.completion_token_ids[:-1])
+            rows.append(t.model_copy(update={"completion_text": text}))
+        write_rows(tmp_path / "t.jsonl", rows)
+
+    write(1)
+    with pytest.raises(DataError, match=r"another tokenizer .*'w9 w9.* spell 'w8 w8"):
+        train(config(tmp_path, base, epochs=1))
+    write(0)
+    train(config(tmp_path, base, epochs=1, trainable="head", output=str(tmp_path / "own")))
+
+
+def test_a_state_of_another_engine_is_refused(tmp_path: Path, base: str):
+    train(config(tmp_path, base, epochs=1, evals=2))
+    (tmp_path / "model.result.json").unlink()  # as if it had been killed before its end
+    (written,) = (tmp_path / "model.state").glob("checkpoint-*/complete")
+    written.write_text(json.dumps({"step": 1, "engine": "fsdp"}))
+    with pytest.raises(InputError, match="written under fsdp, and this run is under ddp"):
+        train(config(tmp_path, base, epochs=1, evals=2))
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_before_the_first_step(tmp_path: Path, base: str):
+    train(config(tmp_path, base, epochs=1, evals=1, trainable="head"))
+    path = tmp_path / "model" / "lenvm.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+    values = {
+        "data": [str(tmp_path / "t.jsonl")],
+        "init_from": str(tmp_path / "model"),
+        "output": str(tmp_path / "next"),
+    }
+    with pytest.raises(CheckpointError, match="is of format 99, newer than"):
+        train(TrainingConfig.parse(values))
+    assert not (tmp_path / "next.metrics.jsonl").exists()
+
+
+def test_liger_patches_the_layers_and_leaves_the_forward(monkeypatch: pytest.MonkeyPatch):
+    """A stand-in of the package's two names; tests/training/test_gpu.py runs the real one."""
+    asked: list[dict[str, object]] = []
+    package, patches = ModuleType("liger_kernel.transformers"), ModuleType("monkey_patch")
+    package._apply_liger_kernel_to_instance = lambda **options: asked.append(options)  # type: ignore[attr-defined]
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patches)
+    backbone = tiny_backbone()
+    use_liger(backbone)
+    assert asked == [{"model": backbone, "fused_linear_cross_entropy": False}]
+    with pytest.raises(InputError, match="no kernels for model type 'qwen2'"):
+        use_liger(tiny_backbone("qwen2"))
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
+    with pytest.raises(InputError, match="pip install liger-kernel"):
+        use_liger(backbone)
+
+
+def test_fp16_needs_a_gpu(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="'fp16', which needs a GPU"):
+        train(config(tmp_path, base, precision="fp16"))
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def write(folder: Path, reader, num: int = 60) -> Path:
                 "messages": [{"role": "user", "content": "w9"}],
                 "prompt_token_ids": reader.expand([4, *mark, 9, 5], full),
                 "completion_token_ids": [8] * (length - 1) + [EOS],
-                "completion_text": "c",
+                "completion_text": "",
                 "finish_reason": "stop",
                 "model": "tiny",
                 "images": files,

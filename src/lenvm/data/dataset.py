@@ -27,7 +27,8 @@ from lenvm.data.trajectory import Trajectory, read_trajectories
 from lenvm.errors import DataError, InputError
 from lenvm.files import read_json, write_json
 
-STORE_VERSION = 1
+STORE_VERSION = 2
+NUM_TEXTS = 16
 Censoring = Literal["drop", "one_sided", "bootstrap"]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -58,6 +59,8 @@ class TokenStore:
     """Image files of prompts, absolute."""
     sha256: str
     """Of the trajectory file."""
+    texts: tuple[tuple[int, str], ...] = ()
+    """(row, beginning of its text) of the first completions that have a text."""
 
     @classmethod
     def load(cls, path: Path) -> "TokenStore":
@@ -76,7 +79,29 @@ class TokenStore:
         tokens: Array = np.memmap(folder / "tokens.i32", dtype="<i4", mode="r")
         index = np.load(folder / "index.npy", mmap_mode="r")
         images = tuple(tuple(files) for files in meta["images"])
-        return cls(path, tokens, index, tuple(meta["domains"]), images, meta["sha256"])
+        texts = tuple((row, text) for row, text in meta["texts"])
+        return cls(path, tokens, index, tuple(meta["domains"]), images, meta["sha256"], texts)
+
+    def check_tokenizer(self, tokenizer: Any, name: str) -> None:
+        """DataError where no completion's tokens spell its text with the tokenizer of `name`.
+
+        Token ids of another tokenizer may well lie inside the vocabulary. A text is looked for in
+        the tokens' own, blanks aside: servers trim texts and may leave a chain of thought out.
+        """
+        read = ""
+        for row, text in self.texts:
+            entry = self.index[row]
+            start = int(entry["start"]) + int(entry["prompt_length"])
+            read = tokenizer.decode(self.tokens[start : start + int(entry["length"])].tolist())
+            if "".join(text.split())[:20] in "".join(read.split()):
+                return
+        if self.texts:
+            text = self.texts[-1][1]
+            raise DataError(
+                f"{self.path} was sampled with another tokenizer than that of {name}: the tokens "
+                f"of {text[:40]!r} spell {read[:40]!r}. Train on the backbone that sampled it, or "
+                "sample again."
+            )
 
 
 def _is_current(path: Path, folder: Path) -> bool:
@@ -115,7 +140,7 @@ def _build(path: Path, folder: Path) -> None:
             f"cannot write beside {path}: {error.strerror}; copy it elsewhere"
         ) from None
     try:
-        rows, domains, images = _write_tokens(path, part / "tokens.i32")
+        rows, domains, images, texts = _write_tokens(path, part / "tokens.i32")
         np.save(part / "index.npy", np.array(rows, dtype=INDEX))
         meta = {
             "version": STORE_VERSION,
@@ -124,6 +149,7 @@ def _build(path: Path, folder: Path) -> None:
             "sha256": sha256,
             "domains": domains,
             "images": images,
+            "texts": texts,
         }
         write_json(part / "meta.json", meta)
         if folder.exists():
@@ -133,14 +159,19 @@ def _build(path: Path, folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write_tokens(path: Path, out: Path) -> tuple[list[Any], list[str], list[list[str]]]:
+def _write_tokens(
+    path: Path, out: Path
+) -> tuple[list[Any], list[str], list[list[str]], list[tuple[int, str]]]:
     rows: list[Any] = []
+    texts: list[tuple[int, str]] = []
     domains: dict[str, int] = {}
     images: dict[tuple[str, ...], int] = {}
     start = 0
     with out.open("wb") as file:
         for t in read_trajectories(path):
             files = tuple(resolve_images(t.images, path.parent))
+            if t.completion_text.strip() and len(texts) < NUM_TEXTS:
+                texts.append((len(rows), t.completion_text[:200]))
             array("i", t.prompt_token_ids).tofile(file)
             array("i", t.completion_token_ids).tofile(file)
             rows.append(
@@ -156,7 +187,7 @@ def _write_tokens(path: Path, out: Path) -> tuple[list[Any], list[str], list[lis
                 )
             )
             start += len(t.prompt_token_ids) + t.length
-    return rows, list(domains), [list(files) for files in images]
+    return rows, list(domains), [list(files) for files in images], texts
 
 
 @contextmanager

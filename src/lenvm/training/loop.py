@@ -208,6 +208,23 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
 
     # checkpoints
 
+    @property
+    def engine(self) -> str:
+        """What lays the weights out: states of one engine do not load in another."""
+        if self.is_deepspeed_enabled:
+            return "deepspeed"
+        return "fsdp" if self.is_fsdp_enabled else "ddp"
+
+    def check_engine(self, checkpoint: Path) -> None:
+        """InputError where a state was written under another engine than this one."""
+        written = json.loads((checkpoint / COMPLETE).read_text())["engine"]
+        if written != self.engine:
+            raise InputError(
+                f"{checkpoint} was written under {written}, and this run is under {self.engine} "
+                "(one process counts as ddp); go on with the same launcher, or give another "
+                "output to begin again"
+            )
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_pending()
         began = time.perf_counter()
@@ -216,7 +233,8 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             folder = Path(self.args.output_dir)
             last = folder / f"checkpoint-{self.state.global_step}"
-            write_text(last / COMPLETE, json.dumps({"step": self.state.global_step}))
+            about = {"step": self.state.global_step, "engine": self.engine}
+            write_text(last / COMPLETE, json.dumps(about))
             keep = {last, Path(self.state.best_model_checkpoint or last)}
             for old in folder.glob("checkpoint-*"):
                 if old not in keep:

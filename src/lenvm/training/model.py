@@ -145,8 +145,15 @@ def use_liger(backbone: Any) -> None:
     """Liger's fused norm, rotary and SwiGLU kernels. InputError where they do not run."""
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError:
         raise InputError(
             "liger = true needs the package: pip install liger-kernel (GPU only); or compile = true"
         ) from None
-    _apply_liger_kernel_to_instance(model=backbone)
+    kind = backbone.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise InputError(
+            f"liger = true, but Liger has no kernels for model type {kind!r}; use compile = true"
+        )
+    # a backbone computes no logits: the fused loss would replace its forward by a causal model's
+    _apply_liger_kernel_to_instance(model=backbone, fused_linear_cross_entropy=False)

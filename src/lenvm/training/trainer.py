@@ -87,6 +87,9 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
     objective.check(model.config.head)
     for sequences in (splits.train, splits.validation):
         sequences.check_vocabulary(model.backbone.get_input_embeddings().num_embeddings)
+    if model.tokenizer is not None:
+        for store in stores:
+            store.check_tokenizer(model.tokenizer, model.config.generator or config.backbone)
     images = [
         prepare_images(model, s, trainable=config.trainable, share_prompts=config.share_prompts)
         for s in (splits.train, splits.validation)
@@ -134,6 +137,8 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
 def _run(trainer: LenVMTrainer, config: TrainingConfig) -> float:
     """Train to the end, from the last checkpoint where there is one; returns the seconds."""
     last = find_checkpoint(Path(trainer.args.output_dir))
+    if last is not None:
+        trainer.check_engine(Path(last))
     trainer.args.eval_on_start = last is None
     _forget_after(trainer, last)
     trainer.train(resume_from_checkpoint=last)

@@ -1,0 +1,42 @@
+"""Figures in the docs are those of the result files."""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_training_tables_are_drawn_from_the_result_file(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    from training_table import PAGE, RESULTS, replace_tables
+
+    page = PAGE.read_text(encoding="utf-8")
+    report = json.loads(RESULTS.read_text())
+    assert replace_tables(page, report) == page, "run python benchmarks/training_table.py"
+    measured = [p for run in report["runs"] for p in run["points"].values() if "mfu" in p]
+    assert all(p["card"] for p in measured)
+    packed = next(p for p in measured if p["shape"] == "0.5b" and p["compiled"])
+    assert f"| {packed['tokens_per_s']:,.0f} |" in page
+
+
+def test_the_speed_up_is_that_of_one_call_on_one_card(monkeypatch):
+    """Rows of two cards are never divided by each other."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    from training import summarise
+
+    def run(card: str, **speeds: float) -> dict[str, object]:
+        names = {"packed": "packed_0.5b", "padded": "padded_0.5b", "step": "step_1.5b"}
+        return {
+            "points": {
+                names[k]: {"card": card, "tokens_per_s": v, "mfu": v / 1000, "peak_memory_gb": v}
+                for k, v in speeds.items()
+            }
+        }
+
+    runs = [run("A", packed=400, step=90), run("B", packed=300, padded=100)]
+    assert summarise(runs[:1])["speedup_over_padded"] is None
+    assert summarise(runs[:1])["mfu_packed_0p5b"] == 0.4
+    found = summarise([*runs, run("A", padded=10)])
+    assert (found["speedup_over_padded"], found["mfu_packed_0p5b"], found["card"]) == (3, 0.3, "B")
+    assert (found["peak_memory_gb_1p5b"], found["card_1p5b"]) == (90, "A")
