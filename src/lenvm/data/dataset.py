@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +47,14 @@ INDEX = np.dtype(
 
 
 @dataclass(frozen=True)
+class ControlPrefix:
+    """How a length control is written in front of a prompt. `name` keeps the stores apart."""
+
+    name: str
+    encode: Callable[[Mapping[str, Any]], list[int]]
+
+
+@dataclass(frozen=True)
 class TokenStore:
     """One trajectory file: `tokens` int32, mapped; `index` [S] of INDEX records."""
 
@@ -60,18 +68,20 @@ class TokenStore:
     """Of the trajectory file."""
 
     @classmethod
-    def load(cls, path: Path) -> "TokenStore":
+    def load(cls, path: Path, prefix: "ControlPrefix | None" = None) -> "TokenStore":
         """Map a trajectory file, parsing it first where its store is missing or out of date.
+
+        prefix: what stands in front of the prompts of guided completions.
 
         Several processes may call this at once: one builds, the others wait. Raises DataError for a
         file that is missing, empty or malformed, or a folder that cannot be written to.
         """
         if not path.is_file():
             raise DataError(f"no trajectory file {path}")
-        folder = path.with_name(f".{path.name}.tokens")
+        folder = path.with_name(f".{path.name}{'.' + prefix.name if prefix else ''}.tokens")
         with _locked(folder.with_suffix(".lock")):
             if not _is_current(path, folder):
-                _build(path, folder)
+                _build(path, folder, prefix)
         meta = read_json(folder / "meta.json")
         tokens: Array = np.memmap(folder / "tokens.i32", dtype="<i4", mode="r")
         index = np.load(folder / "index.npy", mmap_mode="r")
@@ -106,7 +116,7 @@ def hash_group(prompt_hash: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _build(path: Path, folder: Path) -> None:
+def _build(path: Path, folder: Path, prefix: ControlPrefix | None) -> None:
     stat, sha256 = path.stat(), hash_file(path)
     try:
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
@@ -115,7 +125,7 @@ def _build(path: Path, folder: Path) -> None:
             f"cannot write beside {path}: {error.strerror}; copy it elsewhere"
         ) from None
     try:
-        rows, domains, images = _write_tokens(path, part / "tokens.i32")
+        rows, domains, images = _write_tokens(path, part / "tokens.i32", prefix)
         np.save(part / "index.npy", np.array(rows, dtype=INDEX))
         meta = {
             "version": STORE_VERSION,
@@ -133,7 +143,9 @@ def _build(path: Path, folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write_tokens(path: Path, out: Path) -> tuple[list[Any], list[str], list[list[str]]]:
+def _write_tokens(
+    path: Path, out: Path, prefix: ControlPrefix | None
+) -> tuple[list[Any], list[str], list[list[str]]]:
     rows: list[Any] = []
     domains: dict[str, int] = {}
     images: dict[tuple[str, ...], int] = {}
@@ -141,12 +153,15 @@ def _write_tokens(path: Path, out: Path) -> tuple[list[Any], list[str], list[lis
     with out.open("wb") as file:
         for t in read_trajectories(path):
             files = tuple(resolve_images(t.images, path.parent))
-            array("i", t.prompt_token_ids).tofile(file)
+            prompt = t.prompt_token_ids
+            if prefix is not None and t.length_control is not None:
+                prompt = [*prefix.encode(t.length_control), *prompt]
+            array("i", prompt).tofile(file)
             array("i", t.completion_token_ids).tofile(file)
             rows.append(
                 (
                     start,
-                    len(t.prompt_token_ids),
+                    len(prompt),
                     t.length,
                     t.is_complete,
                     SPLITS.index(t.split),
@@ -155,7 +170,7 @@ def _write_tokens(path: Path, out: Path) -> tuple[list[Any], list[str], list[lis
                     images.setdefault(files, len(images)) if files else -1,
                 )
             )
-            start += len(t.prompt_token_ids) + t.length
+            start += len(prompt) + t.length
     return rows, list(domains), [list(files) for files in images]
 
 
