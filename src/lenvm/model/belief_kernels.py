@@ -6,14 +6,14 @@ one state's bin logits once and keeps them in registers: no [.., K] tensor is wr
 Shape legend: N states (the leading shape, flat), K bins.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc,attr-defined"
 
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from lenvm.model.kernels import tl, triton  # the one file that imports Triton
 
 
 @triton.jit
