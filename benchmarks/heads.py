@@ -4,9 +4,9 @@
 
 Both say any distribution over the bins; they differ in how it is learned, and in what a candidate's
 interval costs. hazards: log P(bin k) = log h_k + sum_{j<k} log(1 - h_j), h = sigmoid(logits). Each
-is trained from the same marginal with the same seeds on the states of the data's training split, and
-measured on its validation split: mean negative log-likelihood (the loss, a proper score), median
-relative error of the predicted median, and the time of log P(interval) for a step's candidates.
+is trained from the same marginal with the same seeds on the states of the data's training split,
+and measured on its validation split: mean negative log-likelihood (the loss, a proper score), the
+relative error of the median, and the time of log P(interval) for a step's candidates.
 """
 
 import argparse

@@ -358,8 +358,9 @@ class GuidanceSession:
 
     def _prefix(self, guided: Guided) -> tuple[int, ...]:
         """What the value model reads of a request: its control, maybe, and its tokens."""
-        control = guided.control and guided.control.model_dump(exclude_defaults=True)
-        before = self.scorer.encode_control(control)
+        control = guided.control
+        asked = None if control is None else control.model_dump(exclude_defaults=True)
+        before = self.scorer.encode_control(asked)
         return (*before, *guided.prompt_token_ids, *guided.generated_token_ids)
 
     def _try_add(self, request_id: str, token_ids: Sequence[int]) -> None:

@@ -193,7 +193,8 @@ class DistributionBelief:
     def value(self, gamma: float | None = None) -> Tensor:
         table = self.bins.values(gamma or self.gamma)
         if kernels := _kernels(self.logits):
-            return kernels.expect(self.logits, table, self.is_terminal)
+            value: Tensor = kernels.expect(self.logits, table, self.is_terminal)
+            return value
         return self._mask(self._expect(table).clamp(max=0.0))
 
     def length(self) -> Tensor:
@@ -211,9 +212,10 @@ class DistributionBelief:
         if not 0.0 < q < 1.0:
             raise InputError(f"a quantile lies strictly between 0 and 1; got {q!r}")
         if kernels := _kernels(self.logits):
-            return kernels.quantile(
+            found: Tensor = kernels.quantile(
                 self.logits, self.bins.lower, self.bins.width, q, self.is_terminal
             )
+            return found
         probs = self.log_probs.exp()
         cdf = probs.cumsum(-1)
         index = (cdf < q).sum(-1, keepdim=True).clamp(max=len(self.bins) - 1)
@@ -229,9 +231,10 @@ class DistributionBelief:
         numbers = [x.to(device, torch.float32) for x in given]
         if kernels := _kernels(self.logits):
             bins = self.bins
-            return kernels.log_interval(
+            found: Tensor = kernels.log_interval(
                 self.logits, bins.lower, bins.upper, bins.width, numbers, self.is_terminal
             )
+            return found
         low, high, *shaped = (x.unsqueeze(-1) for x in numbers)
         low, high = (low + 0.5).floor(), (high + 0.5).floor()
         first, last = torch.maximum(self.bins.lower, low), torch.minimum(self.bins.upper, high)
