@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from evals.prediction.test_prediction import write
-from lenvm.cli import report, values
+from lenvm.cli import predict, report, values
 from lenvm.errors import DataError, InputError
+from lenvm.model.prediction import trace_values
+from lenvm.model.tokenization import encode_prompt
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
 from lenvm.reports.traces import read_traces
 from reports.made_up_evals import write_prediction, write_scaling
@@ -17,9 +20,10 @@ from tiny import EOS, tiny_backbone, tiny_tokenizer
 
 
 def call(*arguments: object) -> str:
-    """Run `lenvm values` or `lenvm report`; errors propagate, as cli.main expects them."""
+    """Run `lenvm values`, `predict` or `report`; errors propagate, as cli.main expects them."""
     app = typer.Typer()
     values.register(app)
+    predict.register(app)
     report.register(app)
     result = CliRunner(env={"COLUMNS": "160"}).invoke(
         app, list(map(str, arguments)), catch_exceptions=False
@@ -86,6 +90,38 @@ def test_values_of_texts_as_a_markdown_table(models):
     assert lines[0] == "| step | token | value | predicted | true | relative error |"
     assert lines[2].startswith("| 0 | (prompt) |")
     assert "| 0.0000 | 0.0 | 0 | - |" in lines[-1]
+
+
+def test_predict_gives_median_interval_and_the_probability_of_a_budget(models):
+    arguments = ["predict", "w7 w8", "--lenvm", models[0], "--device", "cpu", "--budget", 60]
+    row = json.loads(call(*arguments, "--jsonl"))
+    model = LengthValueModel.from_pretrained(models[0])
+    ids = encode_prompt(model.tokenizer, [{"role": "user", "content": "w7 w8"}])
+    belief = model.belief(model.read([ids])[0][-1])
+    assert row["p10"] < row["length"] == row["p50"] < row["p90"]
+    assert row["p90"] == pytest.approx(belief.quantile(0.9).item(), rel=1e-3)
+    within = belief.log_interval(torch.tensor(1), torch.tensor(60)).exp().item()
+    assert 0 < within < 1
+    assert row["p_within_budget"] == pytest.approx(within, abs=1e-5)
+    table = call(*arguments)
+    for shown in ("median", "80% interval", "P(<= 60)", f"{row['p10']:,.0f} - {row['p90']:,.0f}"):
+        assert shown in table
+    with pytest.raises(InputError, match="scalar head knows no"):
+        call("predict", "w7", "--lenvm", models[1], "--device", "cpu", "--budget", 60)
+
+
+def test_values_give_the_probability_that_the_whole_answer_fits(models):
+    model = LengthValueModel.from_pretrained(models[0])
+    states = trace_values(model, [4, 9], [7, 8, EOS], budget=40)
+    (raw,) = model.read([[4, 9, 7, 8, EOS]])
+    for t in range(3):
+        left = torch.tensor(40 - t)
+        within = model.belief(raw[1 + t]).log_interval(torch.tensor(1), left).exp().item()
+        assert states[t]["p_within_budget"] == pytest.approx(within, abs=1e-5)
+    assert states[3]["p_within_budget"] == 1.0
+    assert trace_values(model, [4, 9], [7, 8, EOS], budget=2)[3]["p_within_budget"] == 0.0
+    arguments = ["values", "w1", "w3 w4", "--lenvm", models[0], "--device", "cpu", "--budget", 9]
+    assert "p_within_budget" in call(*arguments)
 
 
 def test_values_as_a_table_and_in_one_form_only(models):

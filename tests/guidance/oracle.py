@@ -1,6 +1,7 @@
 """A Markov generator whose remaining length is known exactly, and a scorer that knows it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,9 @@ class OracleScorer:
         logits = torch.full((*tokens.shape, len(BINS)), -60.0)
         logits[..., :200] = probs.clamp(min=1e-30).log().float()
         return logits
+
+    def encode_control(self, control: Mapping[str, Any] | None) -> list[int]:
+        return []
 
     def add(self, requests: Mapping[str, Sequence[int]]) -> LengthBelief:
         for request_id, ids in requests.items():

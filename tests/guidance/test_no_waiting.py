@@ -35,6 +35,9 @@ class MetaScorer:
     def belief(self, *shape: int) -> LengthBelief:
         return DistributionBelief(torch.empty(*shape, len(self.bins), device=META), 0.99, self.bins)
 
+    def encode_control(self, control: Mapping[str, object] | None) -> list[int]:
+        return []
+
     def add(self, requests: Mapping[str, Sequence[int]]) -> LengthBelief:
         return self.belief(len(requests))
 

@@ -16,6 +16,7 @@ from guidance.oracle import (
     step_probs,
 )
 from lenvm.errors import InputError
+from lenvm.evals.lifebench.metrics import length_score
 from lenvm.guidance.request import LengthControl
 from lenvm.guidance.session import GuidanceSession
 
@@ -35,6 +36,19 @@ def sequence_probs(markov: Markov, start: int, low: int, high: int) -> dict[tupl
             found[(*body, EOS)] = probability
     total = sum(found.values())
     return {s: p / total for s, p in found.items()}
+
+
+@pytest.mark.parametrize("focus", [0.4, 3.0])
+def test_focus_with_an_exact_model_weighs_each_sequence_by_its_lengths_score(focus: float):
+    markov = Markov(seed=9)
+    control = LengthControl.parse({"equal_to": 3, "tolerance": 0.7, "focus": focus, **ALL})
+    assert control.interval() == (1, 5)
+    weight = {n: (length_score((n - 3) / 3, "equal_to") / 100) ** focus for n in range(1, 6)}
+    flat = sequence_probs(markov, 1, 1, 5)
+    total = sum(p * weight[len(s)] for s, p in flat.items())
+    for sequence, probability in list(flat.items())[::7]:
+        expected = probability * weight[len(sequence)] / total
+        assert guided_prob(markov, sequence, control) == pytest.approx(expected, rel=1e-4)
 
 
 def guided_prob(markov: Markov, sequence: tuple[int, ...], control: LengthControl) -> float:

@@ -12,6 +12,7 @@ from lenvm.model.head import (
     DistributionBelief,
     DistributionHead,
     LengthBins,
+    Peak,
     ScalarBelief,
     ValueHead,
     build_head,
@@ -75,6 +76,49 @@ def test_interval_probability_is_exact_and_minus_infinity_where_impossible(
     expected = dense[:, max(0, low - 1) : max(0, high)].sum(-1)
     found = belief.log_interval(torch.tensor([low]), torch.tensor([high])).double().exp()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+
+
+@given(
+    seed=st.integers(0, 50),
+    low=st.integers(-3, 3000),
+    span=st.integers(0, 5000),
+    centre=st.integers(-50, 6000),
+    below=st.sampled_from([0.0, 1e-6, 0.01, 0.7]),
+    above=st.sampled_from([0.0, 1e-4, 0.02, 3.0]),
+)
+def test_a_peaks_weights_are_summed_exactly(
+    seed: int, low: int, span: int, centre: int, below: float, above: float
+):
+    belief, high = random_belief(seed), low + span
+    n = torch.arange(1, MAX_REMAINING + 1).double()
+    log_weight = -below * (centre - n).clamp(min=0) - above * (n - centre).clamp(min=0)
+    log_weight[(n < low) | (n > high)] = -math.inf
+    expected = (dense_probabilities(belief).log() + log_weight).logsumexp(-1)
+    low_, high_, centre_ = (torch.tensor([float(x)]) for x in (low, high, centre))
+    peak = Peak(centre_, torch.tensor([below]), torch.tensor([above]))
+    found = belief.log_interval(low_, high_, peak)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    ended = belief.with_terminal(torch.tensor([True] * 3)).log_interval(low_, high_, peak)
+    now = -below * max(centre, 0) - above * max(-centre, 0) if low <= 0 <= high else -math.inf
+    assert ended.tolist() == pytest.approx([now] * 3, rel=1e-5)
+
+
+def test_open_bounds_are_infinite():
+    belief, infinity = random_belief(3), torch.tensor([math.inf])
+    assert belief.log_interval(-infinity, infinity).tolist() == pytest.approx([0.0] * 3, abs=1e-5)
+    half = belief.log_interval(torch.tensor([51.0]), infinity)
+    other = belief.log_interval(-infinity, torch.tensor([50.0]))
+    assert torch.logaddexp(half, other).tolist() == pytest.approx([0.0] * 3, abs=1e-5)
+
+
+@given(seed=st.integers(0, 50))
+def test_the_probability_of_more_than_n_never_rises_with_n(seed: int):
+    belief = random_belief(seed)
+    n = torch.cat([torch.arange(1, 300), torch.tensor([999, 9_999, MAX_REMAINING])])
+    tail = belief.log_interval(n.float()[:, None], torch.tensor([[math.inf]]))
+    assert (tail[1:] <= tail[:-1] + 1e-5).all()
+    assert tail[0].tolist() == pytest.approx([0.0] * 3, abs=1e-5)
+    assert tail[-1].isfinite().all()
 
 
 def test_terminal_states_have_exactly_nothing_left():

@@ -212,3 +212,30 @@ def test_distribution_terms_smooth_to_the_neighbours_and_censor():
 def test_options_that_do_not_fit_are_refused(head: str, options: dict[str, object], name: str):
     with pytest.raises(InputError, match=name):
         Objective(**options).check(head)  # type: ignore[arg-type]
+
+
+def test_the_likelihood_is_a_proper_score_with_and_without_censoring():
+    """What minimises the loss of data drawn from a distribution is that distribution; where answers
+    are cut at 6 tokens, up to there, and the rest of the mass lies beyond."""
+    head = DistributionHead(8, LengthBins(6, 1.5))
+    true = {1: 0.05, 2: 0.3, 3: 0.1, 5: 0.25, 6: 0.1, 9: 0.2}
+    for cut in (None, 6):
+        lengths = [n if cut is None else min(n, cut) for n in true]
+        complete = [cut is None or n <= cut for n in true]
+        where = states(lengths, complete)
+        weights = torch.tensor(list(true.values()))[where.completion] * (where.steps == 0)
+        logits = torch.zeros(len(head.bins), requires_grad=True)
+        optimizer = torch.optim.LBFGS([logits], max_iter=300, line_search_fn="strong_wolfe")
+
+        def loss(optimizer=optimizer, logits=logits, where=where, weights=weights) -> torch.Tensor:
+            optimizer.zero_grad()
+            raw = logits.expand(len(where.steps), -1)
+            total = distribution_terms(head, raw, where, 0.0) @ weights
+            total.backward()
+            return total
+
+        optimizer.step(loss)
+        found = logits.detach().softmax(-1)
+        expected = torch.tensor([0.05, 0.3, 0.1, 0.0, 0.25, 0.1])
+        torch.testing.assert_close(found[:6], expected, atol=2e-3, rtol=0)
+        assert found[6:].sum().item() == pytest.approx(0.2, abs=2e-3)

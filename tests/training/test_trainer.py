@@ -6,11 +6,15 @@ from types import ModuleType
 
 import pytest
 import torch
+from tokenizers.models import WordLevel
 
 from lenvm.data.dataset import Sequences, TokenStore
 from lenvm.data.packing import pack
 from lenvm.data.trajectory import Trajectory
 from lenvm.errors import CheckpointError, DataError, InputError, TrainingError
+from lenvm.guidance.request import LengthControl
+from lenvm.guidance.scorer import CandidateScorer
+from lenvm.guidance.session import GuidanceSession, Guided
 from lenvm.model.value_model import LengthValueModel
 from lenvm.training.config import TrainingConfig
 from lenvm.training.model import PackedModel, use_liger
@@ -401,3 +405,35 @@ def test_fp16_needs_a_gpu(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyP
 def test_bad_settings_are_named(override: str):
     with pytest.raises(InputError, match=override.split("=")[0]):
         TrainingConfig.load(None, ['data=["a"]', "output=o", override])
+
+
+def test_a_control_before_the_prompt_goes_from_the_data_to_guidance(tmp_path: Path, base: str):
+    """Nothing else tells the lengths apart: prompts are equal, and completions but for length."""
+    tokenizer = tiny_tokenizer()
+    words = {"[length:": 43, "equal_to": 44, "4": 45, "30": 46, "]": 47}
+    kept = {t: i for t, i in tokenizer.get_vocab().items() if i not in words.values()}
+    tokenizer.backend_tokenizer.model = WordLevel(kept | words, unk_token="w3")
+    tokenizer.save_pretrained(base)
+    rows = []
+    for i in range(200):
+        length = (4, 30)[i % 2]
+        fields = {"prompt_token_ids": [4, 41], "completion_token_ids": [9] * (length - 1) + [EOS]}
+        control = {"equal_to": length, "rule": "conditional"}
+        split = "validation" if i % 5 == 0 else "train"
+        rows.append(trajectory(i, length, split, length_control=control, **fields))
+    data = write_rows(tmp_path / "t.jsonl", rows)
+    train(config(tmp_path, base, control_input=True))
+    model = LengthValueModel.from_pretrained(tmp_path / "model")
+    assert model.encode_control({"equal_to": 30, "top_k": 3}) == [43, 44, 46, 47]
+    assert model.encode_control(None) == []
+    scorer = CandidateScorer(model, max_tokens=12, max_requests=3, max_candidates=15)
+    guidance = GuidanceSession(scorer, eos_token_ids=[EOS])
+    goals = {name: LengthControl(equal_to=n) for name, n in (("short", 4), ("long", 30))}
+    guidance.add({name: Guided([4, 41], goal) for name, goal in goals.items()})
+    assert guidance.prediction("short") < 10
+    assert guidance.prediction("long") > 20
+    assert TokenStore.load(Path(data)).index["prompt_length"].tolist() == [2] * 200
+    plain = model.config.model_copy(update={"control_input": False})
+    assert LengthValueModel(model.backbone, plain).encode_control({"equal_to": 30}) == []
+    with pytest.raises(InputError, match="share_prompts"):
+        config(tmp_path, base, control_input=True, share_prompts=True)

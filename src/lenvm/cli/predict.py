@@ -42,21 +42,31 @@ def register(app: typer.Typer) -> None:
             for row, numbers in zip(rows, found, strict=True):
                 print(json.dumps({"prompt": row.text, **numbers}, ensure_ascii=False))
             return
-        columns = [name for name in found[0] if name != "value"]
+        columns = _columns(found[0], budget)
         print_table(
             "Predicted answer length (tokens)",
             ["prompt", *columns],
             (
-                [_shorten(row.text), *(_format(name, numbers[name]) for name in columns)]
+                [_shorten(row.text), *_columns(numbers, budget).values()]
                 for row, numbers in zip(rows, found, strict=True)
             ),
         )
 
 
+def _columns(numbers: dict[str, float], budget: int | None) -> dict[str, str]:
+    """What the table shows of a prediction, by column."""
+    if "p50" not in numbers:
+        return {"length": f"{numbers['length']:,.0f}"}
+    shown = {
+        "median": f"{numbers['p50']:,.0f}",
+        "80% interval": f"{numbers['p10']:,.0f} - {numbers['p90']:,.0f}",
+        "mean": f"{numbers['mean']:,.0f}",
+    }
+    if budget is not None:
+        shown[f"P(<= {budget})"] = f"{numbers['p_within_budget']:.2f}"
+    return shown
+
+
 def _shorten(text: str, width: int = 60) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _format(name: str, value: float) -> str:
-    return f"{value:.2f}" if name == "p_within_budget" else f"{value:,.0f}"

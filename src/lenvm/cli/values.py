@@ -21,6 +21,10 @@ def register(app: typer.Typer) -> None:
             list[str] | None, typer.Option(help="Image file of the prompt; repeatable.")
         ] = None,
         cut: Annotated[bool, typer.Option("--cut", help="The answer was cut off.")] = False,
+        budget: Annotated[
+            int | None,
+            typer.Option(min=1, help="Also P(whole answer <= BUDGET) at every token."),
+        ] = None,
         limit: Annotated[int | None, typer.Option(min=1)] = None,
         jsonl: Annotated[
             bool,
@@ -48,12 +52,15 @@ def register(app: typer.Typer) -> None:
             raise InputError("--image goes with a PROMPT; trajectories name their own images")
         if jsonl and markdown:
             raise InputError("give --jsonl or --markdown, not both")
+        if budget is not None and (jsonl or markdown):
+            raise InputError("--budget goes with the table, not with --jsonl or --markdown")
         model = load_value_model(lenvm, device=pick_device(device))
         for prompt_ids, ids, complete, about in _read(
             model.tokenizer, prompt, completion, trajectories, limit, image or [], not cut
         ):
+            pictures = about.get("images", ())
             states = trace_values(
-                model, prompt_ids, ids, images=about.get("images", ()), complete=complete
+                model, prompt_ids, ids, images=pictures, complete=complete, budget=budget
             )
             tokens = split_text(model.tokenizer, ids)
             if not (jsonl or markdown):

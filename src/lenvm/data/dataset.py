@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +48,14 @@ INDEX = np.dtype(
 
 
 @dataclass(frozen=True)
+class ControlPrefix:
+    """How a length control is written in front of a prompt. `name` keeps the stores apart."""
+
+    name: str
+    encode: Callable[[Mapping[str, Any]], list[int]]
+
+
+@dataclass(frozen=True)
 class TokenStore:
     """One trajectory file: `tokens` int32, mapped; `index` [S] of INDEX records."""
 
@@ -63,18 +71,20 @@ class TokenStore:
     """(row, beginning of its text) of the first completions that have a text."""
 
     @classmethod
-    def load(cls, path: Path) -> "TokenStore":
+    def load(cls, path: Path, prefix: "ControlPrefix | None" = None) -> "TokenStore":
         """Map a trajectory file, parsing it first where its store is missing or out of date.
+
+        prefix: what stands in front of the prompts of guided completions.
 
         Several processes may call this at once: one builds, the others wait. Raises DataError for a
         file that is missing, empty or malformed, or a folder that cannot be written to.
         """
         if not path.is_file():
             raise DataError(f"no trajectory file {path}")
-        folder = path.with_name(f".{path.name}.tokens")
+        folder = path.with_name(f".{path.name}{'.' + prefix.name if prefix else ''}.tokens")
         with _locked(folder.with_suffix(".lock")):
             if not _is_current(path, folder):
-                _build(path, folder)
+                _build(path, folder, prefix)
         meta = read_json(folder / "meta.json")
         tokens: Array = np.memmap(folder / "tokens.i32", dtype="<i4", mode="r")
         index = np.load(folder / "index.npy", mmap_mode="r")
@@ -131,7 +141,7 @@ def hash_group(prompt_hash: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _build(path: Path, folder: Path) -> None:
+def _build(path: Path, folder: Path, prefix: ControlPrefix | None) -> None:
     stat, sha256 = path.stat(), hash_file(path)
     try:
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
@@ -140,7 +150,11 @@ def _build(path: Path, folder: Path) -> None:
             f"cannot write beside {path}: {error.strerror}; copy it elsewhere"
         ) from None
     try:
+<<<<<<< HEAD
         rows, domains, images, texts = _write_tokens(path, part / "tokens.i32")
+=======
+        rows, domains, images = _write_tokens(path, part / "tokens.i32", prefix)
+>>>>>>> belief
         np.save(part / "index.npy", np.array(rows, dtype=INDEX))
         meta = {
             "version": STORE_VERSION,
@@ -160,8 +174,13 @@ def _build(path: Path, folder: Path) -> None:
 
 
 def _write_tokens(
+<<<<<<< HEAD
     path: Path, out: Path
 ) -> tuple[list[Any], list[str], list[list[str]], list[tuple[int, str]]]:
+=======
+    path: Path, out: Path, prefix: ControlPrefix | None
+) -> tuple[list[Any], list[str], list[list[str]]]:
+>>>>>>> belief
     rows: list[Any] = []
     texts: list[tuple[int, str]] = []
     domains: dict[str, int] = {}
@@ -170,14 +189,21 @@ def _write_tokens(
     with out.open("wb") as file:
         for t in read_trajectories(path):
             files = tuple(resolve_images(t.images, path.parent))
+<<<<<<< HEAD
             if t.completion_text.strip() and len(texts) < NUM_TEXTS:
                 texts.append((len(rows), t.completion_text[:200]))
             array("i", t.prompt_token_ids).tofile(file)
+=======
+            prompt = t.prompt_token_ids
+            if prefix is not None and t.length_control is not None:
+                prompt = [*prefix.encode(t.length_control), *prompt]
+            array("i", prompt).tofile(file)
+>>>>>>> belief
             array("i", t.completion_token_ids).tofile(file)
             rows.append(
                 (
                     start,
-                    len(t.prompt_token_ids),
+                    len(prompt),
                     t.length,
                     t.is_complete,
                     SPLITS.index(t.split),
@@ -186,8 +212,13 @@ def _write_tokens(
                     images.setdefault(files, len(images)) if files else -1,
                 )
             )
+<<<<<<< HEAD
             start += len(t.prompt_token_ids) + t.length
     return rows, list(domains), [list(files) for files in images], texts
+=======
+            start += len(prompt) + t.length
+    return rows, list(domains), [list(files) for files in images]
+>>>>>>> belief
 
 
 @contextmanager

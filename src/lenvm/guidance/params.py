@@ -18,6 +18,7 @@ from torch import Tensor
 from lenvm import returns
 from lenvm.guidance.candidates import Truncation
 from lenvm.guidance.request import MAX_CANDIDATES, LengthControl
+from lenvm.model.head import Peak
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Guided:
     generated_token_ids: Sequence[int] = ()
 
 
+SHORT_RATE, LONG_RATE = 5.0, 2.0
+"""LIFEBench's score is 100 exp(-rate * relative deviation), short of the target and past it."""
 EXPECTED_MODES = ("mul", "linear", "exp", "length_mul")
 
 
@@ -57,6 +60,9 @@ class RuleParams:
     strict: Tensor
     scale: Tensor
     """Tilt scale s, soft strength, conditional evidence, or expected_scale."""
+    target: Tensor
+    """Tokens that `equal_to` asks for, in total or still to come as `is_total` says; 1 without."""
+    focus: Tensor
     mode: Tensor
     """Index into EXPECTED_MODES."""
     horizon: Tensor
@@ -71,6 +77,7 @@ class RuleParams:
     """Names of the rules in use."""
     gammas: tuple[float, ...] = ()
     has_value_gate: bool = False
+    has_focus: bool = False
     scores_all: bool = True
     """No row is neutral or has an entropy gate: every candidate of every row is scored."""
 
@@ -104,13 +111,14 @@ class RuleParams:
             control = control or LengthControl(tilt=0.0)
             scale, unchanged = _scale(control, name)
             gates = (control.horizon or math.inf, control.min_entropy, control.min_value)
-            floats.append((low, high, scale, *gates))
+            shape = (control.equal_to or 1, control.focus)
+            floats.append((low, high, scale, *gates, *shape))
             total = control.counts_tokens and not control.remaining
             strict = name != "hard" if control.strict is None else control.strict
             flags = (total, strict, scale == unchanged)
             mode = EXPECTED_MODES.index(control.expected_mode)
             integers.append((code, mode, gammas.index(row_gamma), done, *flags))
-        low_R, high_R, scale_R, horizon, min_entropy, min_value = (
+        low_R, high_R, scale_R, horizon, min_entropy, min_value, target_R, focus_R = (
             torch.tensor(floats, dtype=torch.float32).T.contiguous().to(device, non_blocking=True)
         )
         code_R, mode_R, gamma_index, done_R, total_R, strict_R, neutral = (
@@ -123,6 +131,8 @@ class RuleParams:
             is_total=total_R.bool(),
             strict=strict_R.bool(),
             scale=scale_R,
+            target=target_R,
+            focus=focus_R,
             mode=mode_R,
             horizon=horizon,
             min_entropy=min_entropy,
@@ -133,6 +143,7 @@ class RuleParams:
             rules=rules,
             gammas=gammas,
             has_value_gate=any(c is not None and c.min_value > 0 for c in controls),
+            has_focus=any(c is not None and c.focus > 0 for c in controls),
             scores_all=not any(row[4] > 0 for row in floats) and not any(r[-1] for r in integers),
         )
 
@@ -140,6 +151,13 @@ class RuleParams:
         """What a candidate should leave to come, (least, most): fp32 [R, 1] each, +-inf if open."""
         left = torch.where(self.is_total, self.num_generated + 1, 0)
         return (self.low - left).unsqueeze(-1), (self.high - left).unsqueeze(-1)
+
+    def peak(self) -> Peak:
+        """What `focus` makes of the lengths that a candidate may leave: [R, 1] each; see rules."""
+        left = torch.where(self.is_total, self.num_generated + 1, 0)
+        rate = self.focus / self.target
+        numbers = (self.target - left, SHORT_RATE * rate, LONG_RATE * rate)
+        return Peak(*(x.unsqueeze(-1) for x in numbers))
 
     def endings(self) -> tuple[Tensor, Tensor]:
         """(may end with the next token, must end with it): bool [R] each."""

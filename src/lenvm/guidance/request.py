@@ -85,6 +85,9 @@ class LengthControl(BaseModel):
     """Soft rule: p(x) exp(-strength |u(x) - u*|)."""
     evidence: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Conditional: p(x) P(length in interval | x)^evidence. 1 is Bayes' rule, 0 the generator."""
+    focus: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Conditional, with `equal_to`: inside the tolerance a length counts by (its LIFEBench score /
+    100)^focus: the nearer the better, and too long is cheaper than too short. 0: all alike."""
     horizon: Annotated[float, Field(ge=1)] | None = 256.0
     """Conditional: further than this many tokens from the end, the evidence is weakened by horizon
     over distance, because the value model's noise grows against what one token can tell. None:
@@ -141,6 +144,8 @@ class LengthControl(BaseModel):
                 raise ValueError(f"{name} {low} is over {name.replace('least', 'most')} {high}")
         if self.rule is not None and not self.has_target:
             raise ValueError("rule goes with a length or a value to meet, not with a tilt or scale")
+        if self.focus and (self.equal_to is None or self.rule not in (None, "conditional")):
+            raise ValueError("focus goes with equal_to under the conditional rule")
         if self.remaining and not self.counts_tokens:
             raise ValueError("remaining goes with equal_to, at_most or at_least")
         return self

@@ -5,6 +5,7 @@ candidate should leave between low - t - 1 and high - t - 1 tokens to come; v* =
 that. With u = -V in [0, 1), p the generator's distribution over the candidates:
 
 * conditional:    p(x) P(low - t - 1 <= remaining <= high - t - 1 | s + x)^evidence: Bayes' rule.
+                  With `focus`, P is E[w(length)], w as below inside the interval, 0 outside.
 * soft:           p(x) exp(-strength d(x)), d = distance of u(x) from [u(low), u(high)].
 * expected:       tilt by u until E[u] lies in [u(low), u(high)]; nothing where it does already.
 * hard:           the paper's. Both bounds: argmin d; at_most: argmin u; at_least: argmax u while
@@ -23,6 +24,15 @@ siblings does not shrink with n. The best estimate of a candidate's true log-evi
 its siblings, is therefore the model's times about 1 / (1 + n / h), h = 2 / noise variance. We take
 min(1, h / n): exactly Bayes' rule within h tokens, weakened beyond. n is the distance to the end
 that is asked for or, if nearer, expected: a text about to end is told apart at any distance.
+
+Focus of the conditional rule. Of all distributions q over answers whose score S has a given mean,
+the one nearest to the generator, in KL(q | generator), is proportional to p(y) exp(S(y) / lambda):
+the best trade of score against text. Decoding under E[w(length) | s + x] samples p(y) w(y) exactly,
+for any weight w (tested by enumeration), so w should come from a score. LIFEBench's, over 100, is
+exp(5 LD) short of the target and exp(-2 LD) past it, LD = length / target - 1; w is that to the
+power of `focus`: exp(S / lambda) to first order, and a geometric sum over a bin, so exact. An
+interval of the same mean score has an edge at which answers are cut; this has none before the
+tolerance's, which can then be wide.
 
 Shape legend: R rows, K candidates.
 """
@@ -47,9 +57,6 @@ Rule = Callable[[Candidates, LengthBelief, RuleParams], Tensor]
 The belief has ending tokens at exactly 0; what it says of masked candidates means nothing, and
 what a rule returns there is ignored. Rows of other rules are passed too and their results dropped.
 A NaN counts as impossible. No host synchronisation is needed or wanted."""
-
-OPEN = 1 << 40
-"""More tokens than anything has, for open ends of integer intervals."""
 
 
 class RuleFailure(InputError):
@@ -166,9 +173,7 @@ def conditional(candidates: Candidates, belief: LengthBelief, params: RuleParams
     """Bayes' rule on the length, weakened beyond the horizon. Log space: any tiny probability is
     told from any other; a candidate that cannot meet the goal (P = 0) is impossible."""
     low, high = params.rest()
-    # whole tokens, but for a value's
-    least, most = (n.round().clamp(min=-1, max=OPEN).long() for n in (low, high))
-    evidence = belief.log_interval(least, most)
+    evidence = belief.log_interval(low, high, params.peak() if params.has_focus else None)
     expected = _mean(candidates.log_probs, belief.length())
     asked = torch.where(low > 0, low, high.clamp(min=0)).squeeze(-1)
     distance = torch.minimum(expected, asked).clamp(min=1)

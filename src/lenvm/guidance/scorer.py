@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lenvm.model.head import LengthBelief
 from lenvm.model.ragged import RaggedDecoder
+from lenvm.model.tokenization import MAX_CONTROL_TOKENS
 
 if TYPE_CHECKING:
     from lenvm.model.value_model import LengthValueModel
@@ -22,6 +23,8 @@ class CandidateScorer:
 
     def __init__(self, model: "LengthValueModel", **options: Any) -> None:
         self.model = model.eval()
+        if getattr(model.config, "control_input", False) and "max_tokens" in options:
+            options["max_tokens"] += options["max_requests"] * MAX_CONTROL_TOKENS
         self.gamma = model.config.gamma
         self.decoder = RaggedDecoder(model.backbone, head=model.head, **options)
 
@@ -39,6 +42,10 @@ class CandidateScorer:
     def vocab_size(self) -> int:
         """Tokens that the value model knows: ids below this."""
         return self.decoder.vocab_size
+
+    def encode_control(self, control: Mapping[str, Any] | None) -> list[int]:
+        """Tokens in front of a prompt answered under a control; see the model's."""
+        return self.model.encode_control(control)
 
     @torch.inference_mode()
     def add(self, requests: Mapping[str, Sequence[int]]) -> LengthBelief:

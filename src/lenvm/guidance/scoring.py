@@ -6,7 +6,7 @@ Shape legend: R rows of a step, K candidates.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Scorer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    def encode_control(self, control: Mapping[str, Any] | None) -> list[int]: ...
     def add(self, requests: Mapping[str, Sequence[int]]) -> LengthBelief: ...
     def fork(self, parent_id: str, child_id: str) -> None: ...
     def score(

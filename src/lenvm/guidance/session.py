@@ -112,7 +112,7 @@ class GuidanceSession:
             if request_id in self._states:
                 fault = InputError("it is already there; remove it first")
                 raise RequestError([request_id], fault)
-        prefixes = {r: (*g.prompt_token_ids, *g.generated_token_ids) for r, g in requests.items()}
+        prefixes = {r: self._prefix(guided) for r, guided in requests.items()}
         firsts: dict[tuple[int, ...], str] = {}
         for request_id, prefix in prefixes.items():
             firsts.setdefault(prefix, request_id)
@@ -355,6 +355,13 @@ class GuidanceSession:
     def _point(self, request_ids: Sequence[str], reading: _Reading) -> None:
         for row, request_id in enumerate(request_ids):
             self._states[request_id].now = (reading, row)
+
+    def _prefix(self, guided: Guided) -> tuple[int, ...]:
+        """What the value model reads of a request: its control, maybe, and its tokens."""
+        control = guided.control
+        asked = None if control is None else control.model_dump(exclude_defaults=True)
+        before = self.scorer.encode_control(asked)
+        return (*before, *guided.prompt_token_ids, *guided.generated_token_ids)
 
     def _try_add(self, request_id: str, token_ids: Sequence[int]) -> None:
         self.scorer.add({request_id: list(token_ids)})

@@ -12,8 +12,11 @@ Both run in fp32 whatever the backbone's type (paper, App. D).
 """
 
 import copy
+import functools
 import math
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,17 @@ from lenvm.errors import InputError
 
 HeadName = Literal["scalar", "distribution"]
 MAX_REMAINING = 131_072
+MAX_KEPT_GAMMAS = 64
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Weights of the lengths n of an interval: exp(-below (centre - n)) short of the centre,
+    exp(-above (n - centre)) past it. fp32, centre in whole tokens, slopes >= 0 per token."""
+
+    centre: Tensor
+    below: Tensor
+    above: Tensor
 
 
 class LengthBelief(Protocol):
@@ -46,8 +60,11 @@ class LengthBelief(Protocol):
         """Least n with P(remaining <= n) >= q: [...] fp32."""
         ...
 
-    def log_interval(self, low: Tensor, high: Tensor) -> Tensor:
-        """log P(low <= remaining <= high), both broadcast to [...]; -inf where impossible."""
+    def log_interval(self, low: Tensor, high: Tensor, peak: "Peak | None" = None) -> Tensor:
+        """log P(low <= remaining <= high), or log E[weight of it]; all broadcast to [...].
+
+        Bounds are rounded to whole tokens, +-inf where open; -inf comes back where impossible.
+        """
         ...
 
     def with_terminal(self, is_terminal: Tensor) -> "LengthBelief":
@@ -78,7 +95,7 @@ class ScalarBelief:
     def quantile(self, q: float) -> Tensor:
         raise InputError("the scalar head knows no quantiles; train with head = 'distribution'")
 
-    def log_interval(self, low: Tensor, high: Tensor) -> Tensor:
+    def log_interval(self, low: Tensor, high: Tensor, peak: Peak | None = None) -> Tensor:
         raise InputError(
             "the scalar head knows no interval probabilities, so rule 'conditional' needs a value "
             "model with head = 'distribution'; rules 'soft' and 'hard' work with this one"
@@ -111,6 +128,7 @@ class LengthBins:
         self.upper = torch.tensor(edges)
         self.width = self.upper - self.lower + 1
         self._on: dict[torch.device, LengthBins] = {}
+        self._values: dict[float, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.upper)
@@ -122,6 +140,7 @@ class LengthBins:
             return self
         if device not in self._on:
             bins = copy.copy(self)
+            bins._values = {}
             with torch.inference_mode(False):  # what is kept must serve training too
                 for name in ("lower", "upper", "width"):
                     setattr(bins, name, getattr(self, name).to(device))
@@ -129,8 +148,15 @@ class LengthBins:
         return self._on[device]
 
     def values(self, gamma: float) -> Tensor:
-        """E[V | bin] = mean over the bin's lengths of -(1 - gamma^n), exact: [K] fp32."""
-        rate = returns.log_discount(gamma)
+        """E[V | bin] = mean over the bin's lengths of -(1 - gamma^n), exact: [K] fp32, kept."""
+        if gamma not in self._values:
+            if len(self._values) >= MAX_KEPT_GAMMAS:  # requests name them
+                self._values.clear()
+            with torch.inference_mode(False):
+                self._values[gamma] = self._compute_values(returns.log_discount(gamma))
+        return self._values[gamma]
+
+    def _compute_values(self, rate: float) -> Tensor:
         lower, width = self.lower.double(), self.width.double()
         # mean of gamma^n over a bin = gamma^lower (1 - gamma^width) / (width (1 - gamma))
         mean = torch.exp(-rate * lower) * torch.expm1(-rate * width) / (width * math.expm1(-rate))
@@ -144,62 +170,85 @@ class LengthBins:
 
 
 class DistributionBelief:
-    """Belief of the distribution head: bin logits [..., K] over `LengthBins`."""
+    """Belief of the distribution head: bin logits [..., K] over `LengthBins`.
+
+    On a GPU each question is one kernel over the logits (`belief_kernels`): in a decoding step the
+    launches of the plain code below would cost more than the head.
+    """
 
     has_distribution = True
 
     def __init__(
         self, logits: Tensor, gamma: float, bins: LengthBins, is_terminal: Tensor | None = None
     ) -> None:
-        self.log_probs = logits.float().log_softmax(-1)
-        self.gamma, self.bins, self.is_terminal = gamma, bins, is_terminal
+        self.logits = logits.float()
+        self.gamma, self.bins, self.is_terminal = gamma, bins.on(logits.device), is_terminal
+        self._median: Tensor | None = None
+
+    @functools.cached_property
+    def log_probs(self) -> Tensor:
+        """log P(bin): [..., K] fp32."""
+        return self.logits.log_softmax(-1)
 
     def value(self, gamma: float | None = None) -> Tensor:
-        table = self.bins.on(self.log_probs.device).values(gamma or self.gamma)
+        table = self.bins.values(gamma or self.gamma)
+        if kernels := _kernels(self.logits):
+            value: Tensor = kernels.expect(self.logits, table, self.is_terminal)
+            return value
         return self._mask(self._expect(table).clamp(max=0.0))
 
     def length(self) -> Tensor:
         """The median: robust, and what a user means by "about n more tokens"."""
-        return self.quantile(0.5)
+        if self._median is None:
+            self._median = self.quantile(0.5)
+        return self._median
 
     def mean(self) -> Tensor:
         """E[remaining], exact given the bins: no Jensen bias."""
-        bins = self.bins.on(self.log_probs.device)
-        centre = ((bins.lower + bins.upper).double() / 2).float()
+        centre = ((self.bins.lower + self.bins.upper).double() / 2).float()
         return self._mask(self._expect(centre))
 
     def quantile(self, q: float) -> Tensor:
         if not 0.0 < q < 1.0:
             raise InputError(f"a quantile lies strictly between 0 and 1; got {q!r}")
+        if kernels := _kernels(self.logits):
+            found: Tensor = kernels.quantile(
+                self.logits, self.bins.lower, self.bins.width, q, self.is_terminal
+            )
+            return found
         probs = self.log_probs.exp()
         cdf = probs.cumsum(-1)
         index = (cdf < q).sum(-1, keepdim=True).clamp(max=len(self.bins) - 1)
         before = cdf.gather(-1, index) - probs.gather(-1, index)
         inside = ((q - before) / probs.gather(-1, index).clamp(min=1e-30)).clamp(0.0, 1.0)
-        bins = self.bins.on(index.device)
-        width, lower = bins.width[index], bins.lower[index]
+        width, lower = self.bins.width[index], self.bins.lower[index]
         tokens = lower + (inside * width).ceil().clamp(min=1).to(torch.int64) - 1
         return self._mask(tokens.squeeze(-1).float())
 
-    def log_interval(self, low: Tensor, high: Tensor) -> Tensor:
-        device = self.log_probs.device
-        bins = self.bins.on(device)
-        low, high = low.to(device).unsqueeze(-1), high.to(device).unsqueeze(-1)
-        overlap = torch.minimum(bins.upper, high) - torch.maximum(bins.lower, low) + 1
-        share = (overlap.clamp(min=0) / bins.width).log()
+    def log_interval(self, low: Tensor, high: Tensor, peak: Peak | None = None) -> Tensor:
+        shape, device = self.logits.shape[:-1], self.logits.device
+        given = (low, high) if peak is None else (low, high, peak.centre, peak.below, peak.above)
+        numbers = [x.to(device, torch.float32) for x in given]
+        if kernels := _kernels(self.logits):
+            bins = self.bins
+            found: Tensor = kernels.log_interval(
+                self.logits, bins.lower, bins.upper, bins.width, numbers, self.is_terminal
+            )
+            return found
+        low, high, *shaped = (x.unsqueeze(-1) for x in numbers)
+        low, high = (low + 0.5).floor(), (high + 0.5).floor()
+        first, last = torch.maximum(self.bins.lower, low), torch.minimum(self.bins.upper, high)
+        share = _log_weight(first, last, *shaped) - self.bins.width.log()
         inside = torch.logsumexp(self.log_probs + share, -1)
         # torch.logsumexp of a row of -inf is -inf, as wanted
         if self.is_terminal is not None:
-            ends_inside = (low.squeeze(-1) <= 0) & (high.squeeze(-1) >= 0)
-            ended = torch.where(ends_inside, 0.0, -math.inf).to(inside)
-            inside = torch.where(self.is_terminal, ended.expand_as(inside), inside)
+            at_zero = torch.zeros_like(low)
+            ended = _log_weight(torch.maximum(at_zero, low), torch.minimum(at_zero, high), *shaped)
+            inside = torch.where(self.is_terminal, ended.squeeze(-1).expand(shape), inside)
         return inside
 
     def with_terminal(self, is_terminal: Tensor) -> "DistributionBelief":
-        belief = object.__new__(DistributionBelief)
-        belief.log_probs, belief.gamma, belief.bins = self.log_probs, self.gamma, self.bins
-        belief.is_terminal = is_terminal
-        return belief
+        return DistributionBelief(self.logits, self.gamma, self.bins, is_terminal)
 
     def _expect(self, table_K: Tensor) -> Tensor:
         """E[table]. Not a matmul, whose rounding of a row changes with the rows beside it."""
@@ -207,6 +256,46 @@ class DistributionBelief:
 
     def _mask(self, x: Tensor) -> Tensor:
         return x if self.is_terminal is None else x.masked_fill(self.is_terminal, 0.0)
+
+
+def _log_weight(
+    first: Tensor,
+    last: Tensor,
+    centre: Tensor | None = None,
+    below: Tensor | None = None,
+    above: Tensor | None = None,
+) -> Tensor:
+    """log of the sum of a `Peak`'s weights over the lengths first .. last (of 1 each without one),
+    in closed form; -inf where there are none."""
+    if centre is None or below is None or above is None:
+        return (last - first + 1).clamp(min=0).log()
+    nearest, next_above = torch.minimum(last, centre), torch.maximum(first, centre + 1)
+    short = _log_geometric(nearest - first + 1, below) - below * (centre - nearest)
+    past = _log_geometric(last - next_above + 1, above) - above * (next_above - centre)
+    return torch.logaddexp(short, past)
+
+
+def _log_geometric(count: Tensor, slope: Tensor) -> Tensor:
+    """log(1 + e^-slope + ... + e^-(count - 1) slope), stable for any slope >= 0."""
+    count = count.clamp(min=0)
+    flat = slope <= 0
+    rate = slope.masked_fill(flat, 1.0)
+    ratio = torch.expm1(-rate * count) / torch.expm1(-rate)
+    return torch.where(flat, count, ratio).log()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _kernels(logits: Tensor) -> Any:
+    """The fused kernels where they apply: on a GPU, outside of training."""
+    if not logits.is_cuda or logits.requires_grad or not logits.numel() or not _has_triton():
+        return None
+    from lenvm.model import belief_kernels
+
+    return belief_kernels
 
 
 class ValueHead(nn.Module):

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lenvm.errors import InputError
 from lenvm.model.head import DistributionBelief
 from lenvm.model.value_model import LengthValueModel
 
@@ -36,9 +37,10 @@ def predict_lengths(
 
 
 def belief_numbers(
-    model: LengthValueModel, raw: Tensor, *, budget: int | None = None
+    model: LengthValueModel, raw: Tensor, *, budget: int | Sequence[int] | None = None
 ) -> list[dict[str, float]]:
-    """The numbers of a belief, one dict per state. raw: [N, D]."""
+    """The numbers of a belief, one dict per state. raw: [N, D]; budget: tokens that may still come,
+    for all states or one each. InputError where the head knows no P(length <= budget)."""
     import torch
 
     belief = model.belief(raw)
@@ -48,8 +50,13 @@ def belief_numbers(
         for q in QUANTILES:
             columns[f"p{round(q * 100)}"] = belief.quantile(q)
         if budget is not None:
-            low, high = torch.tensor([1]), torch.tensor([budget])
+            low, high = torch.tensor(1), torch.tensor(budget)
             columns["p_within_budget"] = belief.log_interval(low, high).exp()
+    elif budget is not None:
+        raise InputError(
+            f"budget is {budget}, but the scalar head knows no P(length <= budget): leave it out, "
+            "or train with head = 'distribution'"
+        )
     names = list(columns)
     table = torch.stack([columns[name].float() for name in names], -1).tolist()
     return [dict(zip(names, row, strict=True)) for row in table]
@@ -62,21 +69,26 @@ def trace_values(
     *,
     images: Sequence[str] = (),
     complete: bool = True,
+    budget: int | None = None,
 ) -> list[dict[str, Any]]:
     """Beliefs at every state of a completion: one dict per state s_0 .. s_L.
 
     Each holds `step` t, the `belief_numbers`, and `remaining_true` = L - t (None when the
     completion was cut off). The terminal state of a complete one has value 0 exactly. images: the
-    prompt's image files, for a VLM.
+    prompt's image files, for a VLM. budget: of the whole answer, `p_within_budget` of each state.
     """
     if model.images is not None:
         prompt_token_ids = model.images.expand(prompt_token_ids, images)
     sequence = [*prompt_token_ids, *completion_token_ids]
     (raw,) = model.read([sequence], images=[images])
-    rows: list[dict[str, Any]] = list(belief_numbers(model, raw[len(prompt_token_ids) - 1 :]))
     length = len(completion_token_ids)
+    left = None if budget is None else [budget - t for t in range(length + 1)]
+    states = raw[len(prompt_token_ids) - 1 :]
+    rows: list[dict[str, Any]] = list(belief_numbers(model, states, budget=left))
     if complete:
         rows[-1] = dict.fromkeys(rows[-1], 0.0)
+        if budget is not None:
+            rows[-1]["p_within_budget"] = float(length <= budget)
     return [
         {"step": t, **row, "remaining_true": length - t if complete else None}
         for t, row in enumerate(rows)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -55,6 +55,19 @@ def find_eos_token_ids(path: str, tokenizer: Any) -> list[int]:
     for ids in sources:
         found.update(ids if isinstance(ids, Iterable) else [ids] if ids is not None else [])
     return sorted(found)
+
+
+MAX_CONTROL_TOKENS = 48
+CONTROL_FIELDS = ("equal_to", "at_most", "at_least", "tilt", "remaining", "tolerance")
+
+
+def encode_control(tokenizer: Any, control: Mapping[str, Any]) -> list[int]:
+    """What a length control asks for, as text of one form whatever else it sets:
+    `[length: equal_to 128 tolerance 0.05]`. At most MAX_CONTROL_TOKENS."""
+    said = [f"{k} {float(control[k]):g}" for k in CONTROL_FIELDS if control.get(k) is not None]
+    text = f"[length: {' '.join(said)} ]\n"
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[:MAX_CONTROL_TOKENS]
 
 
 def encode_prompt(tokenizer: Any, prompt: str | Messages) -> list[int]:

@@ -25,6 +25,7 @@ from lenvm.model.bundled import resolve_model
 from lenvm.model.head import HeadName, LengthBelief, LengthBins, build_head
 from lenvm.model.tokenization import (
     describe_difference,
+    encode_control,
     find_eos_token_ids,
     hash_tokenizer,
     load_tokenizer,
@@ -54,6 +55,8 @@ class LenVMConfig(BaseModel):
     num_single_bins: int = 32
     bin_growth: float = 1.07
     """The distribution head's bins (`LengthBins`)."""
+    control_input: bool = False
+    """A guided completion's control stands before its prompt, as `encode_control` writes it."""
     base_model: str | None = None
     """Base of a LoRA checkpoint, where the folder holds an adapter."""
 
@@ -277,6 +280,13 @@ class LengthValueModel(nn.Module):
                 f"{ {k: tuple(s) for k, s in found.items()} }"
             )
         self.head.load_state_dict(state)
+
+    def encode_control(self, control: Mapping[str, Any] | None) -> list[int]:
+        """Token ids to put in front of a prompt that is answered under `control`: none without one,
+        or where this model was trained without `control_input`."""
+        if not self.config.control_input or control is None:
+            return []
+        return encode_control(self.tokenizer, control)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """CheckpointError that names the difference where the generator's tokenizer is another."""

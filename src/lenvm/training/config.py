@@ -47,6 +47,9 @@ class TrainingConfig(BaseModel):
     """Train the terminal state too."""
     censoring: CensoringName = "drop"
     """Truncated completions: left out, lower bounds, or continued by the model's own estimate."""
+    control_input: bool = False
+    """Put the control of a guided completion in front of its prompt, as tokens; guidance then does
+    the same. Unguided ones stay as they are. For data sampled under controls (docs/training.md)."""
     trainable: Trainable = "full"
     last_layers: Annotated[int, Field(ge=1)] = 6
     """With trainable = "last": how many upper layers train. What lies below is computed once."""
@@ -110,6 +113,10 @@ class TrainingConfig(BaseModel):
             raise ValueError("last_layers and cache_frozen need trainable = 'last'")
         if self.batch_sequences is not None and "accumulation" in given:
             raise ValueError("give batch_sequences or accumulation, not both")
+        if self.control_input and self.share_prompts:
+            raise ValueError("control_input gives one prompt several forms: no share_prompts")
+        if self.control_input and self.init_from is not None:
+            raise ValueError("init_from brings its own control_input")
         if self.share_prompts and self.cache_frozen:
             raise ValueError("share_prompts does not go with cache_frozen")
         return self

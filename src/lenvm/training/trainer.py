@@ -4,6 +4,7 @@ Started again, it continues; finished, it returns its result; with other setting
 refuses. Under torchrun or `accelerate launch` every process calls it.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,13 +16,15 @@ import torch
 from transformers import TrainingArguments
 
 from lenvm import returns
-from lenvm.data.dataset import Sequences, Split, TokenStore, mixing_weights
+from lenvm.data.dataset import ControlPrefix, Sequences, Split, TokenStore, mixing_weights
 from lenvm.data.packing import BatchPlan, Hidden
 from lenvm.errors import DataError, InputError
 from lenvm.files import JsonlWriter, claim, read_json, read_jsonl, write_json, write_text
+from lenvm.model.bundled import resolve_model
 from lenvm.model.device import has_fast_bf16, pick_device
 from lenvm.model.head import DistributionHead
-from lenvm.model.value_model import LengthValueModel, LenVMConfig
+from lenvm.model.tokenization import encode_control, hash_tokenizer, load_tokenizer
+from lenvm.model.value_model import CONFIG_FILE, LengthValueModel, LenVMConfig
 from lenvm.training.attention import restore_attention
 from lenvm.training.config import TrainingConfig
 from lenvm.training.frozen import run_frozen, split_upper
@@ -68,7 +71,8 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
     Raises DataError (no usable sequence, another tokenizer), InputError (changed settings) and
     TrainingError (a loss that is not finite) before anything is lost.
     """
-    stores = [TokenStore.load(Path(p)) for p in config.data]
+    prefix = _control_prefix(config)
+    stores = [TokenStore.load(Path(p), prefix) for p in config.data]
     args = build_arguments(config, _use_bf16(config))
     is_first = args.process_index == 0
     output = Path(config.output)
@@ -213,6 +217,19 @@ def _plan(splits: Splits, config: TrainingConfig, args: TrainingArguments) -> Ba
     )
 
 
+def _control_prefix(config: TrainingConfig) -> ControlPrefix | None:
+    """How guided completions are marked, where they are; a model to go on from decides itself."""
+    wanted, source = config.control_input, config.backbone
+    if config.init_from is not None:
+        source, own = config.init_from, Path(config.init_from) / CONFIG_FILE
+        wanted = own.exists() and read_json(own).get("control_input", False)
+    if not wanted:
+        return None
+    tokenizer = load_tokenizer(resolve_model(source))
+    name = f"control-{hash_tokenizer(tokenizer)[:8]}"
+    return ControlPrefix(name, functools.partial(encode_control, tokenizer))
+
+
 def _build_model(
     config: TrainingConfig, sequences: Sequences, args: TrainingArguments
 ) -> LengthValueModel:
@@ -226,7 +243,12 @@ def _build_model(
     low = config.trainable in ADAPTERS and args.bf16 and args.device.type == "cuda"
     model = LengthValueModel.build(
         config.backbone,
-        LenVMConfig(gamma=gamma, head=config.head, target=config.target),
+        LenVMConfig(
+            gamma=gamma,
+            head=config.head,
+            target=config.target,
+            control_input=config.control_input,
+        ),
         dtype=torch.bfloat16 if low else torch.float32,
     )
     start_from_marginal(model, sequences.lengths)
