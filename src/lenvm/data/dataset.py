@@ -150,11 +150,7 @@ def _build(path: Path, folder: Path, prefix: ControlPrefix | None) -> None:
             f"cannot write beside {path}: {error.strerror}; copy it elsewhere"
         ) from None
     try:
-<<<<<<< HEAD
-        rows, domains, images, texts = _write_tokens(path, part / "tokens.i32")
-=======
-        rows, domains, images = _write_tokens(path, part / "tokens.i32", prefix)
->>>>>>> belief
+        rows, domains, images, texts = _write_tokens(path, part / "tokens.i32", prefix)
         np.save(part / "index.npy", np.array(rows, dtype=INDEX))
         meta = {
             "version": STORE_VERSION,
@@ -174,13 +170,8 @@ def _build(path: Path, folder: Path, prefix: ControlPrefix | None) -> None:
 
 
 def _write_tokens(
-<<<<<<< HEAD
-    path: Path, out: Path
-) -> tuple[list[Any], list[str], list[list[str]], list[tuple[int, str]]]:
-=======
     path: Path, out: Path, prefix: ControlPrefix | None
-) -> tuple[list[Any], list[str], list[list[str]]]:
->>>>>>> belief
+) -> tuple[list[Any], list[str], list[list[str]], list[tuple[int, str]]]:
     rows: list[Any] = []
     texts: list[tuple[int, str]] = []
     domains: dict[str, int] = {}
@@ -189,16 +180,12 @@ def _write_tokens(
     with out.open("wb") as file:
         for t in read_trajectories(path):
             files = tuple(resolve_images(t.images, path.parent))
-<<<<<<< HEAD
             if t.completion_text.strip() and len(texts) < NUM_TEXTS:
                 texts.append((len(rows), t.completion_text[:200]))
-            array("i", t.prompt_token_ids).tofile(file)
-=======
             prompt = t.prompt_token_ids
             if prefix is not None and t.length_control is not None:
                 prompt = [*prefix.encode(t.length_control), *prompt]
             array("i", prompt).tofile(file)
->>>>>>> belief
             array("i", t.completion_token_ids).tofile(file)
             rows.append(
                 (
@@ -212,13 +199,8 @@ def _write_tokens(
                     images.setdefault(files, len(images)) if files else -1,
                 )
             )
-<<<<<<< HEAD
-            start += len(t.prompt_token_ids) + t.length
-    return rows, list(domains), [list(files) for files in images], texts
-=======
             start += len(prompt) + t.length
-    return rows, list(domains), [list(files) for files in images]
->>>>>>> belief
+    return rows, list(domains), [list(files) for files in images], texts
 
 
 @contextmanager
