@@ -77,9 +77,12 @@ def test_the_three_questions_are_answered_first_in_order(page):
             "How well is length predicted?",
             "How well is it controlled, at what cost?",
             "What does the model see?",
-            "Length prediction · lenvm-1.5b",
             "Token by token",
             "Calibration: is a prediction right on average?",
+            "Score by target",
+            "Accuracy against length, with 95% intervals",
+            "Tokens that make the answer longer",
+            "Relative error at the prompt by completions per prompt",
         )
     ]
     assert places == sorted(places)
@@ -119,6 +122,23 @@ def test_every_arm_domain_baseline_and_cell_stands_in_a_table(page, everything):
     assert "Calibration of the distribution (PIT)" in text
     assert "Relative error at the prompt by completions per prompt" in text
     assert "Gamma" in text
+
+
+def test_every_arm_has_its_dot_whatever_its_number(page, everything):
+    """Fault 11: a scale that is no whole number was left out of the plot."""
+    tips = re.findall(r'data-tip="([^"]*)"', page.read_text())
+    for name in ("lifebench", "gsm8k"):
+        for arm in summary(everything, name)["arms"]:
+            assert any(tip.startswith(f"{arm['label']}\n") for tip in tips), arm["label"]
+    assert any("tilt 12.5" in tip for tip in tips)
+
+
+def test_every_colour_of_a_legend_has_its_key(page):
+    text = page.read_text()
+    kinds = {k for c in re.findall(r'class="key ([^"]*)"', text) for k in c.split()}
+    known = {"dot", "line", "area", "main"}  # main is the colour of a key that has no other
+    assert {"ink", "base", "s1"} <= kinds
+    assert [k for k in kinds - known if f".key.{k} {{ --key:" not in text] == []
 
 
 def test_failures_are_counted_on_the_first_screen_and_by_arm(page, everything):
