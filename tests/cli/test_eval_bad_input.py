@@ -129,11 +129,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(run, tmp_path, end):
             assert child.returncode == 130
             assert "run the same command to continue" in err
         kept = (out / "records.jsonl").read_text().count("\n")
-        assert 8 <= kept < 48
+        assert 8 <= kept < 24
         assert not (out / "summary.json").exists()
         stub.bodies.clear()
-        code, _ = run(*arguments, "-o", out)
-        assert code == 0
+        _, said = run("eval", "lifebench", items, "-o", out, "--regrade")
+        assert f"hard: {kept} of {kept} requests were not sent, the run was stopped" in said
+        code, said = run(*arguments, "-o", out)
+        assert (code, "not sent" in said) == (0, False)
         assert len(stub.bodies) == 48 - kept
         run(*arguments, "-o", tmp_path / "whole")
     one, two = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("out", "whole"))
