@@ -103,14 +103,17 @@ class Recorder(HttpGenerator):
 async def send_bare(url: str, bodies: list[bytes], concurrency: int) -> list[bytes]:
     """POST every body over keep-alive sockets and read the replies, nothing else."""
     parts = urlsplit(url)
+    host = parts.netloc.encode()
     source, replies = iter(bodies), list[bytes]()
 
     async def work() -> None:
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 24)
         for body in source:
             writer.write(
-                b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
-                b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: %b\r\n"
+                b"content-type: application/json\r\ncontent-length: %d\r\n\r\n"
+                % (host, len(body))
+                + body
             )
             head = await reader.readuntil(b"\r\n\r\n")
             if b" 200 " not in head.split(b"\r\n")[0]:

@@ -220,6 +220,24 @@ def test_arms_that_did_not_run_say_why(tmp_path):
     assert "1 arms that could not run (reasons below)" in text
 
 
+def test_many_answers_cut_off_are_said_on_the_first_screen(tmp_path):
+    folder = write_prediction(tmp_path / "p")
+    file = folder / "summary.json"
+    found = json.loads(file.read_text())
+    assert "Careful" not in words(build_report([folder]))
+    assert "Each held-out prompt" in words(build_report([folder]))
+    found |= {
+        "num_censored": found["num_completions"],
+        "config": found["config"] | {"split": "all"},
+    }
+    found["domains"]["all"]["mre"] = {"value": 9.0, "low": 8.0, "high": 10.0}
+    file.write_text(json.dumps(found))
+    text = words(build_report([folder]))
+    assert "answers were cut off and are left out" in text
+    assert "times the error of the best guess" in text
+    assert "held-out" not in text
+
+
 def test_without_log_probabilities_scores_are_bars(tmp_path):
     folder = write_lifebench(tmp_path / "l", arms="prompt hard", num=4, constraints=("at_most",))
     text = (folder / "summary.json").read_text()

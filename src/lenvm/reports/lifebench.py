@@ -36,7 +36,8 @@ def answer(results: Sequence[Result]) -> Html:
     words = f"length score, {CONSTRAINTS[constraint].lower()} {_targets(s)}: {best['label']}"
     if plain is not None and plain is not best:
         words += f"; {_score(plain, constraint):.0f} by the prompt alone"
-    parts = [headline(f"{_score(best, constraint):.0f} of 100", words + f"; {s['model']}")]
+    words += f"; {format_number(s['num_items'])} tasks, {s['model']}"
+    parts = [headline(f"{_score(best, constraint):.0f} of 100", words)]
     parts.append(_against_quality(arms, constraint, height=215))
     if plain is not None and plain is not best:
         parts.append(note(_cost(best, plain, constraint)))
