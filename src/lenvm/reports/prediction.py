@@ -104,7 +104,8 @@ def _warn_censored(s: Numbers) -> Html:
         return Html("")
     return note(
         f"Careful: {format_number(cut)} of {format_number(every)} answers were cut off and are "
-        "left out, so the true lengths look shorter than they are. Sample with a larger --max-tokens."
+        "left out, so the true lengths look shorter than they are. Sample with a larger "
+        "--max-tokens."
     )
 
 
