@@ -63,6 +63,7 @@ def test_an_answer_carries_tokens_and_the_mean_log_probability():
         found = answers(connect(stub.url), [request()])["a"]
     assert (found.text, found.num_tokens, found.num_prompt_tokens) == ("one two.", 3, 7)
     assert found.mean_log_prob == pytest.approx(-3)
+    assert found.last_log_prob == -6
     assert found.latency_s > 0
 
 
@@ -73,6 +74,7 @@ def test_log_probabilities_of_a_changed_distribution_are_not_taken_for_the_gener
         generator = connect(stub.url)
         found = answers(generator, [*changed, request("c")])
     assert [found[name].mean_log_prob for name in "abc"] == [None, None, -1.0]
+    assert [found[name].last_log_prob for name in "abc"] == [None, None, -1.0]
     with running(Stub(plugin="vllm")) as stub:
         generator = connect(stub.url)
         found = answers(generator, changed)
@@ -190,3 +192,11 @@ def test_a_completion_without_log_probabilities_has_none():
     body = say("x", 2)
     body["choices"][0]["logprobs"] = None
     assert parse_completion(body)["mean_log_prob"] is None
+    assert parse_completion(body)["last_log_prob"] is None
+
+
+def test_a_server_that_leaves_out_the_ending_token_tells_nothing_of_the_ending():
+    body = say("x", 3)
+    del body["choices"][0]["logprobs"]["content"][-1]
+    assert parse_completion(body)["last_log_prob"] is None
+    assert parse_completion(body)["mean_log_prob"] == -1.0

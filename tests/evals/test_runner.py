@@ -6,7 +6,14 @@ import pytest
 
 from lenvm.errors import DataError, EndpointError, InputError
 from lenvm.evals.generator import GenerationRequest, GenerationResponse, Sampling
-from lenvm.evals.runner import Case, load_config, load_records, run_cases, write_results
+from lenvm.evals.runner import (
+    Case,
+    load_config,
+    load_records,
+    note_missing,
+    run_cases,
+    write_results,
+)
 
 
 class Scripted:
@@ -153,3 +160,16 @@ def test_a_generator_that_stops_leaves_the_rest_to_the_next_run(tmp_path):
     rest = Scripted()
     assert len(run_cases(tmp_path, "test", {}, cases(), rest, allow_missing=True)) == 4
     assert [r.id for r in rest.asked] == ["prompt/1", "prompt/2", "prompt/3"]
+
+
+def test_arms_that_lack_requests_of_others_are_named():
+    rows = [{"arm": "a", "item": i, "sample": 0} for i in range(4)]
+    rows += [{"arm": "b", "item": 1, "sample": 0}]
+    rows += [{"arm": "c", "item": i, "sample": 0} for i in (0, 1, 2)]
+    notes = note_missing(
+        rows, "abcd", ("item", "sample"), lambda arm, grade: arm != "c" or grade["item"] < 3
+    )
+    assert [note[:36] for note in notes] == [
+        "b: 3 of 4 requests were not sent, th",
+        "d: 4 of 4 requests were not sent, th",
+    ]

@@ -221,7 +221,7 @@ def write_tradeoff(folder: Path, *, num: int = 40) -> Path:
     rows = [{"id": i, "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(num)]
     write_jsonl(folder / "gsm8k.jsonl", rows)
     names = (
-        "prompt concise tilt:5 tilt:10 tilt:20 tilt:40 budget:150 budget:220 budget:300 "
+        "prompt concise tilt:5 tilt:12.5 tilt:20 tilt:40 budget:150 budget:220 budget:300 "
         "budget_answer:150 budget_answer:220 budget_answer:300"
     )
     config = TradeoffConfig(

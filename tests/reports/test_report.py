@@ -77,9 +77,12 @@ def test_the_three_questions_are_answered_first_in_order(page):
             "How well is length predicted?",
             "How well is it controlled, at what cost?",
             "What does the model see?",
-            "Length prediction · lenvm-1.5b",
             "Token by token",
             "Calibration: is a prediction right on average?",
+            "Score by target",
+            "Accuracy against length, with 95% intervals",
+            "Tokens that make the answer longer",
+            "Relative error at the prompt by completions per prompt",
         )
     ]
     assert places == sorted(places)
@@ -119,6 +122,23 @@ def test_every_arm_domain_baseline_and_cell_stands_in_a_table(page, everything):
     assert "Calibration of the distribution (PIT)" in text
     assert "Relative error at the prompt by completions per prompt" in text
     assert "Gamma" in text
+
+
+def test_every_arm_has_its_dot_whatever_its_number(page, everything):
+    """Fault 11: a scale that is no whole number was left out of the plot."""
+    tips = re.findall(r'data-tip="([^"]*)"', page.read_text())
+    for name in ("lifebench", "gsm8k"):
+        for arm in summary(everything, name)["arms"]:
+            assert any(tip.startswith(f"{arm['label']}\n") for tip in tips), arm["label"]
+    assert any("tilt 12.5" in tip for tip in tips)
+
+
+def test_every_colour_of_a_legend_has_its_key(page):
+    text = page.read_text()
+    kinds = {k for c in re.findall(r'class="key ([^"]*)"', text) for k in c.split()}
+    known = {"dot", "line", "area", "main"}  # main is the colour of a key that has no other
+    assert {"ink", "base", "s1"} <= kinds
+    assert [k for k in kinds - known if f".key.{k} {{ --key:" not in text] == []
 
 
 def test_failures_are_counted_on_the_first_screen_and_by_arm(page, everything):
@@ -198,6 +218,24 @@ def test_arms_that_did_not_run_say_why(tmp_path):
     text = words(build_report([folder]))
     assert "hard did not run: the server has no control" in text
     assert "1 arms that could not run (reasons below)" in text
+
+
+def test_many_answers_cut_off_are_said_on_the_first_screen(tmp_path):
+    folder = write_prediction(tmp_path / "p")
+    file = folder / "summary.json"
+    found = json.loads(file.read_text())
+    assert "Careful" not in words(build_report([folder]))
+    assert "Each held-out prompt" in words(build_report([folder]))
+    found |= {
+        "num_censored": found["num_completions"],
+        "config": found["config"] | {"split": "all"},
+    }
+    found["domains"]["all"]["mre"] = {"value": 9.0, "low": 8.0, "high": 10.0}
+    file.write_text(json.dumps(found))
+    text = words(build_report([folder]))
+    assert "answers were cut off and are left out" in text
+    assert "times the error of the best guess" in text
+    assert "held-out" not in text
 
 
 def test_without_log_probabilities_scores_are_bars(tmp_path):

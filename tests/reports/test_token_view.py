@@ -76,6 +76,14 @@ def test_every_token_is_text_in_markup_and_in_json():
     assert data_of(html)[0]["tokens"][0] == "</script>"
 
 
+def test_a_long_token_is_shown_whole():
+    """Fault 12: tokens were cut after some characters."""
+    long = "supercalifragilistic" * 20
+    trace = made()
+    view = token_view([trace.model_copy(update={"tokens": [long, *trace.tokens[1:]]})])
+    assert view.count(long) >= 3  # the text, its data, the Markdown table
+
+
 def test_an_answer_that_was_cut_off_says_so():
     assert "the true length is not known" in token_view([made(cut=True)])
 

@@ -106,7 +106,7 @@ class HttpGenerator:
             reply = await client.post("/chat/completions", body=body, cast_to=object)
             fields = parse_completion(reply)
             if not reports_generator(request, self.endpoint.engine):
-                fields["mean_log_prob"] = None
+                fields["mean_log_prob"] = fields["last_log_prob"] = None
             self._unreachable = 0
         except openai.APIConnectionError as error:
             self._count_unreachable(error)

@@ -108,6 +108,31 @@ def load_config(folder: Path, evaluation: str) -> dict[str, Any]:
     return dict(manifest["config"])
 
 
+def note_missing(
+    grades: Sequence[Mapping[str, Any]],
+    arms: Iterable[str],
+    fields: Sequence[str],
+    applies: Callable[[str, Mapping[str, Any]], bool] = lambda arm, grade: True,
+) -> list[str]:
+    """A sentence for each arm that lacks requests which another has: the run was stopped.
+
+    `fields` tell requests of one arm apart; `applies`: whether an arm is asked what a grade was.
+    """
+    every = {tuple(g[f] for f in fields): g for g in grades}
+    found: dict[str, int] = {}
+    for grade in grades:
+        found[grade["arm"]] = found.get(grade["arm"], 0) + 1
+    notes = []
+    for arm in arms:
+        wanted = sum(applies(arm, grade) for grade in every.values())
+        if (missing := wanted - found.get(arm, 0)) > 0:
+            notes.append(
+                f"{arm}: {missing} of {wanted} requests were not sent, the run was stopped; the "
+                "same command continues it (without --regrade)"
+            )
+    return notes
+
+
 def write_results(
     folder: Path,
     evaluation: str,

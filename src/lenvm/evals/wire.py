@@ -82,12 +82,15 @@ def parse_completion(body: dict[str, Any]) -> dict[str, Any]:
         choice, usage = body["choices"][0], body["usage"]
         tokens = ((choice.get("logprobs") or {}).get("content")) or []
         log_probs = [token["logprob"] for token in tokens]
+        num_tokens = int(usage["completion_tokens"])
+        is_whole = bool(log_probs) and len(log_probs) == num_tokens  # the ending token is there
         return {
             "text": choice["message"]["content"] or "",
-            "num_tokens": int(usage["completion_tokens"]),
+            "num_tokens": num_tokens,
             "num_prompt_tokens": int(usage["prompt_tokens"]),
             "finish_reason": str(choice["finish_reason"]),
             "mean_log_prob": sum(log_probs) / len(log_probs) if log_probs else None,
+            "last_log_prob": log_probs[-1] if is_whole else None,
         }
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"not a chat completion ({type(error).__name__}: {error})") from None

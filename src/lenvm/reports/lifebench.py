@@ -36,7 +36,8 @@ def answer(results: Sequence[Result]) -> Html:
     words = f"length score, {CONSTRAINTS[constraint].lower()} {_targets(s)}: {best['label']}"
     if plain is not None and plain is not best:
         words += f"; {_score(plain, constraint):.0f} by the prompt alone"
-    parts = [headline(f"{_score(best, constraint):.0f} of 100", words + f"; {s['model']}")]
+    words += f"; {format_number(s['num_items'])} tasks, {s['model']}"
+    parts = [headline(f"{_score(best, constraint):.0f} of 100", words)]
     parts.append(_against_quality(arms, constraint, height=215))
     if plain is not None and plain is not best:
         parts.append(note(_cost(best, plain, constraint)))
@@ -120,7 +121,8 @@ def section_body(result: Result) -> Html:
             "averages over targets. An answer that was cut off has the right length without being "
             "one, so the charts count it 0. Log-probability: per token, under the "
             "generator without control, so 0 is certain and lower is less natural. rep-4: share "
-            "of word 4-grams that occurred before. Natural end: by EOS and at a sentence's end."
+            "of word 4-grams that occurred before. Natural end: by EOS and at a sentence's end. "
+            "Likely end: by an EOS that the generator itself gave at least 1%."
         )
     )
     return join(*parts)
@@ -216,6 +218,7 @@ def _scores(arms: Sequence[Arm], constraint: str) -> Html:
 
 def _quality(arms: Sequence[Arm], constraint: str) -> Html:
     judged = any(a[constraint]["quality"]["judge"] for a in arms)
+    told = any(a[constraint]["quality"].get("likely_end") for a in arms)
     rows = []
     for arm in arms:
         q = arm[constraint]["quality"]
@@ -228,12 +231,14 @@ def _quality(arms: Sequence[Arm], constraint: str) -> Html:
                 *(_value(q[name], format_fixed) for name in ("distinct_1", "distinct_2")),
                 *(_value(q[n], format_percent) for n in ("ended_by_eos", "sentence_end")),
                 estimate(q["natural_end"], format_percent),
+                *([_value(q.get("likely_end"), format_percent)] if told else []),
                 _value(q.get("ms_per_token"), format_pace),
                 *([estimate(q["judge"])] if judged else []),
             ]
         )
     names = ["arm", "log-prob.", "loss", "rep-4", "distinct-1", "distinct-2", "EOS"]
-    names += ["sentence end", "natural end", "ms per token", *(["judge (1-10)"] if judged else [])]
+    names += ["sentence end", "natural end", *(["likely end"] if told else []), "ms per token"]
+    names += ["judge (1-10)"] if judged else []
     return table(names, rows, caption="Quality and speed")
 
 

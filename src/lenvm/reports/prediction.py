@@ -1,5 +1,6 @@
 """Length prediction on a page: scatter, calibration, error while decoding, intervals, baselines."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ LOG_FROM_RATIO = 12.0
 """Lengths that differ by more than this factor are drawn on logarithmic axes."""
 SMALL_DOTS_FROM = 150
 MAX_DOTS = 3000
+MANY_CENSORED = 0.05
+"""From this share of answers on the first screen says that they were cut off."""
 BASELINES = {
     "constant": "constant guess",
     "constant_per_domain": "constant per domain",
@@ -29,10 +32,17 @@ BASELINES = {
 }
 
 
-def scatter(points: Sequence[Numbers], *, height: int = 0, intervals: bool = False) -> Html:
+def scatter(
+    points: Sequence[Numbers],
+    *,
+    height: int = 0,
+    intervals: bool = False,
+    prompt: str = "held-out prompt",
+) -> Html:
     """Predicted against true length, one dot a prompt, one colour a domain.
 
     points: `domain`, `predicted`, `true_mean`; `prompt`, `p10` and `p90` where they are known.
+    prompt: what a dot is.
     """
     if not points:
         return Html("")
@@ -51,13 +61,13 @@ def scatter(points: Sequence[Numbers], *, height: int = 0, intervals: bool = Fal
             at = q["true_mean"]
             chart.span((at, q["p10"]), (at, q["p90"]), kinds[q["domain"]])
     for q in points:
-        prompt = " ".join(q.get("prompt", q["domain"]).split())[:110]
-        tip = f"{prompt}\npredicted {q['predicted']:.0f}, true {q['true_mean']:.0f}"
+        text = " ".join(q.get("prompt", q["domain"]).split())[:110]
+        tip = f"{text}\npredicted {q['predicted']:.0f}, true {q['true_mean']:.0f}"
         chart.dot(q["true_mean"], q["predicted"], kinds[q["domain"]] + small, tip)
     keys = [(f"dot {kinds[domain]}", domain) for domain in domains]
-    shown = "Each held-out prompt (dashed: exact)"
+    shown = f"Each {prompt} (dashed: exact)"
     if step > 1:
-        shown = f"Every {step}th held-out prompt (dashed: exact)"
+        shown = f"Every {step}th {prompt} (dashed: exact)"
     drawing = legend(keys) + chart.html("predicted against true length")
     return figure(drawing, "", title=shown)
 
@@ -76,8 +86,26 @@ def answer(results: Sequence[Result]) -> Html:
     rows += [_bar(BASELINES.get(name, name), mre, "base") for name, mre in known.items()]
     end = 1.05 * max(row.high or 0.0 for row in rows)
     words = _against_best(table_["mre"], known)
-    return join(number, scatter(_points(results[0]), height=215), words) + bars(
+    drawn = scatter(_points(results[0]), height=215, prompt=_prompt(first))
+    return join(number, _warn_censored(first), drawn, words) + bars(
         "Relative error, less is better", rows, end
+    )
+
+
+def _prompt(s: Numbers) -> str:
+    """What a measured prompt is: one that training did not see, where the split says so."""
+    return "held-out prompt" if s["config"]["split"] in ("validation", "test") else "prompt"
+
+
+def _warn_censored(s: Numbers) -> Html:
+    """A sentence where so many answers were cut off that the true lengths are not the true ones."""
+    cut, every = s["num_censored"], s["num_censored"] + s["num_completions"]
+    if cut <= MANY_CENSORED * every:
+        return Html("")
+    return note(
+        f"Careful: {format_number(cut)} of {format_number(every)} answers were cut off and are "
+        "left out, so the true lengths look shorter than they are. Sample with a larger "
+        "--max-tokens."
     )
 
 
@@ -85,13 +113,12 @@ def _against_best(own: Numbers, known: Mapping[str, Numbers]) -> Html:
     if not known:
         return Html("")
     best = min(known, key=lambda name: known[name]["value"])
-    share = 1 - own["value"] / known[best]["value"]
+    ratio = own["value"] / known[best]["value"] if known[best]["value"] else math.inf
     name = BASELINES.get(best, best)
-    words = "smaller" if share >= 0 else "larger"
-    return note(
-        f"{format_percent(abs(share))} {words} than the error of the best guess without a value "
-        f"model ({name})."
-    )
+    words = f"{format_percent(abs(1 - ratio))} {'smaller' if ratio <= 1 else 'larger'} than"
+    if ratio >= 2:
+        words = f"{ratio:.1f} times"
+    return note(f"{words} the error of the best guess without a value model ({name}).")
 
 
 def _bar(name: str, interval: Numbers, kind: str) -> Bar:
@@ -107,7 +134,7 @@ def section_body(result: Result) -> Html:
     drawn = [_calibration(every["calibration"])]
     if any(s["domains"][d]["positions"] for d in names):
         drawn.append(_positions(s["domains"], names))
-    parts = [columns(scatter(_points(result), height=330), *drawn[:1])]
+    parts = [columns(scatter(_points(result), height=330, prompt=_prompt(s)), *drawn[:1])]
     more = [*drawn[1:], _pit(every["pit"])] if every["pit"] else drawn[1:]
     if every["coverage"]:
         more.append(_coverage(s["domains"]))

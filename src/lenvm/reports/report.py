@@ -26,6 +26,8 @@ BODIES: dict[str, Callable[[Result], Html]] = {
     "scaling": scaling.section_body,
     "demo": lambda result: demo.build_body(result.path),
 }
+ORDER = (*BODIES, "traces")
+"""Of the sections: that of the three questions; results of one kind stay as they were given."""
 TITLE = "How long will the answer be?"
 QUESTIONS = {
     "How well is length predicted?": "lenvm eval length-prediction",
@@ -40,7 +42,7 @@ def build_report(paths: Sequence[Path], output: Path | None = None, *, title: st
     output: default `report.html` in the folder (or beside the trace file) where there is one path,
     else in the current folder. Raises DataError for a file that is missing or of another form.
     """
-    results = find_results(paths)
+    results = sorted(find_results(paths), key=lambda r: ORDER.index(r.kind))
     target = output or _default_output(paths)
     if [r.kind for r in results] == ["demo"]:
         page = demo.build_demo_page(results[0].path)

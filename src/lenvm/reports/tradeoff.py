@@ -39,8 +39,15 @@ def answer(results: Sequence[Result], *, is_first: bool = True) -> Html:
     s = results[0].summary
     number, words = _headline(s)
     if not is_first:
-        return note(f"On {s['benchmark']}: {number}, {words}.")
-    return join(headline(number, f"{words}; {s['benchmark']}, {s['model']}"), _plane(s, height=215))
+        return note(f"On {_benchmark(s)}: {number}, {words}.")
+    about = f"{words}; {_benchmark(s)}, {s['model']}"
+    return join(headline(number, about), _plane(s, height=215))
+
+
+def _benchmark(s: Mapping[str, Any]) -> str:
+    """Its name, of a file without the ending, and how many questions that is."""
+    name = str(s["benchmark"]).removesuffix(".jsonl")
+    return f"{name} ({format_number(s['num_items'])} questions)"
 
 
 def _headline(s: Mapping[str, Any]) -> tuple[str, str]:

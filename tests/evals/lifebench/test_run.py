@@ -222,6 +222,40 @@ def test_nothing_said_scores_nothing_even_at_most(fields):
     assert grade["natural_end"] is False
 
 
+def test_the_same_records_score_as_the_benchmark_scores_them(file, tmp_path):
+    """LIFEBench's own way, from records.jsonl alone: per answer, averaged per target, then over
+    targets; the deviation as the mean of |LD|."""
+    lengths = iter([3, 21, 20, 200, 41, 79, 80, 81, 160, 16, 19, 24] * 9)
+    script = lambda r: GenerationResponse(r.id, "a b c.", next(lengths), 5, "stop")  # noqa: E731
+    constraints = ("equal_to", "at_most", "at_least")
+    values = {"constraints": constraints, "num_samples": 2, "targets": (16, 20, 80)}
+    summary = run_lifebench(config(file, "prompt", **values), Scripted(script), tmp_path / "out")
+    lines = (tmp_path / "out" / "records.jsonl").read_text().splitlines()
+    rows = [(r["case"], r["num_tokens"]) for r in map(json.loads, lines)]
+
+    def score(constraint: str, ld: float) -> float:
+        if (constraint == "at_most" and ld < 0) or (constraint == "at_least" and ld > 0):
+            return 100
+        return 100 * math.exp(5 * ld) if ld < 0 else 100 * math.exp(-2 * ld)
+
+    for constraint in constraints:
+        scores, deviations = [], []
+        for target in (16, 20, 80):
+            lds = [
+                (length - target) / target
+                for case, length in rows
+                if (case["constraint"], case["target"]) == (constraint, target)
+            ]
+            assert len(lds) == 6
+            scores.append(sum(score(constraint, ld) for ld in lds) / 6)
+            deviations.append(sum(map(abs, lds)) / 6)
+        found = arm(summary, "prompt")[constraint]
+        assert found["score"]["value"] == pytest.approx(sum(scores) / 3, rel=1e-12)
+        assert found["deviation"]["value"] == pytest.approx(sum(deviations) / 3, rel=1e-12)
+        by_target = [row["score"]["value"] for row in found["by_target"]]
+        assert by_target == pytest.approx(scores, rel=1e-12)
+
+
 def test_words_are_counted_where_words_are_asked_for():
     assert grade_record(record(unit="words"))["length"] == 3
 

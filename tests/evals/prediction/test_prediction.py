@@ -77,6 +77,26 @@ def test_true_length_is_the_inverse_of_the_mean_u():
     assert true_length([100_000, 100_000], GAMMA) == pytest.approx(100_000)
 
 
+def test_equations_13_to_15_by_hand(tmp_path):
+    """gamma = 1/2. Prompt 0: L = 1, 2, so u = .5, .75, mean .625, L_GT = ln .375 / ln .5 = 1.41504.
+    Prompt 1: L = 3, 3, so L_GT = 3. Both predicted as 2: errors .41339 and .33333, mean .37336.
+    """
+
+    class Two(Known):
+        gamma = 0.5
+
+    rows = [(0, "m", "test", 1, "stop"), (0, "m", "test", 2, "stop")]
+    rows += [(1, "m", "test", 3, "stop")] * 2
+    path = write(tmp_path / "t.jsonl", rows)
+    summary = run_prediction(PredictionConfig((path,)), Two({0: 2, 1: 2}), tmp_path / "out")
+    found = summary["domains"]["all"]
+    assert found["mre"]["value"] == pytest.approx(0.373362, abs=1e-6)
+    # against the mean lengths 1.5 and 3, and against the medians, which are the same here
+    assert found["mre_mean"]["value"] == pytest.approx((1 / 3 + 1 / 3) / 2)
+    assert found["mre_median"]["value"] == pytest.approx((1 / 3 + 1 / 3) / 2)
+    assert found["mae"]["value"] == pytest.approx((0.584963 + 1) / 2, abs=1e-6)
+
+
 def test_jensen_the_true_length_lies_below_the_mean():
     assert true_length([10, 500], GAMMA) < 255
 
@@ -194,6 +214,18 @@ def test_cross_fitted_baselines_do_not_see_their_own_prompt():
     evaluated[7] = group("7", "any", "x", 3, [9999])
     found, _ = predict_baselines(evaluated, [], 0.9999)
     assert found["constant"][7] == pytest.approx(10)
+
+
+def test_a_constant_has_no_rank_correlation(tmp_path):
+    rows = [(i, "math" if i % 2 else "code", "test", 20 + i, "stop") for i in range(12)] * 2
+    path = write(tmp_path / "t.jsonl", rows)
+    lengths = {i: 20 + i for i in range(12)}
+    domains = run_prediction(PredictionConfig((path,)), Known(lengths), tmp_path / "o")["domains"]
+    for domain, told in (("all", True), ("math", False)):
+        baselines = domains[domain]["baselines"]
+        assert (baselines["constant"]["spearman"], baselines["constant"]["kendall"]) == (None, None)
+        assert (baselines["constant_per_domain"]["spearman"] is not None) == told
+        assert baselines["prompt_length"]["mre"] is not None
 
 
 def test_one_prompt_still_has_baselines():

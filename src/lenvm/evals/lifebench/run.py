@@ -29,6 +29,7 @@ from lenvm.evals.runner import (
     ignore_progress,
     load_config,
     load_records,
+    note_missing,
     run_cases,
     write_results,
 )
@@ -180,6 +181,12 @@ def summarise(
             }
         )
     notes = [f"{name} did not run: {reason}" for name, reason in skipped.items() if reason]
+    notes += note_missing(
+        grades,
+        [name for name, reason in skipped.items() if not reason],
+        ("constraint", "target", "item", "sample"),
+        lambda name, grade: applies(Arm.parse(name, DEFAULTS), grade["constraint"]),
+    )
     for name in skipped:
         answers = [g for g in grades if g["arm"] == name and not g["failed"]]
         if answers and all(g["log_prob"] is None for g in answers):

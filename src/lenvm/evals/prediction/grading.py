@@ -1,5 +1,6 @@
 """Prediction records -> grades -> the numbers of summary.json. Pure: nothing is predicted here."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from lenvm.returns import log_discount
 Grade = dict[str, Any]
 INTERVALS = {"50": (0.25, 0.75), "80": (0.1, 0.9), "95": (0.025, 0.975)}
 NUM_PIT_BINS = 10
+ORDERLESS = {"constant": math.inf, "constant_per_domain": 2}
+"""Baselines that put no prompt before another unless there are so many domains: they have no rank
+correlation. (Cross-fitted, a constant differs by fold, against the truth of its own fold.)"""
 
 
 def grade_prompt(
@@ -107,6 +111,8 @@ def summarise_domain(grades: Sequence[Grade], num_completions: int) -> dict[str,
         baselines[name] = measure(
             dict.fromkeys(("length_true", "length_mean", "length_median"), one)
         )
+        if name in ORDERLESS and len({g["domain"] for g in grades}) < ORDERLESS[name]:
+            baselines[name] |= {"spearman": None, "kendall": None}
     own = {
         "length_true": column("predicted"),
         "length_mean": column("predicted_mean"),

@@ -15,6 +15,7 @@ from lenvm.evals.runner import (
     ignore_progress,
     load_config,
     load_records,
+    note_missing,
     run_cases,
     write_results,
 )
@@ -123,6 +124,7 @@ def summarise(
     grades = grade_records(records, on_progress=lambda done, total: progress("grade", done, total))
     arms = [Arm.parse(name, DEFAULTS) for name in skipped]
     notes = [f"{name} did not run: {reason}" for name, reason in skipped.items() if reason]
+    notes += note_missing(grades, [a for a, why in skipped.items() if not why], ("item", "sample"))
     errors = sum(g["grader_error"] is not None for g in grades)
     if errors:
         notes.append(f"{errors} answers could not be graded and count as wrong (grader_error)")
