@@ -27,7 +27,7 @@ import numpy as np
 from lenvm.data.images import resolve_images
 from lenvm.data.trajectory import Trajectory, read_trajectories
 from lenvm.errors import DataError, InputError
-from lenvm.files import explaining, read_json, write_bytes, write_json
+from lenvm.files import explaining, read_json, write_json
 
 STORE_VERSION = 1
 Censoring = Literal["drop", "one_sided", "bootstrap"]
@@ -125,7 +125,7 @@ def _write_store(path: Path, part: Path, stat: os.stat_result, sha256: str) -> N
     rows, domains, images = _write_tokens(path, part / "tokens.i32")
     index = io.BytesIO()  # to a file, np.save passes over a full disk
     np.save(index, np.array(rows, dtype=INDEX))
-    write_bytes(part / "index.npy", index.getvalue())
+    (part / "index.npy").write_bytes(index.getvalue())
     meta = {
         "version": STORE_VERSION,
         "size": stat.st_size,
