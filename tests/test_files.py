@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from lenvm.errors import DataError, InputError
 from lenvm.files import (
     JsonlWriter,
     claim,
+    claiming,
+    explaining,
     hash_config,
     manifest_path,
     read_json,
@@ -161,6 +164,50 @@ def test_a_claim_continues_the_same_and_refuses_other_settings(tmp_path: Path):
         claim(product, "trajectories", {"n": 2, "path": Path("x")})
     with pytest.raises(InputError, match="made by 'trajectories', not 'demo'"):
         claim(product, "demo", {"n": 1})
+
+
+def test_nested_settings_are_compared_one_by_one(tmp_path: Path):
+    claim(tmp_path / "a", "k", {"sampling": {"top_k": 0, "seed": 1}, "n": 1})
+    with pytest.raises(InputError, match=r"settings:\n  sampling\.seed: 1 there, 2 now\nUse"):
+        claim(tmp_path / "a", "k", {"sampling": {"top_k": 0, "seed": 2}, "n": 1})
+
+
+def test_a_claim_is_taken_back_where_nothing_was_made(tmp_path: Path):
+    product = tmp_path / "a.jsonl"
+
+    def fail(n: int, change: Callable[[], None]) -> bool:
+        try:
+            with claiming(product, "k", {"n": n}) as continued:
+                change()
+                raise ZeroDivisionError
+        except ZeroDivisionError:
+            return continued
+
+    assert fail(1, lambda: None) is False
+    assert list(tmp_path.iterdir()) == []
+    assert fail(2, product.touch) is False
+    assert fail(2, product.unlink) is True
+    assert manifest_path(product).exists()  # an earlier run's claim is its own
+
+
+def test_what_libraries_say_of_a_full_disk_is_said_too(tmp_path: Path):
+    class SafetensorError(Exception):
+        pass
+
+    said = {
+        "File too large": SafetensorError("serializing: I/O error: File too large (os error 27)"),
+        "torch could not write": RuntimeError("PytorchStreamWriter failed writing file data/0"),
+        "No space left": OSError(28, "No space left on device"),
+    }
+    for words, error in said.items():
+        with (
+            pytest.raises(DataError, match=rf"cannot write {tmp_path}: .*{words}"),
+            explaining(tmp_path),
+        ):
+            raise error
+    for error in (RuntimeError("shapes differ"), SafetensorError("invalid header")):
+        with pytest.raises(type(error)), explaining(tmp_path):
+            raise error
 
 
 def test_long_settings_are_shown_in_brief(tmp_path: Path):

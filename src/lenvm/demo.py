@@ -17,10 +17,10 @@ import torch
 
 from lenvm.data.prompts import Prompt, load_bundled_prompts
 from lenvm.data.trajectory import Trajectory, read_trajectories
-from lenvm.engines.rollout import in_order, rollout
+from lenvm.engines.rollout import count_rows, in_order, rollout
 from lenvm.engines.sampling import SamplingParams
 from lenvm.engines.transformers import Completion, Request, TransformersEngine
-from lenvm.files import claim, read_json, write_json, write_text
+from lenvm.files import claiming, read_json, write_json, write_text
 from lenvm.guidance.request import LengthControl
 from lenvm.model.bundled import DEFAULT_MODEL, bundled_value_model
 from lenvm.model.device import pick_device, pick_dtype
@@ -70,12 +70,17 @@ class DemoConfig:
 
 def run_demo(output: Path, config: DemoConfig, progress: Progress) -> dict[str, Any]:
     """Run what is missing; returns the summary. InputError for a folder of other settings."""
-    output.mkdir(parents=True, exist_ok=True)
-    claim(output, "demo", config.__dict__)
-    summary_path = output / "summary.json"
-    if summary_path.exists():
-        summary: dict[str, Any] = read_json(summary_path)
+    with claiming(output, "demo", config.__dict__):
+        summary_path = output / "summary.json"
+        if summary_path.exists():
+            found: dict[str, Any] = read_json(summary_path)
+            return found
+        summary = _run_stages(output, config, progress)
+        write_json(summary_path, summary)
         return summary
+
+
+def _run_stages(output: Path, config: DemoConfig, progress: Progress) -> dict[str, Any]:
     started = time.monotonic()
     device = pick_device()
     sampling = _sample(output, config, device, progress)
@@ -91,7 +96,7 @@ def run_demo(output: Path, config: DemoConfig, progress: Progress) -> dict[str, 
     _write_traces(output, model, trajectories)
     progress("predict", 2, 2)
     control = _control(output, config, model, trajectories, device, progress)
-    summary = {
+    return {
         "schema": "lenvm.demo/1",
         "generator": config.generator,
         "value_model": {
@@ -111,8 +116,6 @@ def run_demo(output: Path, config: DemoConfig, progress: Progress) -> dict[str, 
         "seconds": time.monotonic() - started,
         "peak_memory_gb": peak_memory_gb(),
     }
-    write_json(summary_path, summary)
-    return summary
 
 
 def peak_memory_gb() -> float:
@@ -153,8 +156,10 @@ def _sample(output: Path, config: DemoConfig, device: str, progress: Progress) -
     mixed = [
         p for pair in zip(training, _spread(heldout, len(training)), strict=True) for p in pair if p
     ]
-    total, count, started = len(mixed) * config.completions, 0, time.monotonic()
+    path = output / "trajectories.jsonl"
+    total, count, started = len(mixed) * config.completions, count_rows(path), time.monotonic()
     num_tokens = 0
+    progress("sample completions", count, total)
 
     def advance(completion: Completion) -> None:
         nonlocal count, num_tokens
@@ -165,7 +170,7 @@ def _sample(output: Path, config: DemoConfig, device: str, progress: Progress) -
     rollout(
         engine,
         mixed,
-        output / "trajectories.jsonl",
+        path,
         n=config.completions,
         sampling=SamplingParams(max_tokens=config.max_tokens, seed=config.seed, **TRUNCATION),
         model=config.generator,
@@ -173,7 +178,8 @@ def _sample(output: Path, config: DemoConfig, device: str, progress: Progress) -
         submit_for_s=config.submit_for_s,
     )
     seconds = time.monotonic() - started
-    rows = list(read_trajectories(output / "trajectories.jsonl"))
+    progress("sample completions", count, count)  # what time was left for
+    rows = list(read_trajectories(path))
     result = {
         "num_prompts": len({t.prompt_hash for t in rows}),
         "num_trajectories": len(rows),

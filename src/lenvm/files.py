@@ -28,20 +28,36 @@ def write_bytes(path: Path, data: bytes) -> None:
 
     Raises DataError where the disk is full or the folder cannot be written; `path` is as before.
     """
-    with _explaining(path):
+    with explaining(path):
         _write_bytes(path, data)
 
 
 @contextmanager
-def _explaining(path: Path) -> Iterator[None]:
-    """OSError as DataError: what could not be written, why, and what to do."""
+def explaining(path: Path) -> Iterator[None]:
+    """What could not be written, why, and what to do, as a DataError.
+
+    Of OSError and of what safetensors and torch raise in its place; anything else passes.
+    """
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if (why := _why_not_written(error)) is None:
+            raise
         raise DataError(
-            f"cannot write {path}: {error.strerror or error}. Nothing half-written was left; "
+            f"cannot write {path}: {why}. Nothing half-written was left; "
             "make room (or choose another path) and run the same command again."
         ) from error
+
+
+def _why_not_written(error: Exception) -> str | None:
+    """The system's words; None for an error that is not about writing."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if type(error).__name__ == "SafetensorError" and "I/O error: " in str(error):
+        return str(error).partition("I/O error: ")[2]
+    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+        return "torch could not write all of it, the disk may be full"
+    return None
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
@@ -117,7 +133,7 @@ class JsonlWriter:
         import fcntl
 
         self.path = path
-        with _explaining(path):
+        with explaining(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
         try:
@@ -125,7 +141,7 @@ class JsonlWriter:
         except BlockingIOError:
             self._file.close()
             raise DataError(f"{path} is being written by another process; wait for it") from None
-        with _explaining(path):
+        with explaining(path):
             _mend_last_line(path)
 
     def write(self, value: Mapping[str, Any]) -> None:
@@ -138,7 +154,7 @@ class JsonlWriter:
             return
         data = b"\n".join(lines) + b"\n"
         start = os.fstat(self._file.fileno()).st_size
-        with _explaining(self.path):
+        with explaining(self.path):
             try:
                 view = memoryview(data)
                 while view:
@@ -149,7 +165,7 @@ class JsonlWriter:
 
     def close(self) -> None:
         if not self._file.closed:
-            with self._file, _explaining(self.path):
+            with self._file, explaining(self.path):
                 os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
@@ -163,7 +179,7 @@ class JsonlWriter:
 def replace_jsonl(path: Path) -> Iterator[JsonlWriter]:
     """A writer whose lines become `path` when the block ends, and vanish when it fails."""
     part = path.with_name(f".{path.name}.part")
-    with _explaining(part):
+    with explaining(part):
         part.unlink(missing_ok=True)
     try:
         with JsonlWriter(part) as writer:
@@ -229,11 +245,11 @@ def claim(product: Path, kind: str, config: Mapping[str, Any]) -> bool:
                 f"{product} was made by {found.get('kind')!r}, not {kind!r}; use another path"
             )
         if found.get("config") != config:
-            old = found.get("config") or {}
+            old, new = _flatten(found.get("config") or {}), _flatten(config)
             rows = [
-                f"  {key}: {_brief(old.get(key))} there, {_brief(config.get(key))} now"
-                for key in sorted({*old, *config})
-                if old.get(key) != config.get(key)
+                f"  {key}: {_brief(old.get(key))} there, {_brief(new.get(key))} now"
+                for key in sorted({*old, *new})
+                if old.get(key) != new.get(key)
             ]
             raise InputError(
                 f"{product} was made with other settings:\n" + "\n".join(rows) + "\n"
@@ -257,6 +273,28 @@ def claim(product: Path, kind: str, config: Mapping[str, Any]) -> bool:
         },
     )
     return False
+
+
+@contextmanager
+def claiming(product: Path, kind: str, config: Mapping[str, Any]) -> Iterator[bool]:
+    """`claim`, taken back where the block fails before anything of the product is there, so that
+    the mistake can be mended and the same path used."""
+    continued = claim(product, kind, config)
+    try:
+        yield continued
+    except Exception:
+        if not continued and not product.exists():
+            manifest_path(product).unlink(missing_ok=True)
+        raise
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, dict) and value
+        flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
 
 
 def _brief(value: Any, limit: int = 160) -> str:

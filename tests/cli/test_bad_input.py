@@ -2,15 +2,39 @@
 half-written."""
 
 import json
+import os
+import signal
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from lenvm.cli import main
+from lenvm.data.trajectory import read_trajectories
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
+from stub_server import stub_server
 from tiny import EOS, tiny_backbone, tiny_generator, tiny_tokenizer
+
+SRC = str(Path(__file__).parents[2] / "src")
+
+
+def trajectory(i: int, split: str) -> dict[str, object]:
+    return {
+        "schema": "lenvm.trajectory/1",
+        "id": f"p{i}-0",
+        "prompt_hash": f"p{i}",
+        "sample_index": 0,
+        "split": split,
+        "messages": [{"role": "user", "content": "w7"}],
+        "prompt_token_ids": [1, 4, 7, 5],
+        "completion_token_ids": [8, 9, 10, EOS],
+        "completion_text": "w8 w9 w10",
+        "finish_reason": "stop",
+        "model": "tiny",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +55,9 @@ def base(tmp_path_factory) -> Path:
     (root / "odd.toml").write_text("learning_rat = 1e-3\n")
     (root / "cut.toml").write_text("learning_rate = \n")
     (root / "prompts.jsonl").write_text('{"prompt": "w7 w8"}\n')
+    with (root / "good.jsonl").open("w") as file:
+        for i, split in enumerate(["train", "train", "validation"]):
+            file.write(json.dumps(trajectory(i, split)) + "\n")
     row = {"schema": "lenvm.trajectory/99", "id": "a"}
     (root / "newer.jsonl").write_text(json.dumps(row) + "\n")
     return root
@@ -46,6 +73,11 @@ GENERATE = ["generate", "--model", "{base}/generator", "--lenvm", "{base}/model"
 TRAIN = ["train", "--output", "out/model", "--set", "backbone={base}/generator"]
 CASES = {
     "target below 1": ([*GENERATE, "--equal-to", "0", "w7"], 2, "equal_to is 0"),
+    "a target that does not fit": (
+        [*GENERATE, "--equal-to", "90", "--max-tokens", "40", "w7"],
+        2,
+        "raise it to at least 90",
+    ),
     "two goals at once": (
         [*GENERATE, "--equal-to", "9", "--tilt", "1", "w7"],
         2,
@@ -91,6 +123,21 @@ CASES = {
     ),
     "a broken TOML": ([*TRAIN, "{base}/empty.jsonl", "--config", "{base}/cut.toml"], 3, "TOML"),
     "gamma of 1": ([*TRAIN, "{base}/empty.jsonl", "--set", "gamma=1.0"], 2, "gamma"),
+    "training from no model": (
+        ["train", "--output", "out/m", "--set", "backbone=./none", "{base}/good.jsonl"],
+        2,
+        "no model folder ./none",
+    ),
+    "sampling from no model": (
+        ["sample", "{base}/prompts.jsonl", "-o", "out/t.jsonl", "--model", "./none"],
+        2,
+        "no model folder ./none",
+    ),
+    "a demo of no model": (
+        ["demo", "--generator", "./none", "--output", "out/demo"],
+        2,
+        "no model folder ./none",
+    ),
     "a dead endpoint": (
         [
             *("sample", "{base}/prompts.jsonl", "-o", "out/t.jsonl", "--retries", "0"),
@@ -121,5 +168,74 @@ def test_a_mistake_has_a_message_an_exit_code_and_leaves_nothing(
     assert exit_.value.code == code, message
     assert says.format(**values) in message, message
     assert "Traceback" not in message
-    left = [f for f in tmp_path.rglob("*") if f.is_file() and "manifest" not in f.name]
+    left = [f for f in tmp_path.rglob("*") if f.is_file()]
     assert [f for f in left if f.stat().st_size > 0 and f.suffix != ".lock"] == []
+
+
+RUN = """
+import resource, sys
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+from lenvm.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "names"),
+    [(4_000, "good.jsonl.tokens"), (30_000, "checkpoint-"), (300_000, None)],
+)
+def test_a_full_disk_in_training_is_said_and_leaves_no_checkpoint(base, tmp_path, limit, names):
+    """First where the tokens are stored, then at a state, then it has room and continues."""
+    data = tmp_path / "good.jsonl"
+    with data.open("w") as file:
+        for i in range(120):
+            file.write(json.dumps(trajectory(i, "validation" if i % 4 else "train")) + "\n")
+    command = ["train", str(data), "--output", str(tmp_path / "m"), "--set", "epochs=1"]
+    command += ["--set", f"backbone={base}/generator"]
+
+    def run(size: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", RUN, str(size), *command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": SRC},
+        )
+
+    done = run(limit)
+    if names is None:
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "m" / "value_head.safetensors").exists()
+        return
+    assert done.returncode == 3, done.stderr
+    assert "lenvm: cannot write" in done.stderr
+    assert names in done.stderr
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "m").exists()
+    assert [p for p in tmp_path.rglob("*") if p.name.endswith(".part")] == []
+    assert list(tmp_path.glob("m.state/checkpoint-*")) == []
+    assert run(300_000).returncode == 0  # room is made: the same command goes on
+
+
+def test_ctrl_c_says_what_to_do(base, tmp_path):
+    """Exit code 130, no traceback, and whole records that the next run adds to."""
+    prompts, output = tmp_path / "p.jsonl", tmp_path / "t.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "w{i}"}}\n' for i in range(3, 63)))
+    with stub_server(delay_s=0.2) as stub:
+        command = ["sample", str(prompts), "-o", str(output), "--endpoint", stub.url]
+        child = subprocess.Popen(
+            [sys.executable, "-m", "lenvm", *command, "--concurrency", "2"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": SRC},
+        )
+        deadline = time.monotonic() + 60
+        while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=30)
+    assert child.returncode == 130, said
+    assert "lenvm: interrupted" in said
+    assert "Traceback" not in said
+    assert 0 < len(list(read_trajectories(output))) < 60

@@ -79,6 +79,7 @@ def main() -> None:
     # waiting threads that sleep: beside any other job, spinning ones make torch eight times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours say more
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         code = build_app()(standalone_mode=False)  # an Exit comes back as its code
     except LenVMError as error:

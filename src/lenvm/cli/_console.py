@@ -21,7 +21,8 @@ def console() -> "Console":
 def stages() -> "Iterator[Callable[[str, int, int], None]]":
     """Progress by stage: a bar with count, rate and time left; plain lines without a terminal.
 
-    Yields `advance(stage, done, total)`.
+    Yields `advance(stage, done, total)`. What a stage's first call counts as done was there before:
+    rate and time left are of what came since.
     """
     from rich.progress import (
         BarColumn,
@@ -32,7 +33,7 @@ def stages() -> "Iterator[Callable[[str, int, int], None]]":
         TimeRemainingColumn,
     )
 
-    started: dict[str, float] = {}
+    started: dict[str, tuple[float, int]] = {}
     printed: dict[str, float] = {}
     tasks: dict[str, Any] = {}
     bars = Progress(
@@ -48,16 +49,17 @@ def stages() -> "Iterator[Callable[[str, int, int], None]]":
 
     def advance(stage: str, done: int, total: int) -> None:
         now = time.monotonic()
-        begun = started.setdefault(stage, now)
-        rate = f"{done / (now - begun):.2f}/s" if now > begun else ""
+        begun, before = started.setdefault(stage, (now, done))
+        speed = (done - before) / (now - begun) if done > before and now > begun else 0.0
+        rate = f"{speed:.2f}/s" if speed else ""
         if not bars.disable:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, rate="")
+                tasks[stage] = bars.add_task(stage, total=total, completed=done, rate="")
             bars.update(tasks[stage], completed=done, total=total, rate=rate)
         elif done == total or now - printed.get(stage, -60.0) >= 15:
             printed[stage] = now
-            left = f", {(now - begun) / done * (total - done):.0f} s left" if done else ""
-            print(f"{stage}: {done}/{total} {rate}{left}", file=sys.stderr, flush=True)
+            left = f" {rate}, {(total - done) / speed:.0f} s left" if speed else ""
+            print(f"{stage}: {done}/{total}{left}", file=sys.stderr, flush=True)
 
     with bars:
         yield advance

@@ -17,10 +17,14 @@ def register(app: typer.Typer) -> None:
         Killed half-way, it continues when run again; complete, it says so at once.
         """
         from lenvm.cli._console import console, stages
+        from lenvm.files import manifest_path
 
         if (output / "summary.json").exists():
-            console().print(f"{output} is complete already; delete it to run again")
-        console().print("Loading the model (its first conversion takes a minute)")
+            console().print(
+                f"{output} is complete; to run it again, delete it and {manifest_path(output)}"
+            )
+        else:
+            console().print("Loading the model")
         from lenvm.demo import DemoConfig, run_demo
         from lenvm.reports.demo import build_demo_report, shortfalls
 

