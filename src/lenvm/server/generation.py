@@ -112,7 +112,7 @@ def _job(
                 body.length,
                 track=track,
                 index=index,
-                stream=body.stream,
+                stream=body.stream or (log_probs and kind == "text_completion"),
                 top_log_probs=top,
             )
             requests.append(request)
@@ -164,7 +164,8 @@ async def _answer(state: ServerState, job: Job, request: HttpRequest) -> Respons
         facts["prompt"] = job.body.model_dump(include={"messages", "prompt"})  # type: ignore[assignment]
     request.state.facts.update(facts)
     if job.body.stream:
-        return EventStream(_stream(state, job, ticket, request.state.facts))
+        events = _stream(state, job, ticket, request.state.facts)
+        return EventStream(events, lambda: state.loop.close(ticket))
     try:
         return await while_connected(request, _collect(state, job, ticket, request.state.facts))
     except ClientGone:
@@ -239,14 +240,14 @@ async def _stream(
         "created": job.created,
         "model": state.config.name,
     }
-    completions: list[Completion] = []
+    completions: dict[int, Completion] = {}
     begun: set[int] = set()
     try:
         async with _limited(state, ticket, facts), aclosing(ticket.events()) as events:  # type: ignore[type-var]
             async for event in events:
                 if event.completion is not None:
                     _raise_error(event.completion)
-                    completions.append(event.completion)
+                    completions[event.index] = event.completion
                 log_probs = (
                     token_log_probs(job.kind, [event], state.encoder) if job.log_probs else None
                 )
@@ -260,9 +261,10 @@ async def _stream(
         facts["error"] = str(error)
         yield sse(error.body())
         return
-    numbers = usage(job.num_prompt_tokens, completions)
+    ended = [completions[i] for i in sorted(completions)]
+    numbers = usage(job.num_prompt_tokens, ended)
     facts |= {"completion_tokens": numbers["completion_tokens"]}
-    facts |= {"finish_reason": [c.finish_reason for c in completions]}
+    facts |= {"finish_reason": [c.finish_reason for c in ended]}
     if job.body.stream_options is not None and job.body.stream_options.include_usage:
         yield sse(base | {"choices": [], "usage": numbers})
     yield sse("[DONE]")

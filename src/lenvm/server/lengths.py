@@ -38,8 +38,9 @@ def build_router(state: ServerState) -> APIRouter:
                 400, "this server has no value model; start it with --lenvm FOLDER", param="model"
             )
         try:
-            async with asyncio.timeout(state.config.timeout_s):
-                found = await while_connected(request, work(state, reader, body))
+            with state.loop.calls():
+                async with asyncio.timeout(state.config.timeout_s):
+                    found = await while_connected(request, work(state, reader, body))
         except ClientGone:
             request.state.facts["client"] = "gone"
             return Response(status_code=499)
