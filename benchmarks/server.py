@@ -8,9 +8,9 @@ tilt in turn, and one in six leaves at a random token. The server is a process o
 clients share its cores. `throughput_ratio` is its generated tokens/s over those of the in-process
 batch loop on the same requests (same prompts, controls, limits and departures) with as many running
 at once; the loop is timed before the server's minutes and again after them, so that a machine that
-changes its speed shows. Before the clock starts the KV stores are filled once, since the system gives their memory
-only where it is first written; the slope of the memory is that of least squares from a quarter of
-the time on.
+changes its speed shows. Before the clock starts the KV stores are filled once, since the system
+gives their memory only where it is first written; the slope of the memory is that of least squares
+from a quarter of the time on.
 """
 
 import argparse
@@ -361,7 +361,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--kv-tokens", type=int, default=12_288)
     parser.add_argument("--lenvm", help="value model folder; default: the package's")
-    parser.add_argument("--loop-share", type=float, default=0.2, help="of --minutes, for the batch loop")
+    parser.add_argument(
+        "--loop-share", type=float, default=0.2, help="of --minutes, for the batch loop"
+    )
     parser.add_argument("--predict-s", type=float, default=10.0, help="seconds a batch size")
     parser.add_argument("--tiny", action="store_true", help="tiny random models")
     parser.add_argument("--out", type=Path)

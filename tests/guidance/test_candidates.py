@@ -194,3 +194,12 @@ def test_write_back_gives_the_engine_the_guided_distribution_and_leaves_others(d
             assert drawn_from[token].item() == pytest.approx(
                 p, rel=0.05 if t and dtype != torch.float32 else 1e-4
             )
+
+
+def test_a_tiny_temperature_factor_of_a_certain_token_is_a_number():
+    settings = truncation([{"temperature": 1e-6, "top_k": 2}])
+    settings.factor_ids, settings.factors = torch.tensor([[1]]), torch.tensor([[1e-300]])
+    yes = torch.tensor([True])
+    logits = torch.tensor([[1.0, 90.0, 3.0]])
+    found = build_candidates(logits, settings, may_end_R=yes, must_end_R=~yes)
+    assert found.log_probs[0].exp().tolist() == pytest.approx([1.0, 0.0])

@@ -1,5 +1,7 @@
 """GGUF to a Hugging Face folder: whole or absent."""
 
+import os
+
 import pytest
 
 from lenvm.errors import CheckpointError, InputError
@@ -36,6 +38,30 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         convert_gguf(source, target)
     assert not target.exists()
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next_one(source, tmp_path, monkeypatch):
+    def die(source, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        os._exit(9)
+
+    monkeypatch.setattr(bundled, "_write_folder", die)
+    target = tmp_path / "cache" / "model"
+    child = os.fork()
+    if child == 0:
+        convert_gguf(source, target)
+    os.waitpid(child, 0)
+    assert len(list(target.parent.iterdir())) == 2
+    (target.parent / ".model.other").mkdir()
+
+    def write(source, folder):
+        (folder / "config.json").write_text("{}")
+        (folder / "tokenizer.json").write_text("{}")
+
+    monkeypatch.setattr(bundled, "_write_folder", write)
+    convert_gguf(source, target)
+    left = {p.name for p in target.parent.iterdir()}
+    assert left == {".model.lock", ".model.other", "model"}
 
 
 def test_a_second_conversion_uses_the_first(source, tmp_path, monkeypatch):

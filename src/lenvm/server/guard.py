@@ -17,7 +17,7 @@ from lenvm.server.errors import ApiError
 from lenvm.server.metrics import Metrics
 
 log = logging.getLogger("lenvm.server")
-OPEN_PATHS = ("/", "/health", "/ready", "/openapi.json")
+OPEN_PATHS = ("/", "/docs", "/health", "/ready", "/openapi.json")
 """No key is asked for these, nor for the page's files."""
 
 

@@ -115,7 +115,6 @@ class _PassedStream(EventStream):
             (k.lower(), v) for k, v in answer.headers.raw if k.decode().lower() not in OWN_HEADERS
         ]
 
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
