@@ -135,6 +135,12 @@ def serve_tiny(options: argparse.Namespace) -> None:
     run(build_app(load_engine(options), config), config)
 
 
+def cpu_s(pid: int | str = "self") -> float:
+    """Seconds of CPU time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def resident_mb(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     (line,) = [x for x in status.splitlines() if x.startswith("VmRSS")]
@@ -194,6 +200,7 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
         await wait_ready(session)
         await fill_kv(session, options)
         before, start = await read_metrics(session), time.monotonic()
+        cpu_before = cpu_s(pid), cpu_s()
         deadline = start + 60 * options.minutes
 
         async def client(first: int) -> None:
@@ -215,6 +222,7 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
         clients = [asyncio.create_task(client(i)) for i in range(options.clients)]
         await asyncio.sleep(deadline - time.monotonic())
         seconds, after = time.monotonic() - start, await read_metrics(session)
+        cpu = cpu_s(pid) - cpu_before[0], cpu_s() - cpu_before[1]
         await asyncio.gather(*clients)
         watcher.cancel()
         predictions = await predict(session, options)
@@ -231,6 +239,7 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
         "errors": tally.errors[:20],
         "num_tokens": int(tokens),
         "tokens_per_s": round(tokens / seconds, 2),
+        "cpu_s": {"server": round(cpu[0], 1), "clients": round(cpu[1], 1)},
         "guidance_share_of_step": round(numbers["lenvm_guidance_seconds_total"] / step_s, 3),
         "memory_mb": {"start": round(warm[0][1], 1), "end": round(warm[-1][1], 1)},
         "memory_slope_mb_per_min": round(slope(warm) * 60, 3),
@@ -299,7 +308,7 @@ def batch_loop(engine: Any, options: argparse.Namespace, window_s: float) -> dic
 
     index, num_tokens = 0, 0
     departures: dict[str, int | None] = {}
-    start = time.monotonic()
+    start, cpu_before = time.monotonic(), cpu_s()
     deadline = start + window_s
     while time.monotonic() < deadline:
         while engine.num_unfinished < options.clients:
@@ -315,7 +324,7 @@ def batch_loop(engine: Any, options: argparse.Namespace, window_s: float) -> dic
             leaves = departures[completion.request.id]
             if completion.finish_reason is None and len(completion.token_ids) == leaves:
                 engine.cancel(completion.request.id)
-    seconds = time.monotonic() - start
+    seconds, cpu = time.monotonic() - start, cpu_s() - cpu_before
     for name in departures:
         with suppress(InputError):  # it has ended
             engine.cancel(name)
@@ -323,6 +332,7 @@ def batch_loop(engine: Any, options: argparse.Namespace, window_s: float) -> dic
         "seconds": round(seconds, 1),
         "num_tokens": num_tokens,
         "tokens_per_s": round(num_tokens / seconds, 2),
+        "cpu_s": round(cpu, 1),
     }
 
 

@@ -162,7 +162,22 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_place():
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_leaves_is_cancelled_within_a_step(streamed):
-    with serving(slow(tiny_engine())) as client:
+    engine = slow(tiny_engine())
+    step, steps, closed_at = engine.step, [], []
+
+    def counted():
+        steps.append(1)
+        return step()
+
+    engine.step = counted
+    with serving(engine) as client:
+        close = client.state.loop.close
+
+        def noted(ticket):
+            close(ticket)
+            closed_at.append(len(steps))
+
+        client.state.loop.close = noted
         body = CHAT | LONG | {"stream": streamed, "n": 3, "length": {"at_least": 300}}
         with httpx.Client(base_url=client.base_url, timeout=10) as leaver:
             if streamed:
@@ -174,6 +189,7 @@ def test_a_client_that_leaves_is_cancelled_within_a_step(streamed):
         start = time.monotonic()
         settle(client, 3.0)
         assert time.monotonic() - start < 1.0
+        assert len(steps) <= closed_at[0] + 1  # the one that was under way
         assert 'completions_total{finish_reason="cancelled"} 3.0' in client.get("/metrics").text
 
 
@@ -294,6 +310,19 @@ def test_a_running_request_is_finished_when_the_server_is_told_to_stop():
         assert done[0].json()["usage"]["completion_tokens"] == 100
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{client.base_url}/health")
+
+
+def test_what_runs_longer_than_the_drain_is_given_up():
+    with serving(slow(tiny_engine(), 0.05), drain_s=1.0) as client, ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(ask, client, **LONG)
+        while not client.state.loop.num_open:
+            time.sleep(0.005)
+        start = time.monotonic()
+        client.server.handle_exit(signal.SIGTERM, None)
+        with pytest.raises(httpx.HTTPError):
+            reply.result(15).raise_for_status()
+        assert 0.5 < time.monotonic() - start < 10
+        settle(client)
 
 
 @pytest.fixture(scope="module")
