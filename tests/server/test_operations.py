@@ -319,10 +319,8 @@ def test_what_runs_longer_than_the_drain_is_given_up():
             time.sleep(0.005)
         start = time.monotonic()
         client.server.handle_exit(signal.SIGTERM, None)
-        with pytest.raises(httpx.HTTPError):
-            reply.result(15).raise_for_status()
+        assert reply.result(15).status_code == 503
         assert 0.5 < time.monotonic() - start < 10
-        settle(client)
 
 
 @pytest.fixture(scope="module")

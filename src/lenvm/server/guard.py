@@ -52,6 +52,11 @@ class Guard:
             await self.app(scope, _replay(body, receive), answer)
         except ApiError as error:
             await error.response()(scope, receive, answer)
+        except asyncio.CancelledError:  # by uvicorn, when the drain is over
+            if status:
+                raise
+            lost = ApiError(503, "the server went down before this was finished")
+            await lost.response()(scope, receive, answer)
         except Exception:
             log.exception("defect", extra={"event": "defect", "request_id": request_id})
             if status:
