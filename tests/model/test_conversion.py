@@ -1,6 +1,7 @@
 """GGUF to a Hugging Face folder: whole or absent."""
 
 import os
+import time
 
 import pytest
 
@@ -62,6 +63,28 @@ def test_what_a_killed_conversion_left_goes_with_the_next_one(source, tmp_path, 
     convert_gguf(source, target)
     left = {p.name for p in target.parent.iterdir()}
     assert left == {".model.lock", ".model.other", "model"}
+
+
+def test_processes_that_convert_at_once_write_once(source, tmp_path, monkeypatch):
+    written = tmp_path / "written"
+
+    def write(source, folder):
+        with written.open("a") as file:
+            file.write("x")
+        time.sleep(0.2)
+        (folder / "config.json").write_text("{}")
+        (folder / "tokenizer.json").write_text("{}")
+
+    monkeypatch.setattr(bundled, "_write_folder", write)
+    target = tmp_path / "cache" / "model"
+    children = []
+    for _ in range(4):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os._exit(convert_gguf(source, target) != target)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert written.read_text() == "x"
+    assert {p.name for p in target.parent.iterdir()} == {".model.lock", "model"}
 
 
 def test_a_second_conversion_uses_the_first(source, tmp_path, monkeypatch):

@@ -386,6 +386,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_servers_start_at_once_on_one_empty_cache(tmp_path):
     code = "import sys; sys.argv[0] = 'lenvm'; from lenvm.cli import main; main()"
     env = {**os.environ, "PYTHONPATH": "src", "LENVM_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -397,7 +398,7 @@ def test_two_servers_start_at_once_on_one_empty_cache(tmp_path):
     try:
         texts = []
         for port, process in zip(ports, servers, strict=True):
-            _wait_ready(port, process, 240)
+            _wait_ready(port, process, 600)
             body = CHAT | {"temperature": 0, "length": {"equal_to": 9}}
             url = f"http://127.0.0.1:{port}/v1/chat/completions"
             reply = httpx.post(url, json=body, timeout=120).json()
