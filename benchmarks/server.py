@@ -1,15 +1,16 @@
 """The embedded server under load: errors, memory, throughput, latency, predictions.
 
-    python benchmarks/server.py --minutes 10 --out benchmarks/results/server_cpu.json
+    python benchmarks/server.py --out benchmarks/results/server_cpu.json    # about 13 minutes
     python benchmarks/server.py --minutes 1 --tiny          # a check of the benchmark itself
 
 `--clients` streaming clients ask for answers without control, with equal_to, at_most, at_least and
 tilt in turn, and one in six leaves at a random token. The server is a process of its own and the
 clients share its cores. `throughput_ratio` is its generated tokens/s over those of the in-process
 batch loop on the same requests (same prompts, controls, limits and departures) with as many running
-at once. Before the clock starts the KV stores are filled once, since the system gives their memory
-only where it is first written; the slope of the memory is that of least squares from a quarter of
-the time on.
+at once; the loop is timed before the server's minutes and again after them, so that a machine that
+changes its speed shows. Before the clock starts the KV stores are filled once, since the system
+gives their memory only where it is first written; the slope of the memory is that of least squares
+from a quarter of the time on.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +34,8 @@ import aiohttp
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+from lenvm.errors import InputError  # noqa: E402  (the package is found from here)
 
 TOPICS = ("the sea", "bread", "a lighthouse", "rain", "the moon", "a bicycle", "tea", "old maps")
 CONTROLS: tuple[dict[str, Any] | None, ...] = (
@@ -131,6 +135,12 @@ def serve_tiny(options: argparse.Namespace) -> None:
     run(build_app(load_engine(options), config), config)
 
 
+def cpu_s(pid: int | str = "self") -> float:
+    """Seconds of CPU time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def resident_mb(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     (line,) = [x for x in status.splitlines() if x.startswith("VmRSS")]
@@ -190,6 +200,7 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
         await wait_ready(session)
         await fill_kv(session, options)
         before, start = await read_metrics(session), time.monotonic()
+        cpu_before = cpu_s(pid), cpu_s()
         deadline = start + 60 * options.minutes
 
         async def client(first: int) -> None:
@@ -211,6 +222,7 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
         clients = [asyncio.create_task(client(i)) for i in range(options.clients)]
         await asyncio.sleep(deadline - time.monotonic())
         seconds, after = time.monotonic() - start, await read_metrics(session)
+        cpu = cpu_s(pid) - cpu_before[0], cpu_s() - cpu_before[1]
         await asyncio.gather(*clients)
         watcher.cancel()
         predictions = await predict(session, options)
@@ -227,6 +239,7 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
         "errors": tally.errors[:20],
         "num_tokens": int(tokens),
         "tokens_per_s": round(tokens / seconds, 2),
+        "cpu_s": {"server": round(cpu[0], 1), "clients": round(cpu[1], 1)},
         "guidance_share_of_step": round(numbers["lenvm_guidance_seconds_total"] / step_s, 3),
         "memory_mb": {"start": round(warm[0][1], 1), "end": round(warm[-1][1], 1)},
         "memory_slope_mb_per_min": round(slope(warm) * 60, 3),
@@ -286,18 +299,17 @@ async def read_metrics(session: aiohttp.ClientSession) -> dict[str, float]:
 # -- the batch loop -------------------------------------------------------------------------------
 
 
-def batch_loop(options: argparse.Namespace) -> dict[str, Any]:
-    """The same requests in this process, without a server: tokens/s."""
+def batch_loop(engine: Any, options: argparse.Namespace, window_s: float) -> dict[str, Any]:
+    """The same requests in this process, without a server: tokens/s. Leaves the engine empty."""
     from lenvm.engines.request import Request
     from lenvm.engines.sampling import SamplingParams
     from lenvm.guidance.request import LengthControl
     from lenvm.model.tokenization import encode_prompt
 
-    engine = load_engine(options)
     index, num_tokens = 0, 0
     departures: dict[str, int | None] = {}
-    start = time.monotonic()
-    deadline = start + 60 * options.minutes * options.loop_share
+    start, cpu_before = time.monotonic(), cpu_s()
+    deadline = start + window_s
     while time.monotonic() < deadline:
         while engine.num_unfinished < options.clients:
             case = Case.build(index, options.tiny)
@@ -312,11 +324,15 @@ def batch_loop(options: argparse.Namespace) -> dict[str, Any]:
             leaves = departures[completion.request.id]
             if completion.finish_reason is None and len(completion.token_ids) == leaves:
                 engine.cancel(completion.request.id)
-    seconds = time.monotonic() - start
+    seconds, cpu = time.monotonic() - start, cpu_s() - cpu_before
+    for name in departures:
+        with suppress(InputError):  # it has ended
+            engine.cancel(name)
     return {
         "seconds": round(seconds, 1),
         "num_tokens": num_tokens,
         "tokens_per_s": round(num_tokens / seconds, 2),
+        "cpu_s": round(cpu, 1),
     }
 
 
@@ -338,13 +354,26 @@ def spread(values: list[float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in at.items()} | {"count": len(values)}
 
 
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--kv-tokens", type=int, default=12_288)
     parser.add_argument("--lenvm", help="value model folder; default: the package's")
-    parser.add_argument("--loop-share", type=float, default=0.3, help="of --minutes, for the loop")
+    parser.add_argument(
+        "--loop-share", type=float, default=0.2, help="of --minutes, for the batch loop"
+    )
     parser.add_argument("--predict-s", type=float, default=10.0, help="seconds a batch size")
     parser.add_argument("--tiny", action="store_true", help="tiny random models")
     parser.add_argument("--out", type=Path)
@@ -354,38 +383,43 @@ def main() -> None:
         options.tiny = True
         serve_tiny(options)
         return
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "-s", "src") else "")
     load_before = os.getloadavg()[0]
+    engine = load_engine(options)
+    window_s = 60 * options.minutes * options.loop_share / 2
+    batch_loop(engine, options, min(10.0, window_s))  # warm up
+    loops = [batch_loop(engine, options, window_s)]
     process, url = start_server(options)
     try:
         server = asyncio.run(load(options, url, process.pid))
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
-    loop = batch_loop(options)
+    loops.append(batch_loop(engine, options, window_s))
+    loop_tokens_per_s = sum(x["num_tokens"] for x in loops) / sum(x["seconds"] for x in loops)
     result = {
         "headline": {
             "errors": server["num_errors"],
             "memory_slope_mb_per_min": server["memory_slope_mb_per_min"],
-            "throughput_ratio": round(server["tokens_per_s"] / loop["tokens_per_s"], 3),
+            "throughput_ratio": round(server["tokens_per_s"] / loop_tokens_per_s, 3),
         },
         "command": "python " + " ".join(sys.argv),
         "model": "tiny random models" if options.tiny else "SmolLM2-135M-Instruct, its value model",
         "hardware": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
+            "cpu": cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             "load_before": round(load_before, 2),
         },
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "fastapi", "uvicorn")},
         },
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": commit,
         "clients": options.clients,
         "kv_tokens": options.kv_tokens,
         "server": server,
-        "batch_loop": loop,
+        "batch_loop": {"tokens_per_s": round(loop_tokens_per_s, 2), "before_and_after": loops},
     }
     text = json.dumps(result, indent=2)
     print(text)

@@ -84,3 +84,12 @@ def test_a_small_top_k_keeps_what_a_sort_of_the_vocabulary_keeps():
     mixed = truncate(logits, whole)
     assert mixed.isfinite().sum(-1).tolist()[0] == 700
     assert torch.equal(mixed[2], kept[2])
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e-40, 1e-9])
+def test_next_to_no_temperature_takes_the_likeliest_and_no_logit_overflows(temperature: float):
+    logits = torch.tensor([[1.0, 3e27, -60000.0, 3.0], [1.0, 2.0, 2.5, -torch.inf]])
+    params = [SamplingParams(temperature=temperature, top_p=p, min_p=0.1) for p in (1.0, 0.9)]
+    cold = truncate(logits, params)
+    assert not cold.isnan().any()
+    assert draw(cold, torch.tensor([0.999, 0.999])).tolist() == [1, 2]

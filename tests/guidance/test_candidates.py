@@ -213,3 +213,12 @@ def test_the_largest_by_blocks_are_the_largest(width: int, k: int):
     want = x.topk(k)
     assert torch.equal(values, want.values)
     assert torch.equal(columns, want.indices)
+
+
+def test_a_tiny_temperature_factor_of_a_certain_token_is_a_number():
+    settings = truncation([{"temperature": 1e-6, "top_k": 2}])
+    settings.factor_ids, settings.factors = torch.tensor([[1]]), torch.tensor([[1e-300]])
+    yes = torch.tensor([True])
+    logits = torch.tensor([[1.0, 90.0, 3.0]])
+    found = build_candidates(logits, settings, may_end_R=yes, must_end_R=~yes)
+    assert found.log_probs[0].exp().tolist() == pytest.approx([1.0, 0.0])

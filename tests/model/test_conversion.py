@@ -1,5 +1,8 @@
 """GGUF to a Hugging Face folder: whole or absent."""
 
+import os
+import time
+
 import pytest
 
 from lenvm.errors import CheckpointError, DataError, InputError
@@ -36,6 +39,52 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"cannot write .*model: No space left on device"):
         convert_gguf(source, target)
     assert [p.name for p in target.parent.iterdir()] == [".model.lock"]
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next_one(source, tmp_path, monkeypatch):
+    def die(source, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        os._exit(9)
+
+    monkeypatch.setattr(bundled, "_write_folder", die)
+    target = tmp_path / "cache" / "model"
+    child = os.fork()
+    if child == 0:
+        convert_gguf(source, target)
+    os.waitpid(child, 0)
+    assert len(list(target.parent.iterdir())) == 2
+    (target.parent / ".model.other").mkdir()
+
+    def write(source, folder):
+        (folder / "config.json").write_text("{}")
+        (folder / "tokenizer.json").write_text("{}")
+
+    monkeypatch.setattr(bundled, "_write_folder", write)
+    convert_gguf(source, target)
+    left = {p.name for p in target.parent.iterdir()}
+    assert left == {".model.lock", ".model.other", "model"}
+
+
+def test_processes_that_convert_at_once_write_once(source, tmp_path, monkeypatch):
+    written = tmp_path / "written"
+
+    def write(source, folder):
+        with written.open("a") as file:
+            file.write("x")
+        time.sleep(0.2)
+        (folder / "config.json").write_text("{}")
+        (folder / "tokenizer.json").write_text("{}")
+
+    monkeypatch.setattr(bundled, "_write_folder", write)
+    target = tmp_path / "cache" / "model"
+    children = []
+    for _ in range(4):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os._exit(convert_gguf(source, target) != target)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert written.read_text() == "x"
+    assert {p.name for p in target.parent.iterdir()} == {".model.lock", "model"}
 
 
 def test_a_second_conversion_uses_the_first(source, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lenvm.server.protocol import ChatRequest
-from serving import CHAT
+from serving import CHAT, stream
 
 TEXT = Path("docs/server.md").read_text()
 
@@ -79,3 +79,33 @@ def test_every_example_of_the_schema_is_answered(client):
             reply = client.post(path, json=example)
             assert reply.status_code == 200, reply.text
     assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def shape(value):
+    """Keys of a JSON value, all the way down, but for those that are null: OpenAPI drops them."""
+    if isinstance(value, dict):
+        return {key: shape(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [shape(value[0])] if value else []
+    return None
+
+
+def test_the_examples_of_answers_have_the_fields_of_answers(client):
+    chat = CHAT | {"length": {"at_least": 4}}
+    bodies = {
+        "/v1/chat/completions": chat,
+        "/v1/completions": {"prompt": "w7", "max_tokens": 4, "length": {"at_most": 4}},
+        "/v1/length/predict": {"prompts": ["w7"]},
+        "/v1/length/values": {"text": "w7"},
+        "/v1/length/candidates": {"text": "w7", "top_k": 1},
+    }
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {path for path, entry in paths.items() if "post" in entry} == set(bodies)
+    for path, body in bodies.items():
+        content = paths[path]["post"]["responses"]["200"]["content"]
+        answer = client.post(path, json=body).json()
+        assert shape(answer) == shape(content["application/json"]["example"]), path
+        if "text/event-stream" in content:
+            assert shape(stream(client, **chat)[0]) == shape(
+                content["text/event-stream"]["example"]
+            )

@@ -88,6 +88,38 @@ def test_plain_completions_take_texts_and_token_ids(client):
     assert [c["text"] for c in ids.json()["choices"]] == texts
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_log_probs_of_a_text_come_with_its_offsets(client, streamed):
+    body = {"prompt": "w7 w8", "max_tokens": 6, "seed": 1, "logprobs": 1, "ignore_eos": True}
+    if streamed:
+        reply = client.post("/v1/completions", json=body | {"stream": True})
+        events = [json.loads(x[6:]) for x in reply.text.split("\n\n") if x[6:7] == "{"]
+        parts = [e["choices"][0] for e in events]
+        text = "".join(p["text"] for p in parts)
+        offsets = [o for p in parts for o in p["logprobs"]["text_offset"]]
+    else:
+        (found,) = client.post("/v1/completions", json=body).json()["choices"]
+        text, offsets = found["text"], found["logprobs"]["text_offset"]
+    starts = [i for i, c in enumerate(text) if c == " "]
+    assert len(offsets) == 6
+    assert offsets == (starts if text[0] == " " else [0, *starts])
+
+
+def test_each_of_several_prompts_has_its_prediction(client):
+    body = {"prompt": ["w7 w8", "w9"], "n": 2, "max_tokens": 5, "track_length": True}
+    usages = [client.post("/v1/completions", json=body).json()["usage"]]
+    ask_stream = body | {"stream": True, "stream_options": {"include_usage": True}}
+    events = client.post("/v1/completions", json=ask_stream).text.split("\n\n")
+    usages.append(json.loads(events[-3][6:])["usage"])
+    alone = [
+        client.post("/v1/completions", json=body | {"prompt": p}).json()["usage"]["lenvm"]
+        for p in body["prompt"]
+    ]
+    expected = [found["predicted_length"] for found in alone]
+    for found in usages:
+        assert found["lenvm"]["predicted_lengths"] == pytest.approx(expected, abs=1)
+
+
 def test_an_answer_is_continued(client):
     talk = [*CHAT["messages"], {"role": "assistant", "content": "w20 w21"}]
     fields = {"continue_final_message": True, "add_generation_prompt": False}
@@ -139,6 +171,42 @@ async def test_the_openai_client_works_unchanged(client):
                 messages=CHAT["messages"],
                 extra_body={"length": {"equal_to": -1}},
             )
+
+
+def test_the_openai_client_has_its_usual_parameters(client):
+    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none") as sdk:
+        usual = {"model": "tiny", "messages": CHAT["messages"], "max_tokens": 12, "seed": 6, "n": 2}
+        usual |= {"temperature": 0.8, "top_p": 0.9, "logprobs": True, "top_logprobs": 2}
+        extra = {"top_k": 20, "min_p": 0.01, "length": {"at_least": 4}}
+        one = sdk.chat.completions.create(**usual, stop=["w9"], extra_body=extra)
+        two = sdk.chat.completions.create(**usual, stop=["w9"], extra_body=extra)
+        texts = [c.message.content for c in one.choices]
+        assert texts == [c.message.content for c in two.choices]
+        assert not any("w9" in text for text in texts)
+        assert len(one.choices[0].logprobs.content[0].top_logprobs) == 2
+        streamed = ["", ""]
+        for chunk in sdk.chat.completions.create(
+            **usual, stop=["w9"], stream=True, extra_body=extra
+        ):
+            streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+        assert streamed == texts
+        plain = sdk.completions.create(model="tiny", prompt="w7", max_tokens=3, logprobs=1)
+        assert plain.choices[0].logprobs.text_offset[0] == 0
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e-40])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"length": {"equal_to": 9}}, {"exponential_decay_length_penalty": [0, 100.0]}],
+    ids=["free", "guided", "penalty"],
+)
+def test_next_to_no_temperature_is_greedy_and_hurts_nobody(client, temperature, fields):
+    greedy, cold = (ask(client, temperature=t, **fields).json() for t in (0, temperature))
+    if "length" in fields:  # where T = 0 still leaves the rule something to choose
+        assert cold["usage"]["completion_tokens"] == 9
+    else:
+        texts = [reply["choices"][0]["message"]["content"] for reply in (greedy, cold)]
+        assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(

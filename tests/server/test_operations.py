@@ -1,9 +1,12 @@
 """Keys, limits, time-outs, clients that leave, the drain, metrics, logs."""
 
+import asyncio
+import hmac
 import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +19,7 @@ import pytest
 
 from lenvm.errors import InputError
 from lenvm.server.config import ServerConfig, load_api_keys
+from lenvm.server.disconnect import EventStream
 from lenvm.server.logs import JsonFormatter
 from serving import CHAT, ask, serving, settle, stream, tiny_engine
 
@@ -89,6 +93,63 @@ def test_more_than_there_is_room_for_is_429_and_comes_through_later():
         assert ask(client, n=4).json()["error"]["param"] == "n"
 
 
+def test_value_requests_have_places_too():
+    with serving(tiny_engine(max_requests=1), max_waiting=1) as client:
+        read = client.state.engine.value_model.read
+
+        def slowed(*arguments, **options):
+            time.sleep(0.3)
+            return read(*arguments, **options)
+
+        client.state.engine.value_model.read = slowed
+        body = {"prompts": ["w7"]}
+        with ThreadPoolExecutor(6) as pool:
+            replies = list(
+                pool.map(lambda _: client.post("/v1/length/predict", json=body), range(6))
+            )
+        assert {r.status_code for r in replies} == {200, 429}
+        assert all("retry-after" in r.headers for r in replies if r.status_code == 429)
+        assert client.state.loop.num_calls == 0
+        assert client.post("/v1/length/predict", json=body).status_code == 200
+
+
+def test_a_body_that_comes_too_slowly_is_408():
+    with serving(body_timeout_s=0.2) as client, socket.socket() as slow_client:
+        slow_client.connect(("127.0.0.1", client.base_url.port))
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost:{client.base_url.port}\r\n"
+        slow_client.sendall(f"{head}content-length: 50\r\n\r\n{{".encode())
+        slow_client.settimeout(10)
+        assert b" 408 " in slow_client.recv(4096).split(b"\r\n")[0]
+        assert ask(client).status_code == 200
+
+
+def test_a_key_takes_the_same_comparisons_whichever_it_is(monkeypatch):
+    compare, seen = hmac.compare_digest, []
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: seen.append(1) or compare(a, b))
+    config = ServerConfig(api_keys=("one", "two", "three"))
+    for key, known in (("one", True), ("three", True), ("four", False)):
+        seen.clear()
+        assert config.knows(key) is known
+        assert len(seen) == 3
+
+
+async def test_a_stream_that_never_begins_frees_its_place(client):
+    ticket = client.state.loop
+    ended = []
+
+    async def events():
+        yield b"never"
+
+    async def gone():
+        return {"type": "http.disconnect"}
+
+    async def stuck(message):
+        await asyncio.sleep(60)
+
+    await EventStream(events(), lambda: ended.append(ticket))({}, gone, stuck)
+    assert ended == [ticket]
+
+
 def test_a_request_that_takes_too_long_ends_and_frees_its_place():
     with serving(slow(tiny_engine()), timeout_s=0.3) as client:
         assert ask(client, **LONG).status_code == 504
@@ -101,7 +162,22 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_place():
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_leaves_is_cancelled_within_a_step(streamed):
-    with serving(slow(tiny_engine())) as client:
+    engine = slow(tiny_engine())
+    step, steps, closed_at = engine.step, [], []
+
+    def counted():
+        steps.append(1)
+        return step()
+
+    engine.step = counted
+    with serving(engine) as client:
+        close = client.state.loop.close
+
+        def noted(ticket):
+            close(ticket)
+            closed_at.append(len(steps))
+
+        client.state.loop.close = noted
         body = CHAT | LONG | {"stream": streamed, "n": 3, "length": {"at_least": 300}}
         with httpx.Client(base_url=client.base_url, timeout=10) as leaver:
             if streamed:
@@ -113,6 +189,7 @@ def test_a_client_that_leaves_is_cancelled_within_a_step(streamed):
         start = time.monotonic()
         settle(client, 3.0)
         assert time.monotonic() - start < 1.0
+        assert len(steps) <= closed_at[0] + 1  # the one that was under way
         assert 'completions_total{finish_reason="cancelled"} 3.0' in client.get("/metrics").text
 
 
@@ -150,6 +227,11 @@ def test_health_models_metrics(client):
     text = client.get("/metrics").text
     for name in (
         "generated_tokens_total",
+        "requests_running",
+        "requests_waiting 0.0",
+        "calls_open",
+        "value_kv_tokens 0.0",
+        "step_seconds_total",
         "guidance_seconds_total",
         "prediction_error_ratio_count",
         "target_error_ratio_count",
@@ -158,6 +240,23 @@ def test_health_models_metrics(client):
         'requests_total{path="/v1/chat/completions",status="200"}',
     ):
         assert f"lenvm_{name}" in text, name
+
+
+def test_the_queue_and_the_kv_in_use_are_seen_while_they_are():
+    with serving(slow(tiny_engine(max_requests=2))) as client, ThreadPoolExecutor(5) as pool:
+        fields = {"max_tokens": 60, "ignore_eos": True, "track_length": True}
+        replies = [pool.submit(ask, client, seed=i, **fields) for i in range(5)]
+        seen: dict[str, float] = {}
+        while not all(r.done() for r in replies):
+            for line in client.get("/metrics").text.splitlines():
+                name, _, value = line.rpartition(" ")
+                if name.startswith("lenvm_"):
+                    seen[name] = max(seen.get(name, 0.0), float(value))
+        settle(client)
+    assert seen["lenvm_requests_waiting"] >= 2
+    assert seen["lenvm_requests_running"] == 2
+    assert seen["lenvm_kv_tokens"] > 60
+    assert seen["lenvm_value_kv_tokens"] > 60
 
 
 def test_log_lines_are_json_without_the_prompt(client, caplog):
@@ -213,6 +312,17 @@ def test_a_running_request_is_finished_when_the_server_is_told_to_stop():
             httpx.get(f"{client.base_url}/health")
 
 
+def test_what_runs_longer_than_the_drain_is_given_up():
+    with serving(slow(tiny_engine(), 0.05), drain_s=1.0) as client, ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(ask, client, **LONG)
+        while not client.state.loop.num_open:
+            time.sleep(0.005)
+        start = time.monotonic()
+        client.server.handle_exit(signal.SIGTERM, None)
+        assert reply.result(15).status_code == 503
+        assert 0.5 < time.monotonic() - start < 10
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
     """Tiny generator and value model on disk."""
@@ -228,24 +338,38 @@ def test_the_command_can_be_killed_starts_again_and_ends_well(folders, tmp_path)
     code = "import sys; sys.argv[0] = 'lenvm'; from lenvm.cli import main; main()"
     options = ["serve", "--model", str(folders[0]), "--lenvm", str(folders[1]), "--port"]
     env = {**os.environ, "PYTHONPATH": "src", "LENVM_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    port = 18_000 + os.getpid() % 2000
+    port = free_port()
     for sig, expected in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
         command = [sys.executable, "-c", code, *options, str(port)]
         with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
             try:
                 _wait_ready(port, process)
-                reply = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=CHAT)
+                url = f"http://127.0.0.1:{port}/v1/chat/completions"
+                reply = httpx.post(url, json=CHAT)
                 assert reply.status_code == 200
+                assert httpx.post(url, json=CHAT | {"n": 0}).status_code == 422
+                body = CHAT | LONG | {"stream": True}
+                with httpx.stream("POST", url, json=body, timeout=60) as answer:
+                    lines = answer.iter_lines()
+                    next(lines)
+                    process.send_signal(sig)
+                    if sig == signal.SIGTERM:  # what runs is finished
+                        assert [x for x in lines if x][-1] == "data: [DONE]"
             finally:
                 process.send_signal(sig)
                 _, errors = process.communicate(timeout=20)
         assert process.returncode == expected
         assert "Traceback" not in errors
+        banner, *logged = errors.splitlines()
+        assert banner.startswith("lenvm: serving")
+        assert any(json.loads(line).get("event") == "request" for line in logged)
+        assert "w8" not in errors
+        assert reply.json()["choices"][0]["message"]["content"] not in errors
     assert list(tmp_path.iterdir()) == []
 
 
-def _wait_ready(port: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
+def _wait_ready(port: int, process: subprocess.Popen, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
@@ -253,3 +377,38 @@ def _wait_ready(port: int, process: subprocess.Popen) -> None:
         except httpx.ConnectError:
             time.sleep(0.1)
     raise AssertionError("the server did not start")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_servers_start_at_once_on_one_empty_cache(tmp_path):
+    code = "import sys; sys.argv[0] = 'lenvm'; from lenvm.cli import main; main()"
+    env = {**os.environ, "PYTHONPATH": "src", "LENVM_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    ports = [free_port(), free_port()]
+    servers = [
+        subprocess.Popen([sys.executable, "-c", code, "serve", "--port", str(port)], env=env)
+        for port in ports
+    ]
+    try:
+        texts = []
+        for port, process in zip(ports, servers, strict=True):
+            _wait_ready(port, process, 600)
+            body = CHAT | {"temperature": 0, "length": {"equal_to": 9}}
+            url = f"http://127.0.0.1:{port}/v1/chat/completions"
+            reply = httpx.post(url, json=body, timeout=120).json()
+            assert reply["usage"]["completion_tokens"] == 9
+            texts.append(reply["choices"][0]["message"]["content"])
+        assert texts[0] == texts[1]
+    finally:
+        for process in servers:
+            process.send_signal(signal.SIGTERM)
+        for process in servers:
+            assert process.wait(30) == 0
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"smollm2-135m-instruct", ".smollm2-135m-instruct.lock"}

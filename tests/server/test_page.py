@@ -92,6 +92,10 @@ def test_a_run_can_be_stopped(page, slow_client):
     set_form(page, goal="at_least", number=300, most=400)
     page.click("#go")
     page.wait_for_selector(".answer.guided .tokens span:nth-child(6)", state="attached")
+    early = page.locator("path.line.guided").get_attribute("d")
+    page.wait_for_selector(".answer.guided .tokens span:nth-child(20)", state="attached")
+    assert page.locator("path.line.guided").get_attribute("d").count("L") > early.count("L")
+    assert "more expected" in page.locator(".answer.guided .figure").inner_text()
     page.keyboard.press("Escape")
     page.wait_for_selector("#share:not([hidden])")
     assert "stopped" in page.locator(".answer.guided .verdict").inner_text()
@@ -132,6 +136,18 @@ def test_a_saved_run_opens_offline(page, browser, tmp_path):
     assert saved.locator("path.line").count() == 2
     assert errors == []
     context.close()
+
+
+def test_the_api_is_described_with_examples(page, slow_client):
+    page.goto(f"{slow_client.base_url}/docs")
+    page.wait_for_selector("#operations .card:nth-child(9)")
+    card = page.locator('[id="post/v1/chat/completions"]')
+    assert f"curl -s {slow_client.base_url}".rstrip("/") in card.locator("pre").first.inner_text()
+    assert '"equal_to": 120' in card.locator("pre").first.inner_text()
+    assert "data: {" in card.locator("pre").nth(2).inner_text()
+    card.locator("summary").first.click()
+    assert "tilt" in card.locator("dl").nth(1).inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1000
 
 
 def test_goals_change_the_amount_and_no_control_hides_it(page):

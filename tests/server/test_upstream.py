@@ -1,7 +1,10 @@
 """A server before another one: answers, errors and streams come through as they are."""
 
 import json
+import socket
+import threading
 
+import httpx
 import pytest
 
 from evals.stub import Stub
@@ -9,7 +12,7 @@ from evals.stub import running as running_stub
 from lenvm.errors import InputError
 from lenvm.server.config import ServerConfig
 from lenvm.server.upstream import build_upstream_app
-from serving import ask, running, serving, stream
+from serving import ask, running, serving, settle, stream
 
 
 def before(url: str, engine: str = "lenvm", **options):
@@ -73,3 +76,36 @@ def test_a_key_for_the_other_server_replaces_the_clients():
         assert ask(front).status_code == 200
     with pytest.raises(InputError, match="http"):
         build_upstream_app("localhost:1", ServerConfig(), engine="vllm")
+
+
+def test_a_client_that_leaves_is_cancelled_there_too(client, front):
+    body = {"messages": [{"role": "user", "content": "w7"}], "max_tokens": 400}
+    body |= {"stream": True, "ignore_eos": True}
+    with front.stream("POST", "/v1/chat/completions", json=body) as reply:
+        next(reply.iter_lines())
+    settle(client, 5.0)
+
+
+def test_a_stream_that_breaks_off_there_breaks_off_here():
+    def serve_once(listener: socket.socket) -> None:
+        for _ in range(2):
+            connection, _ = listener.accept()
+            connection.recv(65_536)
+            head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+            connection.sendall(head + b"transfer-encoding: chunked\r\n\r\n9\r\ndata: {}\n\r\n")
+            connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve_once, args=(listener,), daemon=True)
+        thread.start()
+        with before(f"http://127.0.0.1:{listener.getsockname()[1]}") as front:
+            for _ in range(2):
+                seen: list[bytes] = []
+                with (
+                    front.stream("POST", "/v1/chat/completions", json={}) as reply,
+                    pytest.raises(httpx.RemoteProtocolError),
+                ):
+                    seen.extend(reply.iter_raw())
+                assert seen == [b"data: {}\n"]
+            assert front.get("/health").status_code == 200
+        thread.join(5)

@@ -149,7 +149,8 @@ def truncate(logits_RV: Tensor, params: list[SamplingParams]) -> Tensor:
         return logits_RV
     device = logits_RV.device
     temperature = torch.tensor([p.temperature or 1.0 for p in params], device=device)
-    logits = logits_RV.float() / temperature.unsqueeze(-1)
+    # as cold as 1e-6 is greedy already, and no logit overflows there
+    logits = logits_RV.float() / temperature.clamp(min=1e-6).unsqueeze(-1)
     floor = [i for i, p in enumerate(params) if p.min_p > 0 and p.temperature > 0]
     if floor:
         min_p = torch.tensor([params[i].min_p for i in floor], device=device).log()

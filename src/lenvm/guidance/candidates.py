@@ -157,4 +157,4 @@ def _apply_factors(log_probs_RK: Tensor, ids_RK: Tensor, truncation: Truncation)
     match = ids_RK.unsqueeze(-1) == truncation.factor_ids.unsqueeze(1)
     # at most one entry a token matches
     factor = torch.where(match, truncation.factors.unsqueeze(1) - 1.0, 0.0).sum(-1) + 1.0
-    return log_probs_RK / factor
+    return log_probs_RK / factor.clamp(min=1e-6)  # a certain token over 0 would be no number

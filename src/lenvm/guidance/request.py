@@ -46,7 +46,13 @@ class LengthControl(BaseModel):
     Validation raises ControlError with field, value and allowed range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        strict=True,
+        use_attribute_docstrings=True,
+    )
 
     equal_to: Tokens | None = None
     """Generate this many tokens."""

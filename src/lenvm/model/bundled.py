@@ -91,8 +91,11 @@ def convert_gguf(source: Path, target: Path, *, sha256: str | None = None) -> Pa
                 )
         print(f"Converting {source.name} (once, about a minute)", file=sys.stderr, flush=True)
         shutil.rmtree(target, ignore_errors=True)
+        prefix = f".{target.name}.partial-"
+        for killed in target.parent.glob(f"{prefix}*"):  # under the lock, so nobody's any more
+            shutil.rmtree(killed, ignore_errors=True)
         with explaining(target):
-            partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+            partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
             try:
                 _write_folder(source, partial)
                 partial.chmod(0o755)

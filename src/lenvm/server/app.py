@@ -18,6 +18,8 @@ from lenvm.server.state import ServerState
 PAGE_FILES = {
     "page.css": "text/css",
     "run.css": "text/css",
+    "docs.css": "text/css",
+    "docs.js": "text/javascript",
     "run.js": "text/javascript",
     "page.js": "text/javascript",
     "stream.js": "text/javascript",
@@ -70,6 +72,10 @@ def bare_app(config: ServerConfig, metrics: Any, lifespan: Callable[..., Any]) -
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return _page_file("index.html", "text/html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return _page_file("docs.html", "text/html")
 
     @app.get("/page/{name}", include_in_schema=False)
     async def page_file(name: str) -> Response:

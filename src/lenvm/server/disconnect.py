@@ -1,7 +1,7 @@
 """Clients that go away: their work is cancelled at once."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import TypeVar
 
@@ -22,19 +22,28 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
 
 
 class EventStream(Response):
-    """Server-sent events of an async generator, which is closed when the client goes away."""
+    """Server-sent events of an async generator, which is closed when the client goes away.
+
+    on_end runs when the answer is over, even where it never began and the generator never ran.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        self.events = events
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], on_end: Callable[[], None] | None = None
+    ) -> None:
+        self.events, self.on_end = events, on_end
         self.background = None
         self.status_code = 200
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientGone):
-            await _race(self._send(send), receive)
+        try:
+            with suppress(ClientGone):
+                await _race(self._send(send), receive)
+        finally:
+            if self.on_end is not None:
+                self.on_end()
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self.events):

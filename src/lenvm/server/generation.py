@@ -15,8 +15,10 @@ from starlette.responses import JSONResponse, Response
 from lenvm.engines.request import Completion, Request
 from lenvm.engines.sampling import SamplingParams
 from lenvm.errors import LenVMError
+from lenvm.server import examples
 from lenvm.server.disconnect import ClientGone, EventStream, while_connected
 from lenvm.server.errors import RESPONSES, ApiError, from_lenvm, refuse
+from lenvm.server.examples import answers
 from lenvm.server.loop import EngineError, Event, Ticket
 from lenvm.server.protocol import ChatRequest, CompletionRequest, Generation
 from lenvm.server.state import ServerState
@@ -49,7 +51,11 @@ def build_router(state: ServerState) -> APIRouter:
     """The two routes, for one server."""
     router = APIRouter(prefix="/v1", responses=RESPONSES, tags=["generation"])
 
-    @router.post("/chat/completions", summary="Answer a conversation, with the length asked for")
+    @router.post(
+        "/chat/completions",
+        summary="Answer a conversation, with the length asked for",
+        responses=answers(examples.CHAT, examples.CHUNK),
+    )
     async def chat_completions(body: ChatRequest, request: HttpRequest) -> Any:
         state.check_model(body.model)
         ids = await state.encoder.chat(
@@ -62,7 +68,11 @@ def build_router(state: ServerState) -> APIRouter:
         job = _job(state, "chat.completion", body, [ids], max_tokens, body.logprobs, top)
         return await _answer(state, job, request)
 
-    @router.post("/completions", summary="Continue a text, with the length asked for")
+    @router.post(
+        "/completions",
+        summary="Continue a text, with the length asked for",
+        responses=answers(examples.COMPLETION),
+    )
     async def completions(body: CompletionRequest, request: HttpRequest) -> Any:
         state.check_model(body.model)
         prompts = [await state.encoder.text(p) if isinstance(p, str) else p for p in _prompts(body)]
@@ -112,7 +122,7 @@ def _job(
                 body.length,
                 track=track,
                 index=index,
-                stream=body.stream,
+                stream=body.stream or (log_probs and kind == "text_completion"),
                 top_log_probs=top,
             )
             requests.append(request)
@@ -164,7 +174,8 @@ async def _answer(state: ServerState, job: Job, request: HttpRequest) -> Respons
         facts["prompt"] = job.body.model_dump(include={"messages", "prompt"})  # type: ignore[assignment]
     request.state.facts.update(facts)
     if job.body.stream:
-        return EventStream(_stream(state, job, ticket, request.state.facts))
+        events = _stream(state, job, ticket, request.state.facts)
+        return EventStream(events, lambda: state.loop.close(ticket))
     try:
         return await while_connected(request, _collect(state, job, ticket, request.state.facts))
     except ClientGone:
@@ -239,14 +250,14 @@ async def _stream(
         "created": job.created,
         "model": state.config.name,
     }
-    completions: list[Completion] = []
+    completions: dict[int, Completion] = {}
     begun: set[int] = set()
     try:
         async with _limited(state, ticket, facts), aclosing(ticket.events()) as events:  # type: ignore[type-var]
             async for event in events:
                 if event.completion is not None:
                     _raise_error(event.completion)
-                    completions.append(event.completion)
+                    completions[event.index] = event.completion
                 log_probs = (
                     token_log_probs(job.kind, [event], state.encoder) if job.log_probs else None
                 )
@@ -260,9 +271,10 @@ async def _stream(
         facts["error"] = str(error)
         yield sse(error.body())
         return
-    numbers = usage(job.num_prompt_tokens, completions)
+    ended = [completions[i] for i in sorted(completions)]
+    numbers = usage(job.num_prompt_tokens, ended)
     facts |= {"completion_tokens": numbers["completion_tokens"]}
-    facts |= {"finish_reason": [c.finish_reason for c in completions]}
+    facts |= {"finish_reason": [c.finish_reason for c in ended]}
     if job.body.stream_options is not None and job.body.stream_options.include_usage:
         yield sse(base | {"choices": [], "usage": numbers})
     yield sse("[DONE]")

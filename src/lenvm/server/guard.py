@@ -17,7 +17,7 @@ from lenvm.server.errors import ApiError
 from lenvm.server.metrics import Metrics
 
 log = logging.getLogger("lenvm.server")
-OPEN_PATHS = ("/", "/health", "/ready", "/openapi.json")
+OPEN_PATHS = ("/", "/docs", "/health", "/ready", "/openapi.json")
 """No key is asked for these, nor for the page's files."""
 
 
@@ -52,6 +52,11 @@ class Guard:
             await self.app(scope, _replay(body, receive), answer)
         except ApiError as error:
             await error.response()(scope, receive, answer)
+        except asyncio.CancelledError:  # by uvicorn, when the drain is over
+            if status:
+                raise
+            lost = ApiError(503, "the server went down before this was finished")
+            await lost.response()(scope, receive, answer)
         except Exception:
             log.exception("defect", extra={"event": "defect", "request_id": request_id})
             if status:

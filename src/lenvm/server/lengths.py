@@ -8,8 +8,10 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from lenvm.server import examples
 from lenvm.server.disconnect import ClientGone, while_connected
 from lenvm.server.errors import RESPONSES, ApiError, refuse
+from lenvm.server.examples import answers
 from lenvm.server.protocol import (
     CandidatesRequest,
     Message,
@@ -38,8 +40,9 @@ def build_router(state: ServerState) -> APIRouter:
                 400, "this server has no value model; start it with --lenvm FOLDER", param="model"
             )
         try:
-            async with asyncio.timeout(state.config.timeout_s):
-                found = await while_connected(request, work(state, reader, body))
+            with state.loop.calls():
+                async with asyncio.timeout(state.config.timeout_s):
+                    found = await while_connected(request, work(state, reader, body))
         except ClientGone:
             request.state.facts["client"] = "gone"
             return Response(status_code=499)
@@ -48,17 +51,25 @@ def build_router(state: ServerState) -> APIRouter:
         about = {"object": "list", "model": state.config.name, **reader.about()}
         return JSONResponse(about | found)
 
-    @router.post("/predict", summary="How long will the answers be?")
+    @router.post(
+        "/predict",
+        summary="How long will the answers be?",
+        responses=answers(examples.PREDICT),
+    )
     async def predict(body: PredictRequest, request: HttpRequest) -> Any:
         if body.budget is not None and reader is not None and not reader.has_distribution:
             raise refuse("budget", body.budget, "null: it needs the distribution head")
         return await serve(_predict, body, request)
 
-    @router.post("/values", summary="Values of texts, token by token")
+    @router.post(
+        "/values", summary="Values of texts, token by token", responses=answers(examples.VALUES)
+    )
     async def values(body: ValuesRequest, request: HttpRequest) -> Any:
         return await serve(_values, body, request)
 
-    @router.post("/candidates", summary="Values of next tokens")
+    @router.post(
+        "/candidates", summary="Values of next tokens", responses=answers(examples.CANDIDATES)
+    )
     async def candidates(body: CandidatesRequest, request: HttpRequest) -> Any:
         return await serve(_candidates, body, request)
 

@@ -10,14 +10,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lenvm.engines.request import Completion, Request
 from lenvm.engines.transformers import TransformersEngine
 from lenvm.errors import LenVMError
+from lenvm.guidance.scorer import CandidateScorer
 from lenvm.server.errors import ApiError
 from lenvm.server.metrics import Metrics
 
@@ -39,6 +40,8 @@ class Event:
     token_id: int | None
     text: str
     """What became certain with this token; may be empty."""
+    offset: int = 0
+    """Characters of the answer before `text`."""
     log_prob: float | None = None
     top_log_probs: Sequence[tuple[int, float]] = ()
     value: float | None = None
@@ -89,6 +92,8 @@ class EngineLoop:
         self.engine, self.metrics, self.max_waiting = engine, metrics, max_waiting
         self.num_open = 0
         """Completions that were admitted here and have not ended."""
+        self.num_calls = 0
+        """Value requests under way."""
         self.failed = False
         """The engine could not be brought back."""
         self.draining = False
@@ -104,9 +109,21 @@ class EngineLoop:
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "requests_running": ("In the batch", lambda: engine.num_running),
             "requests_open": ("Admitted, not ended", lambda: self.num_open),
+            "requests_waiting": (
+                "Admitted, not yet in the batch",
+                lambda: max(0, self.num_open - engine.num_running),
+            ),
+            "calls_open": ("Value requests under way", lambda: self.num_calls),
             "kv_tokens": ("Tokens in the generator's KV", lambda: engine.decoder.num_tokens),
             "kv_tokens_limit": ("Room for tokens in it", lambda: engine.max_tokens),
         }
+        scorer = engine.session.scorer if engine.session is not None else None
+        if isinstance(scorer, CandidateScorer):
+            decoder = scorer.decoder
+            gauges["value_kv_tokens"] = (
+                "Tokens in the value model's KV",
+                lambda: decoder.num_tokens,
+            )
         for name, (text, read) in gauges.items():
             metrics.gauge(name, text, read)
 
@@ -135,21 +152,12 @@ class EngineLoop:
         ApiError 429 where there is no room, 503 on the way down; errors of
         `engine.check` where one can never run.
         """
-        if self.failed or self.draining:
-            raise ApiError(
-                503, "the server is going down; try again in a moment", headers={"Retry-After": "5"}
-            )
+        self._check_up()
         for request in requests:
             self.engine.check(request)
         if self.num_open + len(requests) > self.capacity:
             rounds = 1 + self.num_open // max(1, self.engine.max_requests)
-            wait = max(1, round(self._mean_s * rounds / 2))
-            raise ApiError(
-                429,
-                f"all {self.capacity} places are taken; try again in about {wait} s",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": str(wait)},
-            )
+            raise _no_room(self.capacity, self._mean_s * rounds / 2)
         ticket = Ticket(requests, num_open=len(requests))
         self.num_open += len(requests)
         self._command(lambda: self._submit(ticket))
@@ -164,6 +172,24 @@ class EngineLoop:
         if ticket.num_open:
             ticket.num_open = 0
             self._command(lambda: self._cancel(ticket))
+
+    @contextmanager
+    def calls(self) -> Iterator[None]:
+        """A place for the calls of one HTTP request; as many as for completions (429, 503)."""
+        self._check_up()
+        if self.num_calls >= self.capacity:
+            raise _no_room(self.capacity, self._mean_s / 2)
+        self.num_calls += 1
+        try:
+            yield
+        finally:
+            self.num_calls -= 1
+
+    def _check_up(self) -> None:
+        if self.failed or self.draining:
+            raise ApiError(
+                503, "the server is going down; try again in a moment", headers={"Retry-After": "5"}
+            )
 
     async def call(self, function: Callable[[], T]) -> T:
         """The result of a function that runs in the engine's thread, between two steps."""
@@ -309,13 +335,24 @@ class EngineLoop:
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
+def _no_room(capacity: int, wait_s: float) -> ApiError:
+    wait = max(1, round(wait_s))
+    return ApiError(
+        429,
+        f"all {capacity} places are taken; try again in about {wait} s",
+        code="rate_limit_exceeded",
+        headers={"Retry-After": str(wait)},
+    )
+
+
 def _event(progress: _Progress) -> Event:
     """News of a completion since the last event: one token, or its end without one."""
     completion = progress.completion
     count = len(completion.token_ids)
     ended = completion.finish_reason is not None
     shown = completion.text if ended else completion.stream.settled if completion.stream else ""
-    text, progress.num_characters = shown[progress.num_characters :], len(shown)
+    offset = progress.num_characters
+    text, progress.num_characters = shown[offset:], len(shown)
     has_token = count > progress.num_sent
     progress.num_sent = count
     return Event(
@@ -323,6 +360,7 @@ def _event(progress: _Progress) -> Event:
         num_tokens=count,
         token_id=completion.token_ids[-1] if has_token else None,
         text=text,
+        offset=offset,
         log_prob=completion.log_probs[-1] if has_token else None,
         top_log_probs=completion.top_log_probs[-1] if completion.top_log_probs else (),
         value=completion.values[-1] if completion.values else None,

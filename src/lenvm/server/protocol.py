@@ -35,7 +35,7 @@ Text = Annotated[str, Field(max_length=4_000_000)]
 class Body(BaseModel):
     """Unknown fields, infinities and NaN are refused."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class TextPart(Body):

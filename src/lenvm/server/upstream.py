@@ -15,6 +15,7 @@ import httpx
 from fastapi import FastAPI
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from lenvm.errors import ControlError, InputError
 from lenvm.evals.wire import wrap_control
@@ -108,10 +109,17 @@ class _PassedStream(EventStream):
 
     def __init__(self, answer: httpx.Response) -> None:
         super().__init__(_chunks(answer))
+        self.answer = answer
         self.status_code = answer.status_code
         self.raw_headers = [
             (k.lower(), v) for k, v in answer.headers.raw if k.decode().lower() not in OWN_HEADERS
         ]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.answer.aclose()
 
 
 async def _chunks(answer: httpx.Response) -> AsyncGenerator[bytes, None]:
@@ -121,8 +129,6 @@ async def _chunks(answer: httpx.Response) -> AsyncGenerator[bytes, None]:
     except httpx.HTTPError as error:
         log.warning("upstream broke off: %s", error, extra={"event": "upstream_broke_off"})
         raise
-    finally:
-        await answer.aclose()
 
 
 def _pass_on(request: HttpRequest) -> dict[str, str]:

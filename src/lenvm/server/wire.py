@@ -31,15 +31,22 @@ def length_state(event: Event) -> Json | None:
 
 
 def usage(num_prompt_tokens: int, completions: Sequence[Completion]) -> Json:
-    """Token counts, and the length that was predicted before the first token."""
+    """Token counts, and the length that was predicted before the first token: one number, or for
+    several prompts `predicted_lengths`, in their order. completions: in the order of the choices.
+    """
     num = sum(len(c.token_ids) for c in completions)
     counts: Json = {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num,
         "total_tokens": num_prompt_tokens + num,
     }
-    predicted = [c.predicted_length for c in completions if c.predicted_length is not None]
-    return counts | ({"lenvm": {"predicted_length": predicted[0]}} if predicted else {})
+    predicted = [c.predicted_length for c in completions if c.request.index == 0]
+    if any(length is None for length in predicted):
+        return counts
+    many = len(predicted) > 1
+    return counts | {
+        "lenvm": {"predicted_lengths": predicted} if many else {"predicted_length": predicted[0]}
+    }
 
 
 def token_log_probs(kind: Kind, events: Sequence[Event], names: PromptEncoder) -> Json:
@@ -51,7 +58,7 @@ def token_log_probs(kind: Kind, events: Sequence[Event], names: PromptEncoder) -
             "tokens": [names.name(e.token_id) for e in given if e.token_id is not None],
             "token_logprobs": [e.log_prob for e in given],
             "top_logprobs": [dict(top) for top in tops],
-            "text_offset": [],
+            "text_offset": [e.offset for e in given],
         }
     content = []
     for event, top in zip(given, tops, strict=True):

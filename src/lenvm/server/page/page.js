@@ -100,7 +100,7 @@
     $("go").disabled = on;
     $("stop").disabled = !on;
     $("share").hidden = on || $("run").hidden;
-    $("examples").hidden = $("intro").hidden = true;
+    $("examples").hidden = $("intro").hidden = $("how").hidden = true;
     if (on) $("status").textContent = "Generating.";
   }
 

@@ -50,11 +50,24 @@ const lenvmRun = (() => {
     return [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
   }
 
-  /** A top that lone spikes do not decide. */
-  function usual(numbers) {
+  /** A top that lone spikes do not decide: a little over what this share of the numbers keeps to. */
+  function usual(numbers, share) {
     if (!numbers.length) return 0;
     const sorted = [...numbers].sort((a, b) => a - b);
-    return Math.min(sorted[sorted.length - 1], 1.25 * sorted[Math.floor(0.97 * (sorted.length - 1))]);
+    return Math.min(sorted[sorted.length - 1], 1.25 * sorted[Math.floor(share * (sorted.length - 1))]);
+  }
+
+  /** [x, y] points as a path. */
+  const toPath = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
+
+  /** Each number with the few before it, so that the eye sees the way and not the jitter. */
+  function smooth(points) {
+    let mean = 0, weight = 0;
+    return points.map(([t, n]) => {
+      mean = 0.75 * mean + n;
+      weight = 0.75 * weight + 1;
+      return [t, mean / weight];
+    });
   }
 
   class Answer {
@@ -77,6 +90,10 @@ const lenvmRun = (() => {
       this.text.tabIndex = 0;
       this.text.setAttribute("role", "group");
       this.text.setAttribute("aria-label", `Answer, ${title}. Arrow keys walk through its tokens.`);
+      this.follows = !run.finish; // the newest token stays in sight until the reader scrolls away
+      this.text.addEventListener("scroll", () => {
+        this.follows = this.text.scrollTop + this.text.clientHeight > this.text.scrollHeight - 40;
+      });
       this.detail = make(this.card, "p", "detail");
       this.text.addEventListener("pointerover", (event) => this.point(this.spans.indexOf(event.target)));
       this.text.addEventListener("pointerleave", () => this.point(-1));
@@ -86,7 +103,7 @@ const lenvmRun = (() => {
         if (!move || !this.spans.length) return;
         event.preventDefault();
         const from = this.at === undefined || this.at < 0 ? (move > 0 ? -move : this.spans.length) : this.at;
-        this.point(Math.min(this.spans.length - 1, Math.max(0, from + move)));
+        this.point(Math.min(this.spans.length - 1, Math.max(0, from + move)), true);
       });
     }
 
@@ -99,14 +116,17 @@ const lenvmRun = (() => {
         span.style.setProperty("--much", `${Math.round(100 * Math.abs(far) ** 0.7)}%`);
       }
       this.spans.push(span);
+      if (this.follows) this.text.scrollTop = this.text.scrollHeight;
     }
 
-    point(index) {
+    /** Mark a token; with keys it is brought into sight, too. */
+    point(index, keys = false) {
       if (this.at >= 0 && this.spans[this.at]) this.spans[this.at].classList.remove("at");
       this.at = index;
       const token = this.run.tokens[index];
       if (token) {
         this.spans[index].classList.add("at");
+        if (keys) this.spans[index].scrollIntoView({ block: "nearest" });
         const rest = token.remaining == null ? "" : `, about ${tokens(Math.round(token.remaining))} to come`;
         this.detail.textContent = `${tokens(index + 1)}${rest}`;
       } else this.detail.textContent = "";
@@ -120,7 +140,9 @@ const lenvmRun = (() => {
       const last = run.tokens[length - 1];
       const rest = run.finish ? 0 : last ? last.remaining ?? 0 : run.predicted ?? 0;
       this.figure.textContent = length.toLocaleString("en");
-      make(this.figure, "small", "", run.finish || !rest ? (length === 1 ? " token" : " tokens") : ` tokens, about ${Math.round(rest).toLocaleString("en")} to come`);
+      const of = this.target && this.goal.kind === "equal_to" && !run.finish ? ` of ${this.goal.amount}` : "";
+      const more = run.finish || !rest ? "" : `, ${Math.round(rest).toLocaleString("en")} more expected`;
+      make(this.figure, "small", "", `${of} token${length === 1 && !of ? "" : "s"}${more}`);
       const percent = (n) => `${Math.min(100, (100 * n) / scale)}%`;
       this.done.style.width = percent(length);
       this.rest.style.width = percent(length + rest);
@@ -145,9 +167,13 @@ const lenvmRun = (() => {
       root.classList.add("run");
       const curve = make(root, "div", "card curve");
       const head = make(curve, "div", "curve-head");
-      make(head, "h2", "", "Tokens to come, as the model expects them");
+      make(head, "h2", "", "Tokens the model still expects to write");
       const keys = make(head, "div", "keys");
-      this.chart = draw(curve, "svg", { class: "chart", role: "img", "aria-label": "Predicted remaining tokens against tokens written" });
+      this.chart = draw(curve, "svg", { class: "chart", role: "img", "aria-label": "Expected remaining tokens against tokens written" });
+      const legend = make(curve, "p", "legend");
+      legend.append("far from the end");
+      make(legend, "i");
+      legend.append("about to end");
       const answers = make(root, "div", "answers");
       this.answers = record.runs.map((run) => new Answer(answers, goalOf(run.control) ? "guided" : "free", run, this));
       for (const answer of this.answers) {
@@ -162,10 +188,6 @@ const lenvmRun = (() => {
         make(key, "i");
         key.append(`straight to ${this.target.amount}`);
       }
-      const legend = make(root, "p", "legend");
-      legend.append("far from its end");
-      make(legend, "i");
-      legend.append("about to end");
       this.observer = new ResizeObserver(() => this.redraw());
       this.observer.observe(this.chart);
       this.redraw();
@@ -213,7 +235,8 @@ const lenvmRun = (() => {
       });
       const scale = 1.08 * Math.max(8, goal, longest, ...expected);
       for (const answer of this.answers) answer.refresh(scale);
-      const high = 1.05 * Math.max(8, goal, ...runs.flatMap((r) => [r.predicted ?? 0, usual(r.tokens.map((t) => t.remaining ?? 0))]));
+      const tops = runs.flatMap((r) => [r.predicted ?? 0, usual(r.tokens.map((t) => t.remaining ?? 0), r.control || runs.length < 2 ? 0.97 : 0.8)]);
+      const high = 1.05 * Math.max(8, goal, ...tops);
       this.paintChart(scale, high);
     }
 
@@ -235,9 +258,13 @@ const lenvmRun = (() => {
       for (const { run, side } of [...this.answers].reverse()) {
         const points = [[0, run.predicted], ...run.tokens.map((t, i) => [i + 1, t.remaining])].filter(([, n]) => n != null);
         if (!points.length) continue;
-        const path = points.map(([t, n], i) => `${i ? "L" : "M"}${x(t).toFixed(1)} ${y(n).toFixed(1)}`).join("");
-        draw(svg, "path", { class: `line ${side}`, d: path });
-        const [t, n] = points[points.length - 1];
+        const ended = run.finish === "stop" && points[points.length - 1][1] === 0;
+        const trend = smooth(ended ? points.slice(0, -1) : points);
+        if (ended) trend.push(points[points.length - 1]);
+        const place = ([t, n]) => [x(t), y(n)];
+        draw(svg, "path", { class: `jitter ${side}`, d: toPath(points.map(place)) });
+        draw(svg, "path", { class: `line ${side}`, d: toPath(trend.map(place)) });
+        const [t, n] = trend[trend.length - 1];
         draw(svg, "circle", { class: `dot ${side}`, cx: x(t), cy: y(n), r: 4 });
       }
       if (this.cursor) draw(svg, "line", { class: "cursor", x1: x(this.cursor), x2: x(this.cursor), y1: above, y2: bottom });
