@@ -61,11 +61,14 @@ def check_families(device: str, num_calls: int = 60) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def check_model(scorer: Any, prefixes: list[int], num_candidates: int) -> dict[str, Any]:
-    """max |z - z'| of every candidate against a plain forward over its whole sequence.
+def check_model(
+    scorer: Any, prefixes: list[int], num_candidates: int, num_compared: int
+) -> dict[str, Any]:
+    """max |z - z'| of candidates against a plain forward over the whole sequence of each.
 
-    Also the spread of z, which says what the error is to be compared with, and the error of the
-    plain forward itself when its sequences are batched otherwise.
+    Two steps, the second on committed candidates; of each, `num_compared` candidates spread over
+    the rows, the longest prefixes included. Also the spread of z, which says what the error is to
+    be compared with, and how far two plain forwards (batched or not) are apart.
     """
     model, decoder = scorer.model, scorer.decoder
     generator = torch.Generator().manual_seed(0)
@@ -77,32 +80,41 @@ def check_model(scorer: Any, prefixes: list[int], num_candidates: int) -> dict[s
     candidates = torch.randint(
         decoder.vocab_size, (len(ids), num_candidates), generator=generator
     ).to(decoder.device)
-    first = decoder.add(prompts)[:, 0].float()
-    errors, spread = [], []
-    for step in range(2):  # the second step stands on committed candidates
-        got = decoder.peek(ids, candidates)[..., 0].float()
-        for row, request_id in enumerate(ids):
-            expected = plain_z(model, prompts[request_id], candidates[row])
-            errors.append((got[row] - expected).abs().max())
+    decoder.add(prompts)
+    errors, spread, apart = [], [], []
+    for step in range(2):
+        got = decoder.peek(ids, candidates, num_candidates=candidates.numel())[..., 0].float()
+        picked = torch.randperm(candidates.numel(), generator=generator)[:num_compared].tolist()
+        longest = prefixes.index(max(prefixes)) * num_candidates
+        for index in {*picked, longest}:
+            row, column = divmod(index, num_candidates)
+            prompt, token = prompts[ids[row]], candidates[row, column : column + 1]
+            expected = plain_z(model, prompt, token)
+            errors.append((got[row, column] - expected).abs().max())
             spread.append(expected)
-        decoder.commit(ids, candidates[:, step], peeked=True)
+            if len(prompt) < 1000 and len(apart) < 8:
+                apart.append((plain_z(model, prompt, token, copies=4) - expected).abs().max())
+        decoder.commit(ids, candidates[:, step].clone(), peeked=True)
         for row, request_id in enumerate(ids):
             prompts[request_id].append(int(candidates[row, step]))
+    runner = decoder._runner
+    fused = runner.choose(runner._last[1].num_tokens) if hasattr(runner, "choose") else None
     decoder.remove(ids)
     return {
-        "prefixes": prefixes,
+        "requests": len(prefixes),
+        "longest_prefix": max(prefixes),
+        "compared": len(errors),
+        "fused": list(fused.tiles) if fused is not None else [],
         "max_error_z": float(torch.stack(errors).max()),
+        "max_apart_z_of_plain_forwards": float(torch.stack(apart).max()) if apart else None,
         "std_z": float(torch.cat(spread).std()),
-        "first_z": [round(z, 3) for z in first.tolist()],
     }
 
 
-def plain_z(model: Any, prompt: list[int], candidates_K: Tensor) -> Tensor:
-    """z after each candidate, every candidate in a forward of its own: [K]."""
-    prefix = torch.tensor(prompt, device=candidates_K.device)
-    out = []
-    for token in candidates_K:
-        sequence = torch.cat([prefix, token.view(1)]).unsqueeze(0)
-        hidden = model.backbone(input_ids=sequence, use_cache=False).last_hidden_state[0, -1]
-        out.append(model.head(hidden)[0].float())
-    return torch.stack(out)
+def plain_z(model: Any, prompt: list[int], token: Tensor, copies: int = 1) -> Tensor:
+    """z after prompt + token [1], as one of so many equal rows of a batch: [1]."""
+    sequence = torch.cat([torch.tensor(prompt, device=token.device), token]).unsqueeze(0)
+    inputs = sequence.expand(copies, -1)
+    hidden = model.backbone(input_ids=inputs, use_cache=False).last_hidden_state[-1, -1]
+    z: Tensor = model.head(hidden).float()
+    return z[:1]

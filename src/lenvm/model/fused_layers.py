@@ -55,6 +55,10 @@ class FusedLayers:
         self.num_heads = int(config.num_attention_heads)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
         self.head_size = int(head_size)
+        like = next(backbone.parameters()).new_empty(1, 1, 1)
+        places = torch.tensor([[1, 7, 100]], device=like.device)
+        turns = torch.stack(backbone.rotary_emb(like, places))
+        self.halves_turn_alike = torch.equal(*turns.chunk(2, -1))
         self.layers = [
             _build_layer(i, layer, *settings[i]) for i, layer in enumerate(backbone.layers)
         ]
@@ -92,7 +96,8 @@ class FusedLayers:
         if any(getattr(first, name)[1] is not None for name in tiles if name != "qkv"):
             return False
         head_size = shape.head_size
-        turns = head_size >= 16 and head_size & (head_size - 1) == 0 and first.head_norms is None
+        plain_turn = self.halves_turn_alike and first.head_norms is None
+        turns = plain_turn and head_size >= 16 and head_size & (head_size - 1) == 0
         return turns or "qkv" not in tiles
 
     def __call__(self, tokens_N: Tensor, positions_N: Tensor, plan: CudaPlan) -> Tensor:

@@ -296,8 +296,17 @@ def _out_kernel(
     n_offs = column * BN + tl.arange(0, BN)
     if SPLITS == 1:
         _add_to_residual(
-            acc, residual_ptr, norm_ptr, out_ptr, squares_ptr, m_offs, n_offs, column, num_tokens, SIZE
-        )  # fmt: skip
+            acc,
+            residual_ptr,
+            norm_ptr,
+            out_ptr,
+            squares_ptr,
+            m_offs,
+            n_offs,
+            column,
+            num_tokens,
+            SIZE,
+        )
     else:
         which = tile * tl.num_programs(1) + column
         inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
@@ -311,8 +320,17 @@ def _out_kernel(
                 acc += tl.load(base + part * (BM * BN) + inside, cache_modifier=".cg")
             tl.store(count_ptr + which, 0)
             _add_to_residual(
-                acc, residual_ptr, norm_ptr, out_ptr, squares_ptr, m_offs, n_offs, column, num_tokens, SIZE
-            )  # fmt: skip
+                acc,
+                residual_ptr,
+                norm_ptr,
+                out_ptr,
+                squares_ptr,
+                m_offs,
+                n_offs,
+                column,
+                num_tokens,
+                SIZE,
+            )
 
 
 def project_out(
