@@ -476,6 +476,57 @@ def run_model(
         write(result, arguments.out)
 
 
+def measure_generate(num_requests: int = 8, num_tokens: int = 64) -> dict[str, Any]:
+    """`lenvm generate`'s engine with and without control, on the bundled models: tokens/s.
+
+    Every answer has `num_tokens` tokens: with control because it is asked for, without because
+    ending is banned. Arms take turns; medians.
+    """
+    from lenvm.cli._inputs import load_value_model
+    from lenvm.engines.sampling import SamplingParams
+    from lenvm.engines.transformers import Request, TransformersEngine
+    from lenvm.guidance.request import LengthControl
+    from lenvm.model.device import pick_dtype
+    from lenvm.model.tokenization import encode_prompt
+
+    value_model = load_value_model(None, device="cpu")
+    engine = TransformersEngine.load("smollm2", value_model, dtype=pick_dtype("cpu"))
+    prompt = [{"role": "user", "content": "Explain how a bicycle keeps its balance."}]
+    ids = tuple(encode_prompt(engine.tokenizer, prompt))
+    banned = dict.fromkeys(engine.eos_token_ids, -100.0)
+
+    def run(control: LengthControl | None, length: int) -> float:
+        requests = [
+            Request(
+                id=str(i),
+                prompt_token_ids=ids,
+                sampling=SamplingParams(
+                    max_tokens=length, seed=i, logit_bias={} if control else banned
+                ),
+                control=control,
+            )
+            for i in range(num_requests)
+        ]
+        start = time.perf_counter()
+        made = sum(len(c.token_ids) for c in engine.generate(requests))
+        return made / (time.perf_counter() - start)
+
+    controls = {"without": None, "with": LengthControl(equal_to=num_tokens)}
+    run(controls["with"], 8), run(None, 8)
+    rates: dict[str, list[float]] = {name: [] for name in controls}
+    for _ in range(3):
+        for name, control in controls.items():
+            rates[name].append(run(control, num_tokens))
+    found = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "requests": num_requests,
+        "tokens_each": num_tokens,
+        "tokens_per_s_without": found["without"],
+        "tokens_per_s_with": found["with"],
+        "speed_with_over_without": found["with"] / found["without"],
+    }
+
+
 def run_truth(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Real weights, prefixes to 8k tokens, and a step as wide as the headline's."""
     from scorer_truth import check_model
@@ -605,6 +656,10 @@ def main() -> None:
         ]
         for record in result["family_checks"]:
             print(record, flush=True)
+        write(result, arguments.out)
+    if arguments.device == "cpu" and not shapes:
+        result["generate"] = measure_generate()
+        print(json.dumps(result["generate"]), flush=True)
         write(result, arguments.out)
     for name in [*arguments.models, *shapes]:
         run_model(name, result, arguments, deadline)
