@@ -641,6 +641,12 @@ def main() -> None:
         merge_earlier(result, arguments.out)
     if arguments.tune:
         result["tuned"] = run_tuner(shapes, headline, arguments)
+    if arguments.truth and arguments.tune:
+        from scorer_truth import check_fused
+
+        result["fused_checks"] = check_fused(arguments.device)
+        for record in result["fused_checks"]:
+            print(record, flush=True)
     for name in arguments.truth:
         result["model_checks"] = [
             c for c in result["model_checks"] if c["model"] != Path(name).name

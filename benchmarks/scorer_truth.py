@@ -4,6 +4,7 @@
 tests/model). `check_model`: a big model with prefixes up to 8k tokens, errors in the logit z.
 """
 
+import dataclasses
 import sys
 import time
 import traceback
@@ -15,7 +16,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from model.families import FAMILIES, VOCAB, build
+from model.families import FAMILIES, FUSED, VOCAB, build
 from model.ragged_machine import History, run_random_history
 
 CASES = [(family, torch.float32, True) for family in FAMILIES] + [
@@ -26,6 +27,8 @@ CASES = [(family, torch.float32, True) for family in FAMILIES] + [
     ("mistral", torch.bfloat16, True),
 ]
 """Family, dtype, CUDA graphs."""
+FUSED_CASES = [(family, pdl) for family in ("qwen2", "llama", "mistral") for pdl in (False, True)]
+"""Family in bf16 with every product fused, programmatic dependent launch."""
 
 
 class DeviceHistory(History):
@@ -37,27 +40,58 @@ class DeviceHistory(History):
 
 def check_families(device: str, num_calls: int = 60) -> list[dict[str, Any]]:
     """One record per case: ok, or what went wrong."""
-    records = []
-    for family, dtype, graphs in CASES:
-        record: dict[str, Any] = {"family": family, "dtype": str(dtype), "graphs": graphs}
-        start = time.perf_counter()
-        try:
-            history = DeviceHistory(
-                build(family, dtype=dtype, hidden_size=128).to(device),
-                max_tokens=1500,
-                max_requests=8,
-                max_candidates=9,
-                cuda_graphs=graphs,
-            )
-            record["fused"] = getattr(history.decoder._runner, "is_fused", False)
-            run_random_history(history, 1, num_calls, VOCAB)
-            record |= {"ok": True, "compared": history.num_compared, "worst": history.worst}
-        except Exception as error:  # a case that fails must not hide the others
-            where = traceback.format_exc().splitlines()[-6:]
-            record |= {"ok": False, "error": repr(error), "where": where}
-        record["seconds"] = round(time.perf_counter() - start, 1)
-        records.append(record)
+    records = [
+        _check({"family": f, "dtype": str(dtype), "graphs": graphs}, device, dtype, num_calls)
+        for f, dtype, graphs in CASES
+    ]
+    if device == "cuda" and torch.cuda.get_device_capability() >= (9, 0):
+        records += check_fused(device, num_calls)
     return records
+
+
+def check_fused(device: str, num_calls: int = 60) -> list[dict[str, Any]]:
+    """The same with all products fused, whatever was measured to be faster."""
+    dtype = torch.bfloat16
+    return [
+        _check(
+            {"family": family, "dtype": str(dtype), "graphs": True, "products": True, "pdl": pdl},
+            device,
+            dtype,
+            num_calls,
+            dataclasses.replace(FUSED, pdl=pdl),
+        )
+        for family, pdl in FUSED_CASES
+    ]
+
+
+def _check(
+    record: dict[str, Any],
+    device: str,
+    dtype: torch.dtype,
+    num_calls: int,
+    choices: Any = None,
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        history = DeviceHistory(
+            build(record["family"], dtype=dtype, hidden_size=128).to(device),
+            max_tokens=1500,
+            max_requests=8,
+            max_candidates=9,
+            cuda_graphs=record["graphs"],
+        )
+        runner: Any = history.decoder._runner
+        record["fused"] = getattr(runner, "is_fused", False)
+        if choices is not None:
+            assert runner._forward.can_run(choices, 64)
+            runner.choose = lambda num_tokens: choices
+        run_random_history(history, 1, num_calls, VOCAB)
+        record |= {"ok": True, "compared": history.num_compared, "worst": history.worst}
+    except Exception as error:  # a case that fails must not hide the others
+        where = traceback.format_exc().splitlines()[-6:]
+        record |= {"ok": False, "error": repr(error), "where": where}
+    record["seconds"] = round(time.perf_counter() - start, 1)
+    return record
 
 
 @torch.inference_mode()
