@@ -558,7 +558,7 @@ def run_tuner(
     command = [sys.executable, str(ROOT / "benchmarks" / "scorer_kernels.py"), "--out", str(out)]
     command += ["--prefix", str(point["prefix"]), "--shapes", *shapes, "--points", step]
     try:
-        subprocess.run([*command, "--budget-s", "75"], check=True, timeout=100)
+        subprocess.run([*command, "--budget-s", "70"], check=True, timeout=90)
     except subprocess.SubprocessError as error:
         print(f"the tuner failed, plain kernels run: {error}", flush=True)
     found: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
@@ -641,19 +641,6 @@ def main() -> None:
         merge_earlier(result, arguments.out)
     if arguments.tune:
         result["tuned"] = run_tuner(shapes, headline, arguments)
-    if arguments.truth and arguments.tune:
-        from scorer_truth import check_fused
-
-        result["fused_checks"] = check_fused(arguments.device)
-        for record in result["fused_checks"]:
-            print(record, flush=True)
-    for name in arguments.truth:
-        result["model_checks"] = [
-            c for c in result["model_checks"] if c["model"] != Path(name).name
-        ]
-        run_truth(name, result, arguments)
-        if arguments.device == "cuda":
-            torch.cuda.empty_cache()
     if arguments.check:
         from scorer_truth import check_families
 
@@ -671,6 +658,22 @@ def main() -> None:
         run_model(name, result, arguments, deadline)
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
+    if arguments.truth and arguments.tune:
+        from scorer_truth import check_fused
+
+        result["fused_checks"] = check_fused(
+            arguments.device, 40, [("qwen2", False), ("qwen2", True)]
+        )
+        for record in result["fused_checks"]:
+            print(record, flush=True)
+    for name in arguments.truth:
+        result["model_checks"] = [
+            c for c in result["model_checks"] if c["model"] != Path(name).name
+        ]
+        run_truth(name, result, arguments)
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
+    write(result, arguments.out)
     show(result)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def check_families(device: str, num_calls: int = 60) -> list[dict[str, Any]]:
     return records
 
 
-def check_fused(device: str, num_calls: int = 60) -> list[dict[str, Any]]:
+def check_fused(
+    device: str, num_calls: int = 60, cases: Sequence[tuple[str, bool]] = FUSED_CASES
+) -> list[dict[str, Any]]:
     """The same with all products fused, whatever was measured to be faster."""
     dtype = torch.bfloat16
     return [
@@ -60,7 +63,7 @@ def check_fused(device: str, num_calls: int = 60) -> list[dict[str, Any]]:
             num_calls,
             dataclasses.replace(FUSED, pdl=pdl),
         )
-        for family, pdl in FUSED_CASES
+        for family, pdl in cases
     ]
 
 

@@ -120,10 +120,19 @@ class FusedLayers:
                 )
             else:
                 weight, bias = layer.qkv
-                qkv = F.linear(rows.x, weight, bias if rows.squares is None else None)
-                lacks = (None, None) if rows.squares is None else (rows.squares, bias)
+                squares = rows.squares
+                qkv = F.linear(rows.x, weight, bias if squares is None else None)
                 kernels.rotate_and_store(
-                    qkv, cos, sin, layer.head_norms, eps, *to, *lacks, rows.x.shape[1], pdl
+                    qkv,
+                    cos,
+                    sin,
+                    layer.head_norms,
+                    eps,
+                    *to,
+                    squares,
+                    None if squares is None else bias,
+                    rows.x.shape[1],
+                    pdl,
                 )
             attended = plan.attend_stored(layer.index, q, layer.scale, layer.window).flatten(1)
             rows = self._add(attended, layer.out, residual, layer.mlp_norm, choices.out, pdl)
