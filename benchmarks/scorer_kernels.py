@@ -1,16 +1,29 @@
-"""Where a step's time goes, kernel by kernel, and variants of the attention kernel; GPU only.
+"""Which kernels run a step fastest, and right: measured on a GPU, written to `kernel_choices.json`.
 
-    python benchmarks/scorer_kernels.py [--rows 64 --mean 8 --prefix 1024 --shape 0.5b]
+    python benchmarks/scorer_kernels.py --shapes 0.5b --points 64x8            # about 80 s
+    python benchmarks/scorer_kernels.py --shapes 0.5b 1.5b --points 64x8 16x8 1x8 64x16
+    python benchmarks/scorer_kernels.py --keep FILE     # an --out of another machine
 
-Each piece runs for all layers in turn (so that nothing stays in the L2 cache by accident) inside
-one CUDA graph; the figure is microseconds a layer. A guide for tuning, not a result file.
+1. Each place of a layer (q/k/v, output, gate and up, down; attention) alone: cuBLAS with its small
+   kernels against fused products in several tiles. Each variant runs for all layers in turn, with
+   weights and keys of their own (nothing stays in the L2 cache by accident), inside one CUDA graph.
+2. Whole steps with the winners, in every combination of fused and not, with and without
+   programmatic dependent launch, as the decoder runs them; each must be as near to an fp32 forward
+   of the same weights as the plain kernels are. The fastest is kept.
+
+Kernels are compiled beforehand by several processes at once (`--compile-part`).
 """
 
 import argparse
+import copy
+import itertools
 import json
+import os
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +33,178 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
-from lenvm.model import kernels  # noqa: E402
-from scorer import SHAPES, draw_counts  # noqa: E402
+from lenvm.model import kernel_choices, kernels, products  # noqa: E402
+from lenvm.model.kernel_choices import AttentionChoice, Choices, Tile  # noqa: E402
+from lenvm.model.products import Rows  # noqa: E402
+
+NUM_COMPILERS = 8
+PLAIN = "cublas"
+
+
+def tiles_of(place: str, num_tokens: int, head_size: int) -> list[Tile]:
+    """Tiles worth trying; those that compile for sm_90 without spilling in the loop."""
+    if place == "qkv":
+        every = [
+            Tile(64, head_size, 64, 1, 4, 4),
+            Tile(128, head_size, 64, 1, 8, 4),
+            Tile(64, head_size, 128, 1, 4, 3),
+        ]
+    elif place == "gate_up":
+        every = [
+            Tile(128, 64, 64, 1, 8, 4),
+            Tile(128, 128, 64, 1, 8, 3),
+            Tile(256, 64, 64, 1, 8, 3),
+            Tile(64, 64, 64, 1, 4, 4),
+            Tile(64, 128, 64, 1, 4, 4),
+        ]
+    else:
+        long = place == "down"
+        every = [
+            Tile(64, 128, 64, 4 if long else 1, 4, 4),
+            Tile(128, 128, 64, 4 if long else 2, 8, 4),
+            Tile(128, 64, 64, 4 if long else 1, 4, 4),
+            Tile(64, 64, 64, 8 if long else 2, 4, 4),
+            *([Tile(128, 128, 64, 8, 8, 4), Tile(256, 128, 64, 8, 8, 3)] if long else []),
+        ]
+    return [t for t in every if t.BM == 64 or num_tokens > t.BM // 2]
+
+
+ATTENTION = [
+    AttentionChoice(block, waves, stages, merges)
+    for block, waves, stages in [
+        (64, 2, 3), (64, 4, 3), (64, 2, 5), (64, 4, 5), (64, 8, 5), (128, 4, 5), (32, 4, 5),
+    ]
+    for merges in (False, True)
+]  # fmt: skip
+
+
+class Places:
+    """The places of a layer with inputs of a step's sizes, and every variant of each."""
+
+    def __init__(
+        self, name: str, batch: int, mean: int, prefix: int, num_layers: int, device: str
+    ) -> None:
+        from scorer import SHAPES, draw_counts
+
+        shape = SHAPES[name]
+        self.heads, self.num_kv = shape["num_attention_heads"], shape["num_key_value_heads"]
+        self.hidden, self.inner = shape["hidden_size"], shape["intermediate_size"]
+        self.layers = min(num_layers, shape["num_hidden_layers"])
+        self.size, page = self.hidden // self.heads, 64
+        counts = draw_counts(batch, mean)
+        n = self.tokens = sum(counts)
+        self.width, self.batch = kernels.next_power_of_2(max(counts)), batch
+        self.kind: dict[str, Any] = {
+            "device": device,
+            "dtype": torch.bfloat16 if device == "cuda" else torch.float32,
+        }
+        columns = -(-prefix // page) + 1
+        num_pages = batch * columns + 1
+        layers, num_kv, size = self.layers, self.num_kv, self.size
+        self.data = torch.randn(layers, 2, num_pages, page, num_kv, size, **self.kind)
+        self.stash = torch.randn(layers, 2, n, num_kv, size, **self.kind)
+        order = torch.randperm(num_pages - 1, device=device)[: batch * columns] + 1
+        self.table = order.view(batch, -1).to(torch.int32)
+        ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        self.row_ids = torch.arange(batch, **ints)
+        self.lengths = torch.full((batch,), prefix, **ints)
+        self.first = torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32)
+        self.places = torch.arange(n, device=device)
+        self.q, self.attended = torch.randn(2, n, self.heads, size, **self.kind)
+        self.residual, self.y = torch.randn(2, n, self.hidden, **self.kind)
+        self.rows = Rows(torch.randn(n, self.hidden, **self.kind))
+        self.activated = torch.randn(n, self.inner, **self.kind)
+        self.norm = torch.randn(self.hidden, **self.kind)
+        self.cos, self.sin = torch.randn(2, n, size, **self.kind)
+        self.count = torch.zeros(4096, **ints)
+        self._squares: dict[int, torch.Tensor] = {}
+        self.arrived = torch.zeros(
+            kernels.count_size(batch, num_kv, self.width * self.heads // num_kv, 16), **ints
+        )
+
+    def weights(self, outputs: int, inputs: int) -> torch.Tensor:
+        return torch.randn(self.layers, outputs, inputs, **self.kind) * inputs**-0.5
+
+    def parts(self, tile_n: int) -> Rows:
+        """Rows still to be divided by their rms, known from the sums of such tiles."""
+        if tile_n not in self._squares:
+            num_parts = self.hidden // tile_n
+            parts = torch.full((num_parts, self.tokens), self.hidden / num_parts)
+            self._squares[tile_n] = parts.to(self.q.device)
+        return Rows(self.rows.x, self._squares[tile_n])
+
+    def variants(self, place: str) -> Iterator[tuple[Any, Callable[[int], Any]]]:
+        """(choice or PLAIN, call of one layer)."""
+        heads, num_kv, size, h = self.heads, self.num_kv, self.size, self.hidden
+        if place == "attention":
+            for choice in ATTENTION:
+                yield choice, self._attend(choice)
+            return
+        if place == "qkv":
+            w = self.weights((heads + 2 * num_kv) * size, h)
+            bias = w[0, :, 0].contiguous()
+
+            def plain(i: int) -> None:
+                kernels.rotate_and_store(
+                    F.linear(self.rows.x, w[i], bias), self.cos, self.sin, None, 1e-6, self.q,
+                    self.stash[i, 0], self.stash[i, 1], self.places,
+                )  # fmt: skip
+
+            def fused(i: int, tile: Tile) -> None:
+                products.project_qkv(
+                    self.parts(64), w[i], bias, self.cos, self.sin, 1e-6, self.q,
+                    self.stash[i, 0], self.stash[i, 1], self.places, tile=tile, pdl=False,
+                )  # fmt: skip
+        elif place == "gate_up":
+            w = self.weights(2 * self.inner, h)
+
+            def plain(i: int) -> None:
+                kernels.silu_mul(F.linear(self.rows.x, w[i]), self.activated)
+
+            def fused(i: int, tile: Tile) -> None:
+                rows = self.parts(64)
+                products.gate_and_up(rows, w[i], 1e-6, self.activated, tile=tile, pdl=False)
+        else:
+            x = self.attended.flatten(1) if place == "out" else self.activated
+            w = self.weights(h, x.shape[1])
+
+            def plain(i: int) -> None:
+                kernels.add_norm(F.linear(x, w[i]), self.residual, self.norm, 1e-6, self.rows.x)
+
+            def fused(i: int, tile: Tile) -> None:
+                rows = Rows(self.y, self.parts(tile.BN).squares)
+                products.project_out(
+                    x, w[i], self.residual, self.norm, rows, self.count, tile=tile, pdl=False
+                )
+
+        yield PLAIN, plain
+        for tile in tiles_of(place, self.tokens, size):
+            yield tile, lambda i, tile=tile: fused(i, tile)
+
+    def _attend(self, choice: AttentionChoice) -> Callable[[int], Any]:
+        units = 132
+        programs = self.batch * self.num_kv
+        splits = kernels.next_power_of_2(max(1, choice.waves * units // programs) + 1) // 2
+        splits = max(1, min(splits, 32, self.table.shape[1]))
+        scratch = (
+            torch.empty(splits, self.tokens, self.heads, self.size, device=self.q.device),
+            torch.empty(splits, self.tokens, self.heads, device=self.q.device),
+            self.arrived,
+        )
+
+        def attend(i: int) -> None:
+            kernels.candidate_attention(
+                self.q, self.stash[i, 0], self.stash[i, 1], self.places, self.data[i, 0],
+                self.data[i, 1], self.table, self.row_ids, self.lengths, self.first,
+                self.attended, scratch, scale=self.size**-0.5, window=None,
+                max_candidates=self.width, num_splits=splits, max_block=choice.block,
+                num_stages=choice.stages, merges=choice.merges, own_is_token=True,
+            )  # fmt: skip
+
+        return attend
+
+
+PLACES = ("attention", "qkv", "out", "gate_up", "down")
 
 
 def time_us(call: Callable[[int], Any], num_layers: int) -> float:
@@ -44,114 +227,182 @@ def time_us(call: Callable[[int], Any], num_layers: int) -> float:
     return statistics.median(times[2:])
 
 
+def compile_part(names: list[str], points: list[tuple[int, int]], part: int) -> None:
+    """Compile every NUM_COMPILERS-th variant into Triton's cache; failures show when timed."""
+    which = 0
+    for name, (batch, mean) in itertools.product(names, points):
+        places = Places(name, batch, mean, 256, 1, "cuda")
+        for place in PLACES:
+            for _, call in places.variants(place):
+                which += 1
+                if which % NUM_COMPILERS == part:
+                    try:
+                        call(0)
+                    except Exception as error:
+                        print(place, repr(error)[:200], flush=True)
+    torch.cuda.synchronize()
+
+
+def precompile(names: list[str], points: list[str], timeout_s: float) -> None:
+    command = [sys.executable, __file__, "--shapes", *names, "--points", *points]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen([*command, "--compile-part", str(i)], env=environment)
+        for i in range(NUM_COMPILERS)
+    ]
+    deadline = time.monotonic() + timeout_s
+    for worker in workers:
+        try:
+            worker.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
 @torch.inference_mode()
+def time_places(name: str, batch: int, mean: int, prefix: int) -> dict[str, dict[Any, float]]:
+    """Microseconds a layer of every variant, fastest first; NaN where it does not run."""
+    places = Places(name, batch, mean, prefix, 99, "cuda")
+    found: dict[str, dict[Any, float]] = {}
+    for place in PLACES:
+        times = {}
+        for choice, call in places.variants(place):
+            try:
+                times[choice] = time_us(call, places.layers)
+            except Exception as error:  # a variant may not fit the shared memory
+                print(f"{place} {choice}: {error!r}"[:300], flush=True)
+        found[place] = dict(sorted(times.items(), key=lambda item: item[1]))
+        for choice, us in found[place].items():
+            print(f"{us:9.2f} us  {place:9} {choice}", flush=True)
+        torch.cuda.empty_cache()
+    return found
+
+
+def combinations(found: dict[str, dict[Any, float]]) -> Iterator[Choices]:
+    """Plain kernels; each set of fused places with the best attention, with and without PDL."""
+    yield Choices()
+    best: dict[str, Any] = {
+        place: next((c for c in times if c != PLAIN), None) for place, times in found.items()
+    }
+    attention = best.pop("attention") or AttentionChoice()
+    for picked in itertools.product((True, False), repeat=len(best)):
+        tiles = {p: t if use else None for (p, t), use in zip(best.items(), picked, strict=True)}
+        for pdl in (True, False):
+            yield Choices(**tiles, attention=attention, pdl=pdl)
+
+
+def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict[str, Any]:
+    """Record of the fastest choices for that step, for `kernel_choices.json`."""
+    from lenvm.guidance.scorer import CandidateScorer
+    from scorer import Steady, load, time_graph
+
+    found = time_places(name, batch, mean, prefix)
+    model = load(name, "cuda", torch.bfloat16)
+    room: dict[str, Any] = {
+        "max_tokens": batch * (prefix + 2048),
+        "max_requests": batch,
+        "max_candidates": 2 * mean,
+    }
+    scorer = CandidateScorer(model, **room)
+    scorer.decoder._cache.data.normal_(std=0.5)
+    exact_model = copy.deepcopy(model).float()
+    exact = CandidateScorer(exact_model, **room, cuda_graphs=False)
+    exact.decoder._cache.data.copy_(scorer.decoder._cache.data)
+    steady, reference = Steady(scorer, batch, prefix, mean), Steady(exact, batch, prefix, mean)
+    reference.candidates = steady.candidates
+    runner: Any = scorer.decoder._runner
+    truth = peek(reference).double()
+    del exact, reference, exact_model
+    torch.cuda.empty_cache()
+    tried = []
+    limit = None
+    for choices in combinations(found):
+        if tried and time.monotonic() > deadline:
+            break
+        if not runner._forward.can_run(choices, sum(steady.counts)):
+            continue
+        runner._steps.clear()
+        runner.choose = lambda num_tokens, choices=choices: choices
+        try:
+            out = peek(steady).double()
+            repeats = bool(torch.equal(out, peek(steady).double()))
+            us = time_graph(scorer) * 1e3
+        except Exception as error:
+            print(f"{choices}: {error!r}"[:400], flush=True)
+            continue
+        error = float((out - truth).norm() / truth.norm())
+        limit = error * 1.5 + 1e-4 if limit is None else limit  # the first are the plain kernels
+        ok = repeats and error <= limit
+        names = f"{'+'.join(choices.tiles) or 'cublas':27} pdl {choices.pdl!s:5}"
+        print(f"{us:9.1f} us a step  {names} error {error:.2e} repeats {repeats}", flush=True)
+        tried.append((us, error, ok, choices))
+    plain_us, plain_error, _, _ = tried[0]
+    us, error, _, choices = min((t for t in tried if t[2]), key=lambda t: t[0])
+    runner._steps.clear()
+    return {
+        "device_kind": kernel_choices.device_kind(torch.device("cuda")),
+        "device": torch.cuda.get_device_name(),
+        "shape": vars(runner._forward.shape),
+        "num_tokens": runner._last[1].num_tokens,
+        "choices": choices.to_json(),
+        "step_us": round(us, 1),
+        "plain_step_us": round(plain_us, 1),
+        "error": error,
+        "plain_error": plain_error,
+        "places_us": {
+            place: {str(choice): round(us, 2) for choice, us in times.items()}
+            for place, times in found.items()
+        },
+    }
+
+
+def peek(steady: Any) -> torch.Tensor:
+    """Outputs of the first candidates of a steady state, which stays where it is."""
+    candidates = steady.candidates[0]
+    out = steady.decoder.peek(steady.ids, candidates, num_candidates=sum(steady.counts))
+    torch.cuda.synchronize()
+    return out[candidates >= 0]
+
+
+def keep_record(record: dict[str, Any], path: Path = kernel_choices.PATH) -> None:
+    """Replace what the file says of that device, shape and number of tokens."""
+    told = json.loads(path.read_text())
+    key = ("device_kind", "shape", "num_tokens")
+    told["records"] = [r for r in told["records"] if any(r[k] != record[k] for k in key)] + [
+        {k: v for k, v in record.items() if k != "places_us"}
+    ]
+    path.write_text(json.dumps(told, indent=1) + "\n")
+    kernel_choices._records.cache_clear()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--mean", type=int, default=8)
+    parser.add_argument("--shapes", nargs="+", default=["0.5b"])
+    parser.add_argument("--points", nargs="+", default=["64x8"], help="requests x candidates")
     parser.add_argument("--prefix", type=int, default=1024)
-    parser.add_argument("--shape", default="0.5b")
+    parser.add_argument("--budget-s", type=float, default=85.0)
+    parser.add_argument("--compile-part", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=None, help="all timings, as JSON")
+    parser.add_argument("--keep", type=Path, default=None, help="take over an --out of elsewhere")
     arguments = parser.parse_args()
-    shape = SHAPES[arguments.shape]
-    layers, heads, num_kv = (
-        shape["num_hidden_layers"],
-        shape["num_attention_heads"],
-        shape["num_key_value_heads"],
-    )
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    size, page = hidden // heads, 64
-    rows, counts = arguments.rows, draw_counts(arguments.rows, arguments.mean)
-    tokens, width = sum(counts), kernels.next_power_of_2(max(counts))
-    cuda: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
-    columns = -(-arguments.prefix // page) + 1
-    num_pages = rows * columns + 1
-    data = torch.randn(layers, 2, num_pages, page, num_kv, size, **cuda)
-    stash = torch.randn(layers, 2, tokens, num_kv, size, **cuda)
-    table = torch.randperm(num_pages - 1, device="cuda")[: rows * columns].view(rows, -1) + 1
-    table = table.to(torch.int32)
-    row_ids = torch.arange(rows, dtype=torch.int32, device="cuda")
-    lengths = torch.full((rows,), arguments.prefix, dtype=torch.int32, device="cuda")
-    first = torch.tensor([0, *counts], device="cuda").cumsum(0).to(torch.int32)
-    places = torch.arange(tokens, device="cuda")
-    q, out = torch.randn(2, tokens, heads, size, **cuda)
-    found: dict[str, Any] = {"tokens": tokens, "width": width}
-
-    variants = {}
-    for max_block in (32, 64, 128):
-        for splits in (1, 2, 4, 8):
-            for stages in (2, 3, 4):
-                scratch = (
-                    torch.empty(splits, tokens, heads, size, device="cuda"),
-                    torch.empty(splits, tokens, heads, device="cuda"),
-                )
-
-                def attend(
-                    layer: int,
-                    m: int = max_block,
-                    n: int = splits,
-                    s: int = stages,
-                    room: Any = scratch,
-                ) -> None:
-                    kernels.candidate_attention(
-                        q, stash[layer, 0], stash[layer, 1], places, data[layer, 0],
-                        data[layer, 1], table, row_ids, lengths, first, out, room,
-                        scale=size**-0.5, window=None, max_candidates=width, num_splits=n,
-                        max_block=m, num_stages=s,
-                    )  # fmt: skip
-
-                try:
-                    us = time_us(attend, layers)
-                except Exception as error:  # a variant may not fit the shared memory
-                    us = float("nan")
-                    print(max_block, splits, stages, repr(error)[:100])
-                variants[f"block {max_block} splits {splits} stages {stages}"] = round(us, 2)
-    found["attention_us"] = dict(sorted(variants.items(), key=lambda item: item[1]))
-
-    x, residual = torch.randn(2, tokens, hidden, **cuda)
-    weight = torch.randn(hidden, **cuda)
-    sizes = {
-        "qkv": (hidden, (heads + 2 * num_kv) * size),
-        "o": (heads * size, hidden),
-        "gate_up": (hidden, 2 * inner),
-        "down": (inner, hidden),
-        "q alone": (hidden, heads * size),
-        "k alone": (hidden, num_kv * size),
-        "gate alone": (hidden, inner),
-    }
-    pieces: dict[str, float] = {}
-    for library in ("cublas", "cublaslt"):
-        torch.backends.cuda.preferred_blas_library(library)
-        for name, (i, o) in sizes.items():
-            weights = torch.randn(layers, o, i, **cuda)
-            bias = torch.randn(o, **cuda) if name == "qkv" else None
-            source = torch.randn(tokens, i, **cuda)
-            us = time_us(lambda n, w=weights, s=source, b=bias: F.linear(s, w[n], b), layers)
-            pieces[f"{library} {name}"] = us
-            pieces[f"{library} {name} TFLOP/s"] = 2 * tokens * i * o / us / 1e6
-    normed = torch.empty_like(x)
-    pieces["add_norm"] = time_us(
-        lambda n: kernels.add_norm(x, residual, weight, 1e-6, normed), layers
-    )
-    qkv = torch.randn(tokens, (heads + 2 * num_kv) * size, **cuda)
-    cos, sin = torch.randn(2, tokens, size, **cuda)
-    pieces["rotate"] = time_us(
-        lambda n: kernels.rotate_and_store(
-            qkv, cos, sin, None, 1e-6, q, stash[n, 0], stash[n, 1], places
-        ),
-        layers,
-    )
-    gate_up, activated = torch.randn(tokens, 2 * inner, **cuda), torch.empty(tokens, inner, **cuda)
-    pieces["silu_mul"] = time_us(lambda n: kernels.silu_mul(gate_up, activated), layers)
-    fp32 = torch.randn(hidden, hidden, device="cuda")
-    single = torch.randn(tokens, hidden, device="cuda")
-    pieces["head fc, fp32 (once a step)"] = time_us(lambda n: F.linear(single, fp32), layers)
-    pieces["empty kernel"] = time_us(lambda n: normed[:1].zero_(), layers)
-    found["pieces_us"] = {name: round(us, 2) for name, us in pieces.items()}
-    for name, us in list(found["attention_us"].items())[:12]:
-        print(f"{us:9.2f} us  attention, {name}")
-    for name, us in found["pieces_us"].items():
-        print(f"{us:9.2f}     {name}")
-    print(json.dumps(found))
+    if arguments.keep is not None:
+        for record in json.loads(arguments.keep.read_text()):
+            keep_record(record)
+        return
+    points = [tuple(map(int, p.split("x"))) for p in arguments.points]
+    if arguments.compile_part is not None:
+        compile_part(arguments.shapes, points, arguments.compile_part)
+        return
+    deadline = time.monotonic() + arguments.budget_s
+    precompile(arguments.shapes, arguments.points, arguments.budget_s / 2)
+    print(f"compiled, {deadline - time.monotonic():.0f} s left", flush=True)
+    records = []
+    for name, (batch, mean) in itertools.product(arguments.shapes, points):
+        record = tune(name, batch, mean, arguments.prefix, deadline)
+        keep_record(record)
+        records.append(record)
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":

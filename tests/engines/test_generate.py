@@ -119,6 +119,31 @@ def test_what_is_drawn_follows_the_guided_distribution(generator, value_model):
     assert processor.remaining()[0] > 0
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_as_a_logits_processor_of_stock_generate(generator, value_model, batch, temperature):
+    torch.manual_seed(1)
+    processor = LengthLogitsProcessor(
+        value_model,
+        [{"equal_to": 6}, None, {"equal_to": 11}],
+        eos_token_ids=[EOS],
+        max_length=batch["input_ids"].shape[1] + 16,
+        attention_mask=batch["attention_mask"],
+        temperature=temperature,
+        top_k=20,
+    )
+    output = generator.generate(
+        **batch,
+        do_sample=True,
+        temperature=temperature,
+        top_k=20,
+        max_new_tokens=16,
+        logits_processor=[processor],
+    )
+    lengths = [len(a) for a in answers(output, batch)]
+    assert lengths[0] == 6
+    assert lengths[2] == 11
+
+
 def test_a_bad_control_is_refused_before_anything_runs(value_model):
     with pytest.raises(ControlError, match="equal_to"):
         length_control(value_model, {"equal_to": 0})

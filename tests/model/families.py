@@ -12,7 +12,18 @@ from transformers.models.mistral import MistralConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
+from lenvm.model.kernel_choices import AttentionChoice, Choices, Tile
+
 VOCAB = 96
+FUSED = Choices(
+    qkv=Tile(64, 32),
+    out=Tile(64, 64, splits=2),
+    gate_up=Tile(64, 32),
+    down=Tile(64, 128, splits=2),
+    attention=AttentionChoice(waves=8, stages=4, merges=True),
+)
+"""Every product fused and every split merged in place, for models of hidden size 128 and heads of
+32 on a GPU."""
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {"head_dim": 16}),

@@ -1,5 +1,6 @@
 """RaggedDecoder on a GPU: graphs, 16-bit types, no host sync in a step, late errors."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from lenvm.errors import InputError
 from lenvm.model.ragged import RaggedDecoder
-from model.families import FAMILIES, VOCAB, build, last_hidden
+from model.families import FAMILIES, FUSED, VOCAB, build, last_hidden
 from model.ragged_machine import History, run_random_history
 
 pytestmark = [
@@ -26,6 +27,20 @@ class DeviceHistory(History):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_random_history_equals_plain_forwards(family, dtype):
     history = DeviceHistory(build(family, dtype=dtype, hidden_size=128).cuda(), **BUDGET)
+    run_random_history(history, 5, 60, VOCAB)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral"])
+@pytest.mark.parametrize("pdl", [False, True])
+def test_fused_products(family, pdl):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs the tensor copy engine")
+    model = build(family, dtype=torch.bfloat16, hidden_size=128).cuda()
+    history = DeviceHistory(model, **BUDGET)
+    runner = history.decoder._runner
+    choices = dataclasses.replace(FUSED, pdl=pdl)
+    assert runner._forward.can_run(choices, 64)
+    runner.choose = lambda num_tokens: choices
     run_random_history(history, 5, 60, VOCAB)
 
 

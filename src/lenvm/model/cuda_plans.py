@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from lenvm.model import kernels
+from lenvm.model.kernel_choices import PLAIN, Choices
 
 
 class CudaPlan(Protocol):
     """Keys and values are stored first, then attended to."""
+
+    choices: Choices
+    """Kernels of the layers around the attention."""
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Where the keys and values of the packed tokens go: k, v [*, Hkv, D], index [N] int64."""
@@ -52,6 +56,7 @@ class CudaExtend(_StoreFirst):
     table: Tensor
     blocks: Tensor
     """[B, 4] int32, as `kernels.causal_attention` reads them."""
+    choices: Choices = PLAIN
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         k, v = self.data[layer].flatten(1, 2)
@@ -78,13 +83,15 @@ class CudaCandidates(_StoreFirst):
     first: Tensor
     """[R + 1] where each row's packed candidates begin."""
     index: Tensor
-    """[N] where own keys and values go: slots of the store, or places of the stash."""
+    """[N] where own keys and values go: slots of the store, or 0, 1, 2 ... of the stash."""
     stash: Tensor | None
     """[L, 2, N, Hkv, D]; None where there is one candidate a row, which goes to the store."""
     max_candidates: int
     num_splits: int
-    num_heads: int
-    _scratch: tuple[Tensor, Tensor] | None = None
+    count: Tensor
+    """int32 of `kernels.count_size`, 0 between kernels."""
+    choices: Choices = PLAIN
+    _scratch: tuple[Tensor, Tensor, Tensor] | None = None
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         k, v = self.data[layer].flatten(1, 2) if self.stash is None else self.stash[layer]
@@ -94,7 +101,8 @@ class CudaCandidates(_StoreFirst):
         if self._scratch is None:
             shape = (self.num_splits if self.num_splits > 1 else 0, *q.shape)
             part = torch.empty(shape, dtype=torch.float32, device=q.device)
-            self._scratch = part, torch.empty(shape[:-1], dtype=torch.float32, device=q.device)
+            lse = torch.empty(shape[:-1], dtype=torch.float32, device=q.device)
+            self._scratch = part, lse, self.count
         own_k, own_v, index = self.destination(layer)
         k, v = self.data[layer]
         out = torch.empty_like(q)
@@ -115,5 +123,10 @@ class CudaCandidates(_StoreFirst):
             window=window,
             max_candidates=self.max_candidates,
             num_splits=self.num_splits,
+            max_block=self.choices.attention.block,
+            num_stages=self.choices.attention.stages,
+            merges=self.choices.attention.merges,
+            own_is_token=self.stash is not None,
+            pdl=self.choices.pdl,
         )
         return out

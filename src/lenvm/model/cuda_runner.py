@@ -19,6 +19,7 @@ from torch import Tensor
 from lenvm.model import kernels
 from lenvm.model.cuda_plans import CudaCandidates, CudaExtend
 from lenvm.model.fused_layers import fuse_layers
+from lenvm.model.kernel_choices import PLAIN, Choices
 from lenvm.model.kernels import CAUSAL_BLOCK, NO_ROW
 from lenvm.model.kv_pages import KVPages
 from lenvm.model.torch_runner import Head, run_backbone
@@ -65,11 +66,13 @@ class CudaRunner:
         self.device = cache.data.device
         self.graphs = graphs and self.device.type == "cuda"
         config = backbone.config.get_text_config()
-        self.num_heads = int(config.num_attention_heads)
+        self._group = int(config.num_attention_heads) // cache.data.shape[4]
         self.vocab_size = int(backbone.get_input_embeddings().num_embeddings)
         self._forward: Callable[[Tensor, Tensor, Any], Tensor]
         fused = fuse_layers(backbone)
         self.is_fused = fused is not None
+        self.choose: Callable[[int], Choices] = fused.choose if fused else lambda _: PLAIN
+        """Kernels for a step of so many packed tokens."""
         self._forward = fused or (lambda *args: run_backbone(backbone, *args))
         most = cache.max_requests * max_candidates
         num_layers, _, _, _, num_kv, head_size = cache.data.shape
@@ -84,6 +87,9 @@ class CudaRunner:
         self._defect = self._meta.new_full((2,), NO_ROW)
         shape = (num_layers, 2, most if max_candidates > 1 else 1, num_kv, head_size)
         self._stash = torch.zeros(shape, dtype=cache.data.dtype, device=self.device)
+        most_queries = kernels.next_power_of_2(max_candidates) * self._group
+        counters = kernels.count_size(cache.max_requests, num_kv, most_queries, 16)
+        self._count = self._meta.new_zeros(counters)
         self._steps: dict[Bucket, _Step] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if self.graphs else None
         self._last: tuple[list[str], Bucket] | None = None
@@ -232,7 +238,7 @@ class CudaRunner:
 
     def _run_packed(self, bucket: Bucket) -> Tensor:
         """Outputs of the packed candidates in the static buffers: [N, E]."""
-        count = bucket.num_tokens
+        count, choices = bucket.num_tokens, self.choose(bucket.num_tokens)
         plan = CudaCandidates(
             data=self.cache.data,
             table=self.cache.table(),
@@ -242,16 +248,17 @@ class CudaRunner:
             index=(self._slots if bucket.single else self._places)[:count],
             stash=None if bucket.single else self._stash,
             max_candidates=bucket.width,
-            num_splits=self._choose_splits(bucket),
-            num_heads=self.num_heads,
+            num_splits=self._choose_splits(bucket, choices.attention.waves),
+            count=self._count,
+            choices=choices,
         )
         hidden = self._forward(self._tokens[:count], self._positions[:count], plan)
         return hidden if self.head is None else self.head(hidden)
 
-    def _choose_splits(self, bucket: Bucket) -> int:
-        """Parts of each prefix, so that the programs fill the GPU about twice."""
+    def _choose_splits(self, bucket: Bucket, waves: int) -> int:
+        """Parts of each prefix, so that the programs fill the GPU about `waves` times."""
         programs = bucket.num_rows * self.cache.data.shape[4]
-        splits = kernels.next_power_of_2(max(1, 2 * self._num_units // programs) + 1) // 2
+        splits = kernels.next_power_of_2(max(1, waves * self._num_units // programs) + 1) // 2
         return max(1, min(splits, MAX_SPLITS, self.cache.max_columns))
 
     # -- host and device --------------------------------------------------------------------------

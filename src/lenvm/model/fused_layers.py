@@ -1,8 +1,9 @@
-"""FusedLayers: the forward of Llama-shaped decoders (Qwen2, Qwen3, Llama, Mistral) in ten kernels a
-layer, where the model's own modelling code takes about forty.
+"""FusedLayers: the forward of Llama-shaped decoders (Qwen2, Qwen3, Llama, Mistral) in five to ten
+kernels a layer, where the model's own modelling code takes about forty.
 
-The same mathematics in the same order of rounding, with projections of one input joined into one
-matrix product, and norms, rotary positions and activations each in one kernel. A model is taken
+The same mathematics, with projections of one input joined into one matrix product, and norms,
+rotary positions and activations each in one kernel, or in the epilogues of the products where that
+was measured to be faster (`kernel_choices.py`, `products.py`). A model is taken
 only if it has the expected parts and agrees with its own modelling code on a probe; otherwise that
 code runs. Joined weights replace the separate ones as their storage, so they cost no memory.
 
@@ -18,11 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lenvm.model import kernels
+from lenvm.model import kernels, products
 from lenvm.model.cuda_plans import CudaPlan
+from lenvm.model.kernel_choices import PLAIN, Choices, LayerShape, Tile, choose
+from lenvm.model.products import Rows
 from lenvm.model.torch_runner import run_backbone
 
 logger = logging.getLogger(__name__)
+MAX_TILES = 4096
+"""Most tiles of a split product's result."""
 
 
 @dataclass
@@ -50,33 +55,119 @@ class FusedLayers:
         self.num_heads = int(config.num_attention_heads)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
         self.head_size = int(head_size)
+        like = next(backbone.parameters()).new_empty(1, 1, 1)
+        places = torch.tensor([[1, 7, 100]], device=like.device)
+        turns = torch.stack(backbone.rotary_emb(like, places))
+        self.halves_turn_alike = torch.equal(*turns.chunk(2, -1))
         self.layers = [
             _build_layer(i, layer, *settings[i]) for i, layer in enumerate(backbone.layers)
         ]
+        weight = self.layers[0].out[0]
+        self._count = torch.zeros(MAX_TILES, dtype=torch.int32, device=weight.device)
+
+    @property
+    def shape(self) -> LayerShape:
+        first = self.layers[0]
+        return LayerShape(
+            hidden=first.out[0].shape[0],
+            inner=first.down[0].shape[1],
+            num_heads=self.num_heads,
+            num_kv_heads=(first.qkv[0].shape[0] // self.head_size - self.num_heads) // 2,
+            head_size=self.head_size,
+        )
+
+    def choose(self, num_tokens: int) -> Choices:
+        """What was measured to be fastest for that many packed tokens, if it can run here."""
+        weight = self.layers[0].out[0]
+        if weight.dtype != torch.bfloat16:
+            return PLAIN
+        found = choose(weight.device, self.shape, num_tokens)
+        return found if self.can_run(found, num_tokens) else PLAIN
+
+    def can_run(self, choices: Choices, num_tokens: int) -> bool:
+        """Whether the fused products know all that these layers have."""
+        first, shape, tiles = self.layers[0], self.shape, choices.tiles
+        sizes = {"out": shape.hidden, "gate_up": shape.inner, "down": shape.hidden}
+        if any(sizes[name] % tile.BN for name, tile in tiles.items() if name != "qkv"):
+            return False
+        split = [tile for tile in tiles.values() if tile.splits > 1]
+        if any(-(-num_tokens // t.BM) * (shape.hidden // t.BN) > MAX_TILES for t in split):
+            return False
+        if any(getattr(first, name)[1] is not None for name in tiles if name != "qkv"):
+            return False
+        head_size = shape.head_size
+        plain_turn = self.halves_turn_alike and first.head_norms is None
+        turns = plain_turn and head_size >= 16 and head_size & (head_size - 1) == 0
+        return turns or "qkv" not in tiles
 
     def __call__(self, tokens_N: Tensor, positions_N: Tensor, plan: CudaPlan) -> Tensor:
         """Final hidden states [N, H]."""
+        choices, eps, pdl = plan.choices, self.eps, plan.choices.pdl
         residual = self.backbone.embed_tokens(tokens_N)
         cos, sin = self.backbone.rotary_emb(residual.unsqueeze(0), positions_N.unsqueeze(0))
         cos, sin = cos[0].contiguous(), sin[0].contiguous()
         q = residual.new_empty(residual.shape[0], self.num_heads, self.head_size)
-        hidden, x = torch.empty_like(residual), None
-        for layer in self.layers:
-            kernels.add_norm(x, residual, layer.input_norm, self.eps, hidden)
-            qkv = F.linear(hidden, *layer.qkv)
+        rows = Rows(torch.empty_like(residual))
+        kernels.add_norm(None, residual, self.layers[0].input_norm, eps, rows.x)
+        final: Tensor = self.backbone.norm.weight
+        norms = [*(layer.input_norm for layer in self.layers[1:]), final]
+        for layer, next_norm in zip(self.layers, norms, strict=True):
             k_to, v_to, index = plan.destination(layer.index)
-            kernels.rotate_and_store(
-                qkv, cos, sin, layer.head_norms, self.eps, q, k_to, v_to, index
-            )
-            attended = plan.attend_stored(layer.index, q, layer.scale, layer.window)
-            x = F.linear(attended.flatten(1), *layer.out)
-            kernels.add_norm(x, residual, layer.mlp_norm, self.eps, hidden)
-            gate_up = F.linear(hidden, *layer.gate_up)
-            activated = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-            kernels.silu_mul(gate_up, activated)
-            x = F.linear(activated, *layer.down)
-        kernels.add_norm(x, residual, self.backbone.norm.weight, self.eps, hidden)
-        return hidden
+            to = q, k_to, v_to, index
+            if choices.qkv is not None:
+                products.project_qkv(
+                    rows, *layer.qkv, cos, sin, eps, *to, tile=choices.qkv, pdl=pdl
+                )
+            else:
+                weight, bias = layer.qkv
+                squares = rows.squares
+                qkv = F.linear(rows.x, weight, bias if squares is None else None)
+                kernels.rotate_and_store(
+                    qkv,
+                    cos,
+                    sin,
+                    layer.head_norms,
+                    eps,
+                    *to,
+                    squares,
+                    None if squares is None else bias,
+                    rows.x.shape[1],
+                    pdl,
+                )
+            attended = plan.attend_stored(layer.index, q, layer.scale, layer.window).flatten(1)
+            rows = self._add(attended, layer.out, residual, layer.mlp_norm, choices.out, pdl)
+            activated = rows.x.new_empty(rows.x.shape[0], layer.down[0].shape[1])
+            weight, bias = layer.gate_up
+            if choices.gate_up is not None:
+                products.gate_and_up(rows, weight, eps, activated, tile=choices.gate_up, pdl=pdl)
+            else:
+                gate_up = F.linear(rows.x, weight, bias)
+                kernels.silu_mul(gate_up, activated, rows.squares, eps, rows.x.shape[1], pdl)
+            rows = self._add(activated, layer.down, residual, next_norm, choices.down, pdl)
+        if rows.squares is not None:
+            kernels.add_norm(None, residual, final, eps, rows.x, pdl)
+        return rows.x
+
+    def _add(
+        self,
+        x: Tensor,
+        linear: tuple[Tensor, Tensor | None],
+        residual: Tensor,
+        norm: Tensor,
+        tile: Tile | None,
+        pdl: bool,
+    ) -> Rows:
+        """residual += linear(x), in place; the rows that the next product takes."""
+        if tile is None:
+            rows = Rows(torch.empty_like(residual))
+            kernels.add_norm(F.linear(x, *linear), residual, norm, self.eps, rows.x, pdl)
+            return rows
+        num_tokens, size = residual.shape
+        parts = (size // tile.BN, num_tokens)
+        squares = torch.empty(parts, dtype=torch.float32, device=x.device)
+        rows = Rows(torch.empty_like(residual), squares)
+        products.project_out(x, linear[0], residual, norm, rows, self._count, tile=tile, pdl=pdl)
+        return rows
 
 
 @torch.no_grad()
@@ -101,6 +192,8 @@ def fuse_layers(backbone: Any) -> FusedLayers | None:
 class _Probe:
     """An attention of its own, one token each: a function of q, k and v that shows any mistake in
     them. Notes the scale and the window that the model's code asks for."""
+
+    choices = PLAIN
 
     def __init__(self) -> None:
         self.settings: dict[int, tuple[float, int | None]] = {}

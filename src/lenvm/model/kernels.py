@@ -15,9 +15,18 @@ G = Hq / Hkv, D head size, S tokens of a page, C pages of a row, H hidden size, 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+__all__ = ["TensorDescriptor", "gdc_launch_dependents", "gdc_wait", "tl", "triton"]
 
 LOG2_E = 1.4426950408889634
 NO_ROW = 2**31 - 1
+
+
+def launch_options(pdl: bool) -> dict[str, bool]:
+    """Programmatic dependent launch; the interpreter and older GPUs know no such option."""
+    return {"launch_pdl": True} if pdl else {}
 
 
 def next_power_of_2(n: int) -> int:
@@ -42,6 +51,7 @@ def _candidate_kernel(
     out_ptr,
     part_ptr,
     lse_ptr,
+    count_ptr,
     scale,
     window,
     num_columns,
@@ -55,9 +65,15 @@ def _candidate_kernel(
     S: tl.constexpr,
     BLOCK_M: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    MERGES: tl.constexpr,
+    OWN_IS_TOKEN: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     kv_head = tl.program_id(0)
     row = tl.program_id(1) // num_tiles
     tile = tl.program_id(1) % num_tiles
@@ -73,17 +89,18 @@ def _candidate_kernel(
         d_mask = d_offs < D
         qd_mask = m_mask[:, None] & d_mask[None, :]
         q = tl.load(q_ptr + q_row[:, None] * D + d_offs[None, :], mask=qd_mask, other=0.0)
-        if split == 0:  # the candidate itself: score q.k, value v, before any of the prefix
-            own = tl.load(own_index_ptr + token, mask=m_mask, other=0).to(tl.int64)
-            own_offs = (own * Hkv + kv_head)[:, None] * D + d_offs[None, :]
-            own_k = tl.load(own_k_ptr + own_offs, mask=qd_mask, other=0.0)
-            m = tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1) * scale
-            total = tl.full([BLOCK_M], 1.0, tl.float32)
-            acc = tl.load(own_v_ptr + own_offs, mask=qd_mask, other=0.0).to(tl.float32)
-        else:
-            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        # the candidate itself, merged at the end by the first split; read here, used there
+        own = token
+        if not OWN_IS_TOKEN:
+            own = tl.load(own_index_ptr + token, mask=m_mask, other=0)
+        own_offs = (own.to(tl.int64) * Hkv + kv_head)[:, None] * D + d_offs[None, :]
+        own_mask = qd_mask & (split == 0)
+        if BLOCK_D <= 64:  # larger ones would not fit the registers
+            own_k = tl.load(own_k_ptr + own_offs, mask=own_mask, other=0.0)
+            own_v = tl.load(own_v_ptr + own_offs, mask=own_mask, other=0.0)
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         length = tl.load(lengths_ptr + row)
         begin = 0
         if HAS_WINDOW:
@@ -105,13 +122,26 @@ def _candidate_kernel(
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             scores = tl.where(seen[None, :], scores, float("-inf"))
             m_new = tl.maximum(m, tl.max(scores, 1))
-            shrink = tl.exp2(m - m_new)
-            p = tl.exp2(scores - m_new[:, None])
+            safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a page all before the window
+            shrink = tl.exp2(m - safe)
+            p = tl.exp2(scores - safe[:, None])
             total = total * shrink + tl.sum(p, 1)
             v = tl.load(v_ptr + kv_offs, mask=kv_mask, other=0.0)
             acc = acc * shrink[:, None]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
             m = m_new
+        if BLOCK_D > 64:
+            own_k = tl.load(own_k_ptr + own_offs, mask=own_mask, other=0.0)
+            own_v = tl.load(own_v_ptr + own_offs, mask=own_mask, other=0.0)
+        own_score = tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1) * scale
+        own_score = tl.where(split == 0, own_score, float("-inf"))
+        m_new = tl.maximum(m, own_score)
+        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        shrink = tl.exp2(m - safe)
+        p = tl.exp2(own_score - safe)
+        total = total * shrink + p
+        acc = acc * shrink[:, None] + own_v.to(tl.float32) * p[:, None]
+        m = m_new
         if not IS_SPLIT:
             out = acc / total[:, None]
             tl.store(
@@ -125,6 +155,34 @@ def _candidate_kernel(
             out = acc / norm[:, None]
             tl.store(part_ptr + at[:, None] * D + d_offs[None, :], out, mask=qd_mask)
             tl.store(lse_ptr + at, m + tl.log2(total), mask=m_mask)
+            if MERGES:  # the last split to arrive merges them all, in their order
+                tl.debug_barrier()  # every thread has stored before one of them says so
+                which = count_ptr + tl.program_id(1) * Hkv + kv_head
+                if tl.atomic_add(which, 1, sem="acq_rel") == num_splits - 1:
+                    tl.store(which, 0)
+                    at = q_row.to(tl.int64)
+                    offs = d_offs[None, :]
+                    m = tl.load(lse_ptr + at, mask=m_mask, other=0.0, cache_modifier=".cg")
+                    acc = tl.load(
+                        part_ptr + at[:, None] * D + offs, qd_mask, 0.0, cache_modifier=".cg"
+                    )
+                    total = tl.full([BLOCK_M], 1.0, tl.float32)
+                    for _split in tl.range(1, num_splits, num_stages=1):
+                        at += num_tokens.to(tl.int64) * (Hkv * G)
+                        lse = tl.load(lse_ptr + at, mask=m_mask, other=0.0, cache_modifier=".cg")
+                        part = tl.load(
+                            part_ptr + at[:, None] * D + offs, qd_mask, 0.0, cache_modifier=".cg"
+                        )
+                        m_new = tl.maximum(m, lse)
+                        old, new = tl.exp2(m - m_new), tl.exp2(lse - m_new)
+                        total = total * old + new
+                        acc = acc * old[:, None] + part * new[:, None]
+                        m = m_new
+                    tl.store(
+                        out_ptr + q_row[:, None] * D + offs,
+                        (acc / total[:, None]).to(out_ptr.dtype.element_ty),
+                        mask=qd_mask,
+                    )
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_splits"])
@@ -176,7 +234,7 @@ def candidate_attention(
     lengths: Tensor,
     first: Tensor,
     out: Tensor,
-    scratch: tuple[Tensor, Tensor],
+    scratch: tuple[Tensor, Tensor, Tensor],
     *,
     scale: float,
     window: int | None,
@@ -184,6 +242,9 @@ def candidate_attention(
     num_splits: int,
     max_block: int = 64,
     num_stages: int = 3,
+    merges: bool = False,
+    own_is_token: bool = False,
+    pdl: bool = False,
 ) -> None:
     """out[n] = attention of packed token n over its row's prefix and itself.
 
@@ -191,16 +252,17 @@ def candidate_attention(
     [P, S, Hkv, D]; table [*, C] int32, of which `rows` [R] names each row's; lengths [R]; first
     [R + 1]: row r owns packed tokens first[r] .. first[r + 1] - 1, at most `max_candidates`.
     max_block: most query rows (candidates x G) of one program; rows with more read their prefix
-    again, from the L2 cache. scratch: fp32 [num_splits, N, Hq, D] and [num_splits, N, Hq], unused
-    with one split.
+    again, from the L2 cache. scratch: fp32 [num_splits, N, Hq, D] and [num_splits, N, Hq], int32 of
+    `count_size` that is 0 between kernels; unused with one split. merges: the split that ends last
+    merges them, in place of a second kernel. own_is_token: own_index is 0, 1, 2 ... pdl: start
+    while the kernel before still ends (all kernels of the stream must wait for theirs).
     """
     num_tokens, num_heads, head_size = q.shape
     page_size, num_kv = k_pages.shape[1], k_pages.shape[2]
     group = num_heads // num_kv
-    block_m = min(max_block, max(16, next_power_of_2(max_candidates * group)))
-    num_tiles = -(-max_candidates * group // block_m)
+    block_m, num_tiles = _query_tiles(max_candidates * group, max_block)
     grid = (num_kv, rows.shape[0] * num_tiles, num_splits)
-    part, lse = scratch
+    part, lse, count = scratch
     _candidate_kernel[grid](
         q,
         own_k,
@@ -215,6 +277,7 @@ def candidate_attention(
         out,
         part,
         lse,
+        count,
         scale * LOG2_E,
         window or 0,
         table.shape[1],
@@ -228,11 +291,15 @@ def candidate_attention(
         S=page_size,
         BLOCK_M=block_m,
         IS_SPLIT=num_splits > 1,
+        MERGES=merges,
+        OWN_IS_TOKEN=own_is_token,
         HAS_WINDOW=window is not None,
         STAGES=num_stages,
+        PDL=pdl,
         num_warps=8 if block_m >= 128 else 4,
+        **launch_options(pdl),
     )
-    if num_splits > 1:
+    if num_splits > 1 and not merges:
         block_h = min(16, next_power_of_2(num_heads))
         _merge_splits_kernel[(num_tokens, -(-num_heads // block_h))](
             part,
@@ -246,6 +313,17 @@ def candidate_attention(
             BLOCK_H=block_h,
             BLOCK_D=next_power_of_2(head_size),
         )
+
+
+def count_size(num_rows: int, num_kv: int, max_queries: int, max_block: int = 64) -> int:
+    """Counters that `candidate_attention` needs; max_queries: query rows (candidates x G) a row."""
+    return num_rows * num_kv * _query_tiles(max_queries, max_block)[1]
+
+
+def _query_tiles(max_queries: int, max_block: int) -> tuple[int, int]:
+    """Query rows of one program, and programs for one row of requests."""
+    block = min(max_block, max(16, next_power_of_2(max_queries)))
+    return block, -(-max_queries // block)
 
 
 # -- causal attention of a prefill -----------------------------------------------------------------
@@ -554,6 +632,15 @@ def keep_candidates(
 
 
 @triton.jit
+def inverse_rms(squares_ptr, m_offs, m_mask, num_tokens, eps, SIZE: tl.constexpr, T: tl.constexpr):
+    """1 / rms of rows of SIZE from T parts of their sums of squares, [T, num_tokens]."""
+    total = tl.load(squares_ptr + m_offs, mask=m_mask, other=0.0)
+    for part in tl.static_range(1, T):
+        total += tl.load(squares_ptr + part * num_tokens + m_offs, mask=m_mask, other=0.0)
+    return tl.rsqrt(total / SIZE + eps)
+
+
+@triton.jit
 def _add_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -563,7 +650,11 @@ def _add_norm_kernel(
     H: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_X: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * H
     offs = tl.arange(0, BLOCK)
     mask = offs < H
@@ -579,7 +670,14 @@ def _add_norm_kernel(
     tl.store(out_ptr + row + offs, out.to(kind), mask=mask)
 
 
-def add_norm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+def add_norm(
+    x: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    pdl: bool = False,
+) -> None:
     """residual += x (where given), out = RMSNorm(residual) * weight; all [N, H]."""
     num_tokens, size = residual.shape
     _add_norm_kernel[(num_tokens,)](
@@ -591,7 +689,9 @@ def add_norm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, out
         H=size,
         BLOCK=next_power_of_2(size),
         HAS_X=x is not None,
+        PDL=pdl,
         num_warps=4 if size <= 2048 else 8,
+        **launch_options(pdl),
     )
 
 
@@ -606,6 +706,20 @@ def _head_norm(x1, x2, weight_ptr, d_offs, d_mask, eps, HALF: tl.constexpr, kind
 
 
 @triton.jit
+def _finish(row_ptr, bias_ptr, offs, mask, scale, T: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Entries of a product's row, with what it still lacks: the scale of its norm, the bias."""
+    x = tl.load(row_ptr + offs, mask=mask, other=0.0)
+    kind = x.dtype
+    x = x.to(tl.float32)
+    if T > 0:
+        x *= scale
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        x = x.to(kind).to(tl.float32)
+    return x
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def _rotate_kernel(
     qkv_ptr,
     cos_ptr,
@@ -616,7 +730,11 @@ def _rotate_kernel(
     k_ptr,
     v_ptr,
     index_ptr,
+    squares_ptr,
+    bias_ptr,
+    num_tokens,
     eps,
+    H: tl.constexpr,
     Hq: tl.constexpr,
     Hkv: tl.constexpr,
     D: tl.constexpr,
@@ -624,7 +742,13 @@ def _rotate_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    T: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0).to(tl.int64)
     kind = q_ptr.dtype.element_ty
@@ -635,11 +759,14 @@ def _rotate_kernel(
     sin1 = tl.load(sin_ptr + token * D + d_offs, mask=d_mask, other=0.0).to(tl.float32)
     sin2 = tl.load(sin_ptr + token * D + HALF + d_offs, mask=d_mask, other=0.0).to(tl.float32)
     packed = qkv_ptr + token * (Hq + 2 * Hkv) * D
+    scale = 1.0
+    if T > 0:
+        scale = inverse_rms(squares_ptr, token, True, num_tokens, eps, H, T)
     h_offs = tl.arange(0, BLOCK_Q)
     mask = (h_offs < Hq)[:, None] & d_mask[None, :]
     offs = h_offs[:, None] * D + d_offs[None, :]
-    x1 = tl.load(packed + offs, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(packed + offs + HALF, mask=mask, other=0.0).to(tl.float32)
+    x1 = _finish(packed, bias_ptr, offs, mask, scale, T, HAS_BIAS)
+    x2 = _finish(packed, bias_ptr, offs + HALF, mask, scale, T, HAS_BIAS)
     if HAS_NORM:
         x1, x2 = _head_norm(x1, x2, q_norm_ptr, d_offs, d_mask, eps, HALF, kind)
     out = q_ptr + token * Hq * D
@@ -648,9 +775,8 @@ def _rotate_kernel(
     h_offs = tl.arange(0, BLOCK_KV)
     mask = (h_offs < Hkv)[:, None] & d_mask[None, :]
     offs = h_offs[:, None] * D + d_offs[None, :]
-    keys = packed + Hq * D
-    x1 = tl.load(keys + offs, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(keys + offs + HALF, mask=mask, other=0.0).to(tl.float32)
+    x1 = _finish(packed, bias_ptr, Hq * D + offs, mask, scale, T, HAS_BIAS)
+    x2 = _finish(packed, bias_ptr, Hq * D + offs + HALF, mask, scale, T, HAS_BIAS)
     if HAS_NORM:
         x1, x2 = _head_norm(x1, x2, k_norm_ptr, d_offs, d_mask, eps, HALF, kind)
     at = tl.load(index_ptr + token).to(tl.int64) * Hkv * D
@@ -658,9 +784,11 @@ def _rotate_kernel(
     tl.store(
         k_ptr + at + offs + HALF, (x2 * cos2[None, :] + x1 * sin2[None, :]).to(kind), mask=mask
     )
-    values = keys + Hkv * D
-    tl.store(v_ptr + at + offs, tl.load(values + offs, mask=mask), mask=mask)
-    tl.store(v_ptr + at + offs + HALF, tl.load(values + offs + HALF, mask=mask), mask=mask)
+    offs_v = (Hq + Hkv) * D + offs
+    x1 = _finish(packed, bias_ptr, offs_v, mask, scale, T, HAS_BIAS)
+    x2 = _finish(packed, bias_ptr, offs_v + HALF, mask, scale, T, HAS_BIAS)
+    tl.store(v_ptr + at + offs, x1.to(kind), mask=mask)
+    tl.store(v_ptr + at + offs + HALF, x2.to(kind), mask=mask)
 
 
 def rotate_and_store(
@@ -673,10 +801,15 @@ def rotate_and_store(
     k: Tensor,
     v: Tensor,
     index: Tensor,
+    squares: Tensor | None = None,
+    bias: Tensor | None = None,
+    hidden_size: int = 0,
+    pdl: bool = False,
 ) -> None:
     """Per-head norms (where given) and rotary positions; keys and values go where `index` says.
 
-    qkv [N, (Hq + 2 Hkv) D]; cos, sin [N, D]; q [N, Hq, D]; k, v [*, Hkv, D]; index [N].
+    qkv [N, (Hq + 2 Hkv) D]; cos, sin [N, D]; q [N, Hq, D]; k, v [*, Hkv, D]; index [N]. squares
+    [T, N]: qkv is of rows of `hidden_size` not yet divided by their rms, and lacks the `bias`.
     """
     num_tokens, num_heads, head_size = q.shape
     num_kv = k.shape[-2]
@@ -691,7 +824,11 @@ def rotate_and_store(
         k,
         v,
         index,
+        qkv if squares is None else squares,
+        qkv if bias is None else bias,
+        num_tokens,
         eps,
+        H=hidden_size,
         Hq=num_heads,
         Hkv=num_kv,
         D=head_size,
@@ -699,24 +836,66 @@ def rotate_and_store(
         BLOCK_KV=next_power_of_2(num_kv),
         BLOCK_HALF=next_power_of_2(head_size // 2),
         HAS_NORM=norms is not None,
+        T=0 if squares is None else squares.shape[0],
+        HAS_BIAS=bias is not None,
+        PDL=pdl,
         num_warps=4,
+        **launch_options(pdl),
     )
 
 
-@triton.jit
-def _silu_mul_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_tokens"])
+def _silu_mul_kernel(
+    x_ptr,
+    out_ptr,
+    squares_ptr,
+    num_tokens,
+    eps,
+    H: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < SIZE
     kind = out_ptr.dtype.element_ty
     gate = tl.load(x_ptr + token * (2 * SIZE) + offs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + token * (2 * SIZE) + SIZE + offs, mask=mask, other=0.0).to(tl.float32)
+    if T > 0:
+        scale = inverse_rms(squares_ptr, token, True, num_tokens, eps, H, T)
+        gate *= scale
+        up *= scale
     gate = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
     tl.store(out_ptr + token * SIZE + offs, (gate * up).to(kind), mask=mask)
 
 
-def silu_mul(x: Tensor, out: Tensor) -> None:
-    """out [N, I] = SiLU(x[:, :I]) * x[:, I:], x [N, 2 I]."""
+def silu_mul(
+    x: Tensor,
+    out: Tensor,
+    squares: Tensor | None = None,
+    eps: float = 0.0,
+    hidden_size: int = 0,
+    pdl: bool = False,
+) -> None:
+    """out [N, I] = SiLU(x[:, :I]) * x[:, I:], x [N, 2 I]; squares as in `rotate_and_store`."""
     num_tokens, size = out.shape
     block = min(2048, next_power_of_2(size))
-    _silu_mul_kernel[(num_tokens, -(-size // block))](x, out, SIZE=size, BLOCK=block, num_warps=4)
+    _silu_mul_kernel[(num_tokens, -(-size // block))](
+        x,
+        out,
+        x if squares is None else squares,
+        num_tokens,
+        eps,
+        H=hidden_size,
+        SIZE=size,
+        BLOCK=block,
+        T=0 if squares is None else squares.shape[0],
+        PDL=pdl,
+        num_warps=4,
+        **launch_options(pdl),
+    )

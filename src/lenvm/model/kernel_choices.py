@@ -1,0 +1,110 @@
+"""Which kernels run a step: measured on a kind of GPU, written down, looked up by shape.
+
+`kernel_choices.json` is what `benchmarks/scorer_kernels.py --tune` found fastest, and right, on a
+GPU. Shapes and devices that were not measured run cuBLAS with small kernels between (`PLAIN`).
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PATH = Path(__file__).with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a fused product is cut: BM tokens x BN outputs x BK inputs a step."""
+
+    BM: int
+    BN: int
+    BK: int = 64
+    splits: int = 1
+    """Parts along the inputs; `out` and `down` only."""
+    warps: int = 4
+    stages: int = 4
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """How `kernels.candidate_attention` cuts its work."""
+
+    block: int = 64
+    """Most query rows of a program."""
+    waves: int = 2
+    """Prefixes are split so that the programs fill the GPU about so many times."""
+    stages: int = 3
+    merges: bool = False
+    """The split that ends last merges them, in place of a second kernel."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """None: cuBLAS, with small kernels before and after."""
+
+    qkv: Tile | None = None
+    out: Tile | None = None
+    gate_up: Tile | None = None
+    down: Tile | None = None
+    attention: AttentionChoice = AttentionChoice()
+    pdl: bool = False
+    """A kernel is launched while the one before it still ends (Hopper and later)."""
+
+    @property
+    def tiles(self) -> dict[str, Tile]:
+        named = {"qkv": self.qkv, "out": self.out, "gate_up": self.gate_up, "down": self.down}
+        return {name: tile for name, tile in named.items() if tile is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Choices":
+        tiles = {k: Tile(**v) if v else None for k, v in values.items() if k in _PRODUCTS}
+        attention = AttentionChoice(**values["attention"])
+        return cls(**tiles, attention=attention, pdl=values["pdl"])
+
+
+_PRODUCTS = ("qkv", "out", "gate_up", "down")
+PLAIN = Choices()
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a measurement holds for."""
+
+    hidden: int
+    inner: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+
+def device_kind(device: torch.device) -> str:
+    """What measurements are shared by: compute capability and multiprocessors (H100 = H200)."""
+    if device.type != "cuda":
+        return device.type
+    found = torch.cuda.get_device_properties(device)
+    return f"sm_{found.major}{found.minor} x{found.multi_processor_count}"
+
+
+def choose(device: torch.device, shape: LayerShape, num_tokens: int) -> Choices:
+    """What was fastest for that many packed tokens; up to twice as many or half as many count as
+    measured too. `PLAIN` where nothing was."""
+    records = _records().get((device_kind(device), shape), {})
+    near = [n for n in records if n <= 2 * num_tokens and num_tokens <= 2 * n]
+    if not near:
+        return PLAIN
+    return records[min(near, key=lambda n: max(n / num_tokens, num_tokens / n))]
+
+
+@cache
+def _records() -> dict[tuple[str, LayerShape], dict[int, Choices]]:
+    found: dict[tuple[str, LayerShape], dict[int, Choices]] = {}
+    for record in json.loads(PATH.read_text())["records"]:
+        key = record["device_kind"], LayerShape(**record["shape"])
+        found.setdefault(key, {})[record["num_tokens"]] = Choices.from_json(record["choices"])
+    return found
