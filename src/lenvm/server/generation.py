@@ -223,6 +223,7 @@ async def _collect(state: ServerState, job: Job, ticket: Ticket, facts: Json) ->
             i,
             completion,
             token_log_probs(job.kind, events[i], state.encoder) if job.log_probs else None,
+            token_ids=job.body.return_token_ids,
         )
         for i, completion in enumerate(completions)
     ]

@@ -102,6 +102,9 @@ class Generation(Body):
     """The length asked for."""
     track_length: bool | None = None
     """Report value and predicted remaining length at every token (always, with a `length`)."""
+    return_token_ids: bool = False
+    """Answers that are not streamed name `prompt_token_ids` and `token_ids` of each choice, as
+    vLLM's do: what `lenvm sample` trains on."""
 
     user: Any = None
     metadata: Any = None

@@ -69,7 +69,12 @@ def token_log_probs(kind: Kind, events: Sequence[Event], names: PromptEncoder) -
 
 
 def choice(
-    kind: Kind, index: int, completion: Completion, log_probs: Json | None, *, prefix: str = ""
+    kind: Kind,
+    index: int,
+    completion: Completion,
+    log_probs: Json | None,
+    *,
+    token_ids: bool = False,
 ) -> Json:
     """A finished choice."""
     shown: Json = {"index": index, "finish_reason": completion.finish_reason, "logprobs": log_probs}
@@ -82,6 +87,9 @@ def choice(
             "predicted_length": completion.predicted_length,
             "num_tokens": len(completion.token_ids),
         }
+    if token_ids:
+        shown["prompt_token_ids"] = list(completion.request.prompt_token_ids)
+        shown["token_ids"] = list(completion.token_ids)
     return shown
 
 
