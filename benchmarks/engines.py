@@ -40,8 +40,8 @@ from engines_results import headline, merge  # noqa: E402
 
 CONTROL = {"equal_to": 512, "rule": "soft", "strict": False, "top_k": 15, "top_p": 1.0}
 PAIRS = [("1.5b", "0.5b"), ("7b", "1.5b"), ("0.5b", "0.5b")]
-KV_GIB = {"0.5b": 3, "1.5b": 5, "7b": 9, "real": 1}
-VALUE_GIB = {"0.5b": 5.0, "1.5b": 9.0, "real": 3.0}
+KV_GIB = {"0.5b": 3, "1.5b": 5, "7b": 4, "real": 1}
+VALUE_GIB = {"0.5b": 5.0, "1.5b": 7.5, "real": 3.0}
 """For the value model and its KV: several engines share the GPU here."""
 
 VLLM_SMALL = ["--kv-cache-memory-bytes", "1073741824", "--gpu-memory-utilization", "0.1"]
@@ -321,7 +321,7 @@ class Run:
                 ("stock", None, {}),
                 ("plugin", checkpoint, {}),
             ]
-            if self.engine == "vllm" and generator == "1.5b":
+            if self.engine == "vllm" and self.arguments.with_v1:
                 kinds.append(("stock_v1", None, self.v1()))
             for kind, model, more in kinds:
                 name = f"{generator}_{value}_{kind}"
@@ -414,6 +414,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", default=["1.5b_0.5b", "7b_1.5b", "0.5b_0.5b"])
     parser.add_argument("--concurrency", nargs="*", type=int, default=[64, 16, 1, 256])
     parser.add_argument("--num-tokens", type=int, default=512)
+    parser.add_argument("--with-v1", action="store_true", help="vLLM alone with its V1 runner, too")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     run = Run(arguments)

@@ -218,8 +218,9 @@ def test_a_dead_endpoint_is_named_and_the_others_go_on(tmp_path: Path):
     with pytest.raises(EndpointError, match=r"127\.0\.0\.1:9.*(refused|failed)"):
         sample(tmp_path / "u.jsonl", DEAD)
     assert not (tmp_path / "u.jsonl").exists()
-    with pytest.raises(InputError, match=r"expected an address such as"):
-        sample(tmp_path / "u.jsonl", "localhost:8000")
+    for wrong in ("localhost:8000", "http://127.0.0.1:8000v1", "http:///v1"):
+        with pytest.raises(InputError, match=r"expected an address such as"):
+            sample(tmp_path / "u.jsonl", wrong)
 
 
 @pytest.mark.parametrize("fault", [{"fail_first": 10**9}, {"truncate_after": 5}])

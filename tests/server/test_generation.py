@@ -1,6 +1,8 @@
 """Chat and plain completions as OpenAI's clients use them, with the length asked for."""
 
 import json
+import subprocess
+import sys
 
 import openai
 import pytest
@@ -51,6 +53,24 @@ def test_a_stream_carries_values_and_adds_up_to_the_whole(client):
 def test_without_control_the_value_model_is_asked_only_on_request(client):
     assert all("lenvm" not in chunk for chunk in stream(client))
     assert all("lenvm" in chunk for chunk in stream(client, track_length=True))
+
+
+def test_lenvm_sample_takes_token_ids_from_the_server_without_a_tokenizer(client, tmp_path):
+    from lenvm.data.trajectory import read_trajectories
+
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "trajectories.jsonl"
+    prompts.write_text(json.dumps({"prompt": "w7 w8 w9"}) + "\n")
+    arguments = ["sample", str(prompts), "--endpoint", f"{client.base_url}/v1", "-n", "3"]
+    command = [sys.executable, "-m", "lenvm", *arguments, "-o", str(out), "--max-tokens", "9"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = list(read_trajectories(out))
+    assert len(found) == 3
+    for trajectory in found:
+        assert trajectory.usage["completion_tokens"] == len(trajectory.completion_token_ids) <= 9
+        assert trajectory.prompt_token_ids == found[0].prompt_token_ids
+    plain = ask(client, seed=3).json()["choices"][0]
+    assert "token_ids" not in plain
 
 
 def test_several_choices_differ_and_repeat_with_their_seed(client):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
 
 from lenvm.data.images import to_wire_messages
 from lenvm.data.prompts import Prompt
@@ -231,7 +232,12 @@ class HttpCompleter:
 
 def normalise_url(url: str) -> str:
     """http://HOST:PORT with /v1 where no path is given. InputError for what is no HTTP address."""
-    if not url.startswith(("http://", "https://")) or len(url.split("/")[2]) == 0:
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        is_address = False
+    if not is_address:
         raise InputError(f"endpoint {url!r}: expected an address such as http://127.0.0.1:8000/v1")
     url = url.rstrip("/")
     return url if url.count("/") > 2 else url + "/v1"
