@@ -26,6 +26,7 @@ from lenvm.training.attention import restore_attention
 from lenvm.training.config import TrainingConfig
 from lenvm.training.frozen import run_frozen, split_upper
 from lenvm.training.loop import (
+    COMPLETE,
     LenVMTrainer,
     Progress,
     build_arguments,
@@ -134,12 +135,24 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
 def _run(trainer: LenVMTrainer, config: TrainingConfig) -> float:
     """Train to the end, from the last checkpoint where there is one; returns the seconds."""
     last = find_checkpoint(Path(trainer.args.output_dir))
+    if last is not None:
+        _check_layout(Path(last), trainer)
     trainer.args.eval_on_start = last is None
     _forget_after(trainer, last)
     trainer.train(resume_from_checkpoint=last)
     if config.best_metric is not None:
         trainer.evaluate()  # the best one's weights are back
     return trainer.clock.seconds()
+
+
+def _check_layout(checkpoint: Path, trainer: LenVMTrainer) -> None:
+    """InputError where another layout wrote the checkpoint in a form that this one cannot read."""
+    written = read_json(checkpoint / COMPLETE).get("layout")
+    if written != trainer.layout:
+        raise InputError(
+            f"{checkpoint} is of a run on {written}, and this one is on {trainer.layout}; launch it "
+            f"as before, or remove {checkpoint.parent} to begin anew"
+        )
 
 
 def _forget_after(trainer: LenVMTrainer, checkpoint: str | None) -> None:
@@ -294,8 +307,8 @@ def _save(trainer: LenVMTrainer, model: LengthValueModel, config: TrainingConfig
     restore_attention(model.backbone)
     state = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        state = {k.removeprefix("value_model."): v for k, v in whole.items()}
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # process 0 gets it
+        state = {k.removeprefix("value_model."): v for k, v in (whole or {}).items()}
     if trainer.args.process_index == 0:
         model.save_pretrained(Path(config.output), state_dict=state)
     trainer.accelerator.wait_for_everyone()
