@@ -36,7 +36,6 @@ import torch  # noqa: E402
 import engines_checks as checks  # noqa: E402
 import engines_setup as setup  # noqa: E402
 from engines_process import Engine  # noqa: E402
-
 from lenvm.files import read_json, read_jsonl, write_json  # noqa: E402
 
 NO_MULTICAST = {
@@ -270,7 +269,7 @@ def train(call: Call) -> None:
             run["worst_eval_difference"] = worst_difference(one["eval_loss"], run["eval_loss"])
             run["per_gpu_ratio"] = run["tokens_per_s"] / 2 / one["tokens_per_s"]
         call.found["runs"][name] = run
-        call.say(f"{name}: " + json.dumps({k: v for k, v in run.items() if "loss" != k}))
+        call.say(f"{name}: " + json.dumps({k: v for k, v in run.items() if k != "loss"}))
         call.save()
 
 
@@ -312,7 +311,7 @@ def resume(call: Call) -> None:
             for n, v in values.items()
         }  # fmt: skip
         call.found["mean_value"] = float(torch.cat(values["one"]).mean())
-    call.say(json.dumps({k: v for k, v in call.found.items() if "loss" != k}))
+    call.say(json.dumps({k: v for k, v in call.found.items() if k != "loss"}))
     call.save()
 
 
@@ -370,7 +369,11 @@ def serve(call: Call) -> None:
         for name, engine in good.items():
             layout, _, kind = name.partition("_")
             for guided in (False, True) if kind == "plugin" else (False,):
-                command = {"do": "rate", "concurrency": concurrency, "num_tokens": options.num_tokens}
+                command = {
+                    "do": "rate",
+                    "concurrency": concurrency,
+                    "num_tokens": options.num_tokens,
+                }
                 answer = engine.ask({**command, "control": CONTROL if guided else None}, 90.0)
                 kinds = {"stock": "stock", "plugin": "guided" if guided else "unguided"}
                 point = {"layout": layout, "kind": kinds[kind], "concurrency": concurrency}
@@ -482,7 +485,8 @@ def sample(call: Call) -> None:
         call.say("both servers are up")
         call.found["points"] = []
         for number, endpoints in enumerate((urls[1:], urls[:1], urls, urls[:1], urls)):
-            point = run_sampler(call, prompts, endpoints, f"samples{number}")
+            limit = ["--limit", "48"] if number == 0 else []
+            point = run_sampler(call, prompts, endpoints, f"samples{number}", limit)
             point["is_warm_up"] = number == 0  # the second server's; the first point's is its own
             call.found["points"].append(point)
             call.say(json.dumps(point))
@@ -499,15 +503,18 @@ def sample(call: Call) -> None:
     call.save()
 
 
-def run_sampler(call: Call, prompts: Path, endpoints: list[str], name: str) -> dict[str, Any]:
-    """`sample_from_endpoints` is what `lenvm sample` calls; its time is without imports."""
+def run_sampler(
+    call: Call, prompts: Path, endpoints: list[str], name: str, more: list[str]
+) -> dict[str, Any]:
+    """`lenvm sample`, timed by its own report: without imports. Its requests are a multiple of those
+    in flight, so that no last wave is half empty."""
     output = call.work / f"{name}.jsonl"
     for old in call.work.glob(f"{name}.*"):
         old.unlink()
     per_endpoint = 8 if call.is_dry else call.arguments.per_endpoint
     argv = ["-m", "lenvm", "sample", str(prompts), "--output", str(output), "--n", "8"]
-    argv += ["--max-tokens", "64" if call.is_dry else "512", "--per-request", "4"]
-    argv += ["--concurrency", str(per_endpoint * len(endpoints))]
+    argv += ["--max-tokens", "64" if call.is_dry else "256", "--per-request", "4"]
+    argv += [*more, "--concurrency", str(per_endpoint * len(endpoints))]
     for url in endpoints:
         argv += ["--endpoint", url]
     if not call.is_dry:
@@ -549,7 +556,7 @@ def main() -> None:
     parser.add_argument("--concurrency", nargs="*", type=int, default=[64, 256])
     parser.add_argument("--num-tokens", type=int, default=512)
     parser.add_argument("--custom-all-reduce", action="store_true")
-    parser.add_argument("--num-prompts", type=int, default=400)
+    parser.add_argument("--num-prompts", type=int, default=384)
     parser.add_argument("--per-endpoint", type=int, default=96, help="requests in flight of each")
     parser.add_argument("--budget-s", type=float, default=420.0)
     parser.add_argument("--dry-run", action="store_true")

@@ -270,9 +270,7 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def _from_first(self) -> StateDictOptions:
-        return StateDictOptions(
-            full_state_dict=True, broadcast_from_rank0=self.args.world_size > 1
-        )
+        return StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.args.world_size > 1)
 
     @property
     def _plain_optimizer(self) -> torch.optim.Optimizer:
@@ -352,6 +350,11 @@ def build_arguments(config: TrainingConfig, use_bf16: bool) -> TrainingArguments
     use_cpu = not torch.cuda.is_available()
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if deepspeed and config.precision in ("fp16", "fp32"):
+        raise InputError(
+            f"precision is {config.precision!r}; under DeepSpeed it is `torch_autocast` in its JSON "
+            "file (bf16 in configs/zero*.json): change it there and use 'auto' here"
+        )
     best = None if config.best_metric is None else f"eval_{config.best_metric}"
     return TrainingArguments(
         output_dir=str(output.with_name(output.name + ".state")),
@@ -360,7 +363,8 @@ def build_arguments(config: TrainingConfig, use_bf16: bool) -> TrainingArguments
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         max_grad_norm=config.max_grad_norm,
-        bf16=use_bf16 and not deepspeed,  # its engine autocasts: `torch_autocast` in configs/zero*.json
+        bf16=use_bf16
+        and not deepspeed,  # its engine autocasts: `torch_autocast` in configs/zero*.json
         fp16=config.precision == "fp16",
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},

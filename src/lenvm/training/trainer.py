@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
 from lenvm import returns
 from lenvm.data.dataset import Sequences, Split, TokenStore, mixing_weights
@@ -225,13 +226,17 @@ def _build_model(
     config: TrainingConfig, sequences: Sequences, args: TrainingArguments
 ) -> LengthValueModel:
     """The value model to train: of `init_from`, else the backbone with a fresh head."""
+    if args.deepspeed_plugin is not None:
+        # whole on each process until the Trainer shares it out: built in parts, the head would
+        # start from other random numbers than elsewhere
+        unset_hf_deepspeed_config()
     if config.init_from is not None:
         return LengthValueModel.from_pretrained(config.init_from, dtype=torch.float32).train()
     gamma = config.gamma
     if gamma == "auto":
         gamma = returns.compute_gamma(sequences.lengths.tolist())
     # a frozen base needs no fp32 weights; adapters and head have them
-    low = config.trainable in ADAPTERS and args.bf16 and args.device.type == "cuda"
+    low = config.trainable in ADAPTERS and _use_bf16(config) and args.device.type == "cuda"
     model = LengthValueModel.build(
         config.backbone,
         LenVMConfig(gamma=gamma, head=config.head, target=config.target),
@@ -282,7 +287,7 @@ def _prepare(
     trained, hidden = model, {}
     cached = config.cache_frozen if config.cache_frozen is not None else args.world_size == 1
     if config.trainable == "last" and cached and not config.share_prompts:
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=_use_bf16(config)):
             for name, sequences in (("train", splits.train), ("validation", splits.validation)):
                 hidden[name] = run_frozen(
                     model,
