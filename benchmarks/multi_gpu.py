@@ -1,6 +1,6 @@
 """Two GPUs against one: training under the shipped layouts, guided vLLM, sampling.
 
-    python benchmarks/multi_gpu.py train  --model ~/kit/models/qwen2.5-coder-0.5b.gguf --data gsm8k.jsonl
+    python benchmarks/multi_gpu.py train  --model model.gguf --data gsm8k/train.jsonl
     python benchmarks/multi_gpu.py resume --model ... --data ...     (after train)
     python benchmarks/multi_gpu.py serve  --model ...
     python benchmarks/multi_gpu.py sample --model ...
@@ -8,8 +8,8 @@
 Each part is a call of its own and writes its part of --out after each point. `train` runs `lenvm
 train` on one GPU, then under configs/{ddp,fsdp2,zero3}.yaml on two, with the same global batches.
 `resume` kills an FSDP2 run at its first checkpoint, goes on under DDP, and loads the outcome
-plainly. `serve` compares vLLM on one GPU, with tensor parallel 2 and with data parallel 2; the value
-model stands on rank 0 of a tensor-parallel group, and on each rank of a data-parallel one. `sample`
+plainly. `serve` compares vLLM on one GPU, with tensor parallel 2 and data parallel 2; the value model
+stands on rank 0 of a tensor-parallel group, and on each rank of a data-parallel one. `sample`
 gives `lenvm sample` one endpoint, then two. `--dry-run` plays all of it on a CPU with tiny models.
 """
 
@@ -506,8 +506,8 @@ def sample(call: Call) -> None:
 def run_sampler(
     call: Call, prompts: Path, endpoints: list[str], name: str, more: list[str]
 ) -> dict[str, Any]:
-    """`lenvm sample`, timed by its own report: without imports. Its requests are a multiple of those
-    in flight, so that no last wave is half empty."""
+    """`lenvm sample`, timed by its own report: without imports. Its requests are a multiple of
+    those in flight, so that no last wave is half empty."""
     output = call.work / f"{name}.jsonl"
     for old in call.work.glob(f"{name}.*"):
         old.unlink()

@@ -254,7 +254,8 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[no-any-return]
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         state = load_file(Path(resume_from_checkpoint, MODEL)) if self._reads else {}
         set_model_state_dict(model or self.model, state, options=self._from_first)
 

@@ -151,8 +151,8 @@ def _check_layout(checkpoint: Path, trainer: LenVMTrainer) -> None:
     written = read_json(checkpoint / COMPLETE).get("layout")
     if written != trainer.layout:
         raise InputError(
-            f"{checkpoint} is of a run on {written}, and this one is on {trainer.layout}; launch it "
-            f"as before, or remove {checkpoint.parent} to begin anew"
+            f"{checkpoint} is of a run on {written}, and this one is on {trainer.layout}; launch "
+            f"it as before, or remove {checkpoint.parent} to begin anew"
         )
 
 
