@@ -8,8 +8,8 @@
 Each part is a call of its own and writes its part of --out after each point. `train` runs `lenvm
 train` on one GPU, then under configs/{ddp,fsdp2,zero3}.yaml on two, with the same global batches.
 `resume` kills an FSDP2 run at its first checkpoint, goes on under DDP, and loads the outcome
-plainly. `serve` compares vLLM on one GPU, with tensor parallel 2 and data parallel 2; the value model
-stands on rank 0 of a tensor-parallel group, and on each rank of a data-parallel one. `sample`
+plainly. `serve` compares vLLM on one GPU, with tensor parallel 2 and data parallel 2; the value
+model stands on rank 0 of a tensor-parallel group, and on each rank of a data-parallel one. `sample`
 gives `lenvm sample` one endpoint, then two. `--dry-run` plays all of it on a CPU with tiny models.
 """
 
@@ -306,11 +306,11 @@ def resume(call: Call) -> None:
     if "one" in values:
         one = read_losses(call, "one")
         call.found["worst_loss_difference"] = worst_difference(one["loss"], mixed["loss"])
+        whole = {n: torch.cat(v) for n, v in values.items()}
         call.found["mean_value_difference"] = {
-            n: float(torch.cat([(a - b).abs() for a, b in zip(v, values["one"], strict=True)]).mean())
-            for n, v in values.items()
-        }  # fmt: skip
-        call.found["mean_value"] = float(torch.cat(values["one"]).mean())
+            n: float((v - whole["one"]).abs().mean()) for n, v in whole.items()
+        }
+        call.found["mean_value"] = float(whole["one"].mean())
     call.say(json.dumps({k: v for k, v in call.found.items() if k != "loss"}))
     call.save()
 

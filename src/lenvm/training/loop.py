@@ -221,8 +221,8 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         if self.writer is not None:
             self.writer.write({"step": self.state.global_step, **logs})
 
-    # checkpoints: whole tensors under the parameters' names, so that one process, DDP and FSDP2 go on
-    # from each other's. DeepSpeed's engine has its own
+    # checkpoints: whole tensors under the parameters' names, so that one process, DDP and FSDP2 go
+    # on from each other's. DeepSpeed's engine has its own
 
     @property
     def layout(self) -> str:
@@ -353,8 +353,8 @@ def build_arguments(config: TrainingConfig, use_bf16: bool) -> TrainingArguments
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if deepspeed and config.precision in ("fp16", "fp32"):
         raise InputError(
-            f"precision is {config.precision!r}; under DeepSpeed it is `torch_autocast` in its JSON "
-            "file (bf16 in configs/zero*.json): change it there and use 'auto' here"
+            f"precision is {config.precision!r}; under DeepSpeed it is `torch_autocast` in its "
+            "JSON file (bf16 in configs/zero*.json): change it there and use 'auto' here"
         )
     best = None if config.best_metric is None else f"eval_{config.best_metric}"
     return TrainingArguments(
