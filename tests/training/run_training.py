@@ -8,6 +8,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2] / "src")]
     warnings.filterwarnings("ignore")
+    from cpu_layouts import allow_cpu_layouts
+
+    allow_cpu_layouts()
     from lenvm.training.config import TrainingConfig
     from lenvm.training.trainer import train
 

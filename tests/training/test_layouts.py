@@ -1,9 +1,12 @@
-"""DDP and FSDP2 on GPUs, from the shipped configurations, against one process."""
+"""The shipped configurations against one process: on GPUs, and FSDP2 on CPU processes too."""
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import pytest
 import torch
 import yaml
 
+from lenvm.errors import InputError
 from lenvm.model.value_model import LengthValueModel
 from lenvm.training.config import TrainingConfig
+from lenvm.training.trainer import train
 from tiny import tiny_generator, tiny_tokenizer
 from training.test_processes import SCRIPT, finish, kill_after, losses
 from training.test_trainer import write_data
@@ -32,6 +37,68 @@ def test_the_configurations_are_what_accelerate_reads():
             file = ROOT / values["deepspeed_config"]["deepspeed_config_file"]
             stage = json.loads(file.read_text())["zero_optimization"]["stage"]
             assert path.stem == f"zero{stage}"
+
+
+def tiny_settings(tmp_path: Path) -> dict[str, Any]:
+    tiny_generator(num_hidden_layers=2).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    return {
+        "data": [write_data(tmp_path / "t.jsonl", 100)],
+        "backbone": str(tmp_path / "base"),
+        "learning_rate": 1e-3,
+        "batch_tokens": 128,
+        "accumulation": 3,
+        "epochs": 2,
+        "evals": 2,
+    }
+
+
+def launch(tmp_path: Path, settings: dict[str, Any], layout: str | None) -> subprocess.Popen[bytes]:
+    """A training process on the CPU, or two of them under a shipped configuration."""
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(settings))
+    command = [sys.executable, str(SCRIPT), str(path)]
+    if layout is not None:
+        port = str(random.randint(20_000, 60_000))
+        options = ["--config_file", f"configs/{layout}.yaml", "--num_processes", "2"]
+        options += ["--main_process_port", port]
+        command[1:1] = ["-m", "accelerate.commands.launch", *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        command, env=env, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def test_fsdp2_gives_the_losses_of_one_process_and_ddp_goes_on_from_it(tmp_path: Path):
+    """fp32 weights under autocast in both: they part by the order of sums alone."""
+    settings = tiny_settings(tmp_path)
+    finish(launch(tmp_path, {**settings, "output": str(tmp_path / "one")}, None))
+    mixed = {**settings, "output": str(tmp_path / "mixed")}
+    process = launch(tmp_path, mixed, "fsdp2")
+    state = tmp_path / "mixed.state"
+    while not list(state.glob("checkpoint-*/complete")):
+        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finish(launch(tmp_path, mixed, "ddp"))
+    for a, b in zip(losses(tmp_path, "one"), losses(tmp_path, "mixed"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    one, other = (LengthValueModel.from_pretrained(tmp_path / n) for n in ("one", "mixed"))
+    fresh = LengthValueModel.build(str(tmp_path / "base"), one.config)
+    ids = [[5, 6, 7, 8, 9, 10, 11, 12]]
+    a, b, untrained = (model.read(ids)[0] for model in (one, other, fresh.eval()))
+    assert (a - b).norm() < 0.02 * (a - untrained).norm()
+
+
+def test_another_layouts_state_is_refused_where_it_cannot_be_read(tmp_path: Path):
+    settings = {**tiny_settings(tmp_path), "output": str(tmp_path / "model")}
+    checkpoint = tmp_path / "model.state" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    text = json.dumps({"step": 3, "layout": "DeepSpeed ZeRO-3 on 8 processes"})
+    (checkpoint / "complete").write_text(text)
+    with pytest.raises(InputError, match="ZeRO-3 on 8 processes, and this one is on any but"):
+        train(TrainingConfig.parse(settings))
 
 
 @pytest.mark.gpu
@@ -63,14 +130,16 @@ def test_two_gpus_give_the_losses_of_one(tmp_path: Path, layout: str):
         losses(tmp_path, "two")[1][-1], rel=2e-2
     )
     killed = {**settings, "output": str(tmp_path / "killed")}
-    kill_after(launch(tmp_path, killed, command), tmp_path / "killed.metrics.jsonl", rows=12)
+    kill_after(
+        launch_on_gpus(tmp_path, killed, command), tmp_path / "killed.metrics.jsonl", rows=12
+    )
     assert list((tmp_path / "killed.state").glob("checkpoint-*/complete"))
     run(tmp_path, killed, command)
     for a, b in zip(losses(tmp_path, "two"), losses(tmp_path, "killed"), strict=True):
         assert a == pytest.approx(b, rel=2e-2)
 
 
-def launch(
+def launch_on_gpus(
     tmp_path: Path, settings: dict[str, Any], launcher: list[str]
 ) -> "subprocess.Popen[bytes]":
     TrainingConfig.parse(settings)
@@ -83,4 +152,4 @@ def launch(
 
 
 def run(tmp_path: Path, settings: dict[str, Any], launcher: list[str]) -> None:
-    finish(launch(tmp_path, settings, launcher))
+    finish(launch_on_gpus(tmp_path, settings, launcher))

@@ -340,15 +340,6 @@ def test_tokens_of_another_tokenizer_inside_the_vocabulary_are_found(tmp_path: P
     train(config(tmp_path, base, epochs=1, trainable="head", output=str(tmp_path / "own")))
 
 
-def test_a_state_of_another_engine_is_refused(tmp_path: Path, base: str):
-    train(config(tmp_path, base, epochs=1, evals=2))
-    (tmp_path / "model.result.json").unlink()  # as if it had been killed before its end
-    (written,) = (tmp_path / "model.state").glob("checkpoint-*/complete")
-    written.write_text(json.dumps({"step": 1, "engine": "fsdp"}))
-    with pytest.raises(InputError, match="written under fsdp, and this run is under ddp"):
-        train(config(tmp_path, base, epochs=1, evals=2))
-
-
 def test_a_checkpoint_of_a_newer_format_is_refused_before_the_first_step(tmp_path: Path, base: str):
     train(config(tmp_path, base, epochs=1, evals=1, trainable="head"))
     path = tmp_path / "model" / "lenvm.json"

@@ -314,7 +314,7 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            # FSDP and DeepSpeed hand out bf16 copies of the weights; the sums are fp32 all the same
+            # DeepSpeed hands out bf16 copies of the weights; the sums are fp32 all the same
             w1, b1, w2, b2 = (
                 p.float() for layer in (self.fc, self.summary) for p in (layer.weight, layer.bias)
             )

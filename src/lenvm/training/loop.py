@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lenvm.data.dataset import Array
@@ -35,6 +42,8 @@ Progress = Callable[[str, int, int], None]
 """(stage, done, total)."""
 COMPLETE = "complete"
 """File that a whole checkpoint holds: it is written last."""
+MODEL, OPTIMIZER, SCHEDULER = "model.safetensors", "optimizer.pt", "scheduler.pt"
+"""Files of a checkpoint, as transformers names them."""
 
 
 class LenVMTrainer(Trainer):  # type: ignore[misc]
@@ -65,6 +74,10 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
             callbacks=[_EveryStep(self, progress)],
         )
         self.remove_callback(PrinterCallback)
+        if self.is_fsdp_enabled:
+            # fp32 weights under autocast, as on one GPU. accelerate's policy would round the head,
+            # its output and the reduced gradients to bf16
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
     # data
 
@@ -100,7 +113,8 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
 
     def _sum(self, model: nn.Module, rows: Array) -> Tensor:
         batch = self.packers["train"](rows)
-        raw = model(batch)  # accelerate wrapped its forward in autocast
+        with self.accelerator.autocast():
+            raw = model(batch)
         value_model = self.value_model
         loss = self.objective.sum(value_model.head, raw, States.of(batch), value_model.config.gamma)
         return loss if batch.counts else loss * 0.0
@@ -176,7 +190,8 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         model.eval()
         for rows in self.validation:
             batch = packer(rows)
-            raw = model(batch)
+            with self.accelerator.autocast():
+                raw = model(batch)
             states = States.of(batch)
             loss = self.objective.sum(value_model.head, raw, states, gamma)
             weight = count(self.objective, packer.sequences, rows)
@@ -206,24 +221,63 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         if self.writer is not None:
             self.writer.write({"step": self.state.global_step, **logs})
 
-    # checkpoints
+    # checkpoints: whole tensors under the parameters' names, so that one process, DDP and FSDP2 go
+    # on from each other's. DeepSpeed's engine has its own
 
     @property
-    def engine(self) -> str:
-        """What lays the weights out: states of one engine do not load in another."""
-        if self.is_deepspeed_enabled:
-            return "deepspeed"
-        return "fsdp" if self.is_fsdp_enabled else "ddp"
+    def layout(self) -> str:
+        """What may go on from a checkpoint of this run."""
+        if not self.is_deepspeed_enabled:
+            return "any but DeepSpeed"
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage
+        return f"DeepSpeed ZeRO-{stage} on {self.args.world_size} processes"
 
-    def check_engine(self, checkpoint: Path) -> None:
-        """InputError where a state was written under another engine than this one."""
-        written = json.loads((checkpoint / COMPLETE).read_text())["engine"]
-        if written != self.engine:
-            raise InputError(
-                f"{checkpoint} was written under {written}, and this run is under {self.engine} "
-                "(one process counts as ddp); go on with the same launcher, or give another "
-                "output to begin again"
-            )
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[no-any-return]
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model_wrapped, self._plain_optimizer, options=options)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-any-return]
+        state = torch.load(Path(checkpoint, OPTIMIZER), weights_only=True) if self._reads else {}
+        set_optimizer_state_dict(
+            self.model_wrapped, self._plain_optimizer, state, options=self._from_first
+        )
+        self.lr_scheduler.load_state_dict(
+            torch.load(Path(checkpoint, SCHEDULER), weights_only=True)
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        state = load_file(Path(resume_from_checkpoint, MODEL)) if self._reads else {}
+        set_model_state_dict(model or self.model, state, options=self._from_first)
+
+    def _load_best_model(self) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_best_model()  # type: ignore[no-any-return]
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    @property
+    def _reads(self) -> bool:
+        """Whether this process reads a checkpoint; the others get it from process 0."""
+        return bool(self.args.process_index == 0)
+
+    @property
+    def _from_first(self) -> StateDictOptions:
+        return StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.args.world_size > 1)
+
+    @property
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """Without accelerate's wrapper, whose `step` may do nothing."""
+        optimizer: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_pending()
@@ -239,7 +293,7 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             folder = Path(self.args.output_dir)
             last = folder / f"checkpoint-{self.state.global_step}"
-            about = {"step": self.state.global_step, "engine": self.engine}
+            about = {"step": self.state.global_step, "layout": self.layout}
             write_text(last / COMPLETE, json.dumps(about))
             keep = {last, Path(self.state.best_model_checkpoint or last)}
             for old in folder.glob("checkpoint-*"):
@@ -302,6 +356,12 @@ def build_arguments(config: TrainingConfig, use_bf16: bool) -> TrainingArguments
     output = Path(config.output)
     use_cpu = not torch.cuda.is_available()
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if deepspeed and config.precision in ("fp16", "fp32"):
+        raise InputError(
+            f"precision is {config.precision!r}; under DeepSpeed it is `torch_autocast` in its "
+            "JSON file (bf16 in configs/zero*.json): change it there and use 'auto' here"
+        )
     best = None if config.best_metric is None else f"eval_{config.best_metric}"
     return TrainingArguments(
         output_dir=str(output.with_name(output.name + ".state")),
@@ -310,7 +370,8 @@ def build_arguments(config: TrainingConfig, use_bf16: bool) -> TrainingArguments
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         max_grad_norm=config.max_grad_norm,
-        bf16=use_bf16,
+        bf16=use_bf16
+        and not deepspeed,  # its engine autocasts: `torch_autocast` in configs/zero*.json
         fp16=config.precision == "fp16",
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},

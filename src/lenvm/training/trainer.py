@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
 from lenvm import returns
 from lenvm.data.dataset import ControlPrefix, Sequences, Split, TokenStore, mixing_weights
@@ -30,6 +31,7 @@ from lenvm.training.attention import restore_attention
 from lenvm.training.config import TrainingConfig
 from lenvm.training.frozen import run_frozen, split_upper
 from lenvm.training.loop import (
+    COMPLETE,
     LenVMTrainer,
     Progress,
     build_arguments,
@@ -144,13 +146,23 @@ def _run(trainer: LenVMTrainer, config: TrainingConfig) -> float:
     """Train to the end, from the last checkpoint where there is one; returns the seconds."""
     last = find_checkpoint(Path(trainer.args.output_dir))
     if last is not None:
-        trainer.check_engine(Path(last))
+        _check_layout(Path(last), trainer)
     trainer.args.eval_on_start = last is None
     _forget_after(trainer, last)
     trainer.train(resume_from_checkpoint=last)
     if config.best_metric is not None:
         trainer.evaluate()  # the best one's weights are back
     return trainer.clock.seconds()
+
+
+def _check_layout(checkpoint: Path, trainer: LenVMTrainer) -> None:
+    """InputError where another layout wrote the checkpoint in a form that this one cannot read."""
+    written = read_json(checkpoint / COMPLETE).get("layout")
+    if written != trainer.layout:
+        raise InputError(
+            f"{checkpoint} is of a run on {written}, and this one is on {trainer.layout}; launch "
+            f"it as before, or remove {checkpoint.parent} to begin anew"
+        )
 
 
 def _forget_after(trainer: LenVMTrainer, checkpoint: str | None) -> None:
@@ -236,13 +248,17 @@ def _build_model(
     config: TrainingConfig, sequences: Sequences, args: TrainingArguments
 ) -> LengthValueModel:
     """The value model to train: of `init_from`, else the backbone with a fresh head."""
+    if args.deepspeed_plugin is not None:
+        # whole on each process until the Trainer shares it out: built in parts, the head would
+        # start from other random numbers than elsewhere
+        unset_hf_deepspeed_config()
     if config.init_from is not None:
         return LengthValueModel.from_pretrained(config.init_from, dtype=torch.float32).train()
     gamma = config.gamma
     if gamma == "auto":
         gamma = returns.compute_gamma(sequences.lengths.tolist())
     # a frozen base needs no fp32 weights; adapters and head have them
-    low = config.trainable in ADAPTERS and args.bf16 and args.device.type == "cuda"
+    low = config.trainable in ADAPTERS and _use_bf16(config) and args.device.type == "cuda"
     model = LengthValueModel.build(
         config.backbone,
         LenVMConfig(
@@ -298,7 +314,7 @@ def _prepare(
     trained, hidden = model, {}
     cached = config.cache_frozen if config.cache_frozen is not None else args.world_size == 1
     if config.trainable == "last" and cached and not config.share_prompts:
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=_use_bf16(config)):
             for name, sequences in (("train", splits.train), ("validation", splits.validation)):
                 hidden[name] = run_frozen(
                     model,
@@ -323,8 +339,8 @@ def _save(trainer: LenVMTrainer, model: LengthValueModel, config: TrainingConfig
     restore_attention(model.backbone)
     state = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        state = {k.removeprefix("value_model."): v for k, v in whole.items()}
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # process 0 gets it
+        state = {k.removeprefix("value_model."): v for k, v in (whole or {}).items()}
     if trainer.args.process_index == 0:
         model.save_pretrained(Path(config.output), state_dict=state)
     trainer.accelerator.wait_for_everyone()
