@@ -1,19 +1,30 @@
 """Figures in the docs are those of the result files."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_training_tables_are_drawn_from_the_result_file(monkeypatch):
+def load(name: str, monkeypatch) -> Any:
+    """A module of benchmarks/ under a name of its own: `training` is a folder of tests, too."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    from training_table import PAGE, RESULTS, replace_tables
+    path = ROOT / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
 
-    page = PAGE.read_text(encoding="utf-8")
-    report = json.loads(RESULTS.read_text())
-    assert replace_tables(page, report) == page, "run python benchmarks/training_table.py"
+
+def test_the_training_tables_are_drawn_from_the_result_file(monkeypatch):
+    table = load("training_table", monkeypatch)
+    page = table.PAGE.read_text(encoding="utf-8")
+    report = json.loads(table.RESULTS.read_text())
+    assert table.replace_tables(page, report) == page, "run python benchmarks/training_table.py"
     measured = [p for run in report["runs"] for p in run["points"].values() if "mfu" in p]
     assert all(p["card"] for p in measured)
     packed = next(p for p in measured if p["shape"] == "0.5b" and p["compiled"])
@@ -22,8 +33,7 @@ def test_the_training_tables_are_drawn_from_the_result_file(monkeypatch):
 
 def test_the_speed_up_is_that_of_one_call_on_one_card(monkeypatch):
     """Rows of two cards are never divided by each other."""
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    from training import summarise
+    summarise = load("training", monkeypatch).summarise
 
     def run(card: str, **speeds: float) -> dict[str, object]:
         names = {"packed": "packed_0.5b", "padded": "padded_0.5b", "step": "step_1.5b"}

@@ -106,6 +106,14 @@ def test_a_server_without_the_plugin(run, tmp_path):
     assert reason in (tmp_path / "a" / "report.html").read_text()
 
 
+def settle(stub: Stub) -> None:
+    """Wait until the stub has read what a killed client had sent."""
+    seen = -1
+    while seen != len(stub.bodies):
+        seen = len(stub.bodies)
+        time.sleep(0.3)
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_where_it_stopped(run, tmp_path, end):
     items, out = write_items(tmp_path / "items.jsonl", 12), tmp_path / "out"
@@ -131,6 +139,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(run, tmp_path, end):
         kept = (out / "records.jsonl").read_text().count("\n")
         assert 8 <= kept < 24
         assert not (out / "summary.json").exists()
+        settle(stub)
         stub.bodies.clear()
         _, said = run("eval", "lifebench", items, "-o", out, "--regrade")
         assert f"hard: {kept} of {kept} requests were not sent, the run was stopped" in said

@@ -98,7 +98,7 @@ def test_a_run_can_be_stopped(page, slow_client):
     assert "more expected" in page.locator(".answer.guided .figure").inner_text()
     page.keyboard.press("Escape")
     page.wait_for_selector("#share:not([hidden])")
-    assert "stopped" in page.locator(".answer.guided .verdict").inner_text()
+    page.wait_for_selector(".answer.guided .verdict:has-text('stopped')")
     assert page.locator("#error").is_hidden()
     settle(slow_client, 3.0)
 
