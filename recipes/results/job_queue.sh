@@ -1,4 +1,4 @@
-# One call of the GPU tool, with a queue behind it (queue.py):  SLICE=NN bash recipes/results/queue.sh SECONDS [pack]
+# One call of the GPU tool, with a queue behind it (job_queue.py):  SLICE=NN bash recipes/results/job_queue.sh SECONDS [pack]
 #
 # Carried: .gpu/tree_id (a name for this state of the tree), .gpu/jobs/*.json, once .gpu/data and .gpu/whl, earlier
 # parts of the lab in .gpu/lab*/, and one folder .gpu/sNN a call: slice NN as `kit.py stage NN` lays it. Jobs run from
@@ -25,11 +25,11 @@ done
 cp -n .gpu/jobs/*.json "$day/jobs/" 2>/dev/null
 if ! pgrep -f "[q]ueue.py serve" >/dev/null; then
   nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
-  mkdir -p "$day/bin" && cp recipes/results/queue.py "$day/bin/queue.py"
-  setsid nohup python3 "$day/bin/queue.py" serve "$day" >"$day/queue.log" 2>&1 </dev/null &
+  mkdir -p "$day/bin" && cp recipes/results/job_queue.py "$day/bin/job_queue.py"
+  setsid nohup python3 "$day/bin/job_queue.py" serve "$day" >"$day/queue.log" 2>&1 </dev/null &
 fi
 [ -n "${SLICE:-}" ] && bash ".gpu/s$SLICE/recv.sh" | tail -1 && rm -r ".gpu/s$SLICE"
-python3 "$day/bin/queue.py" watch "$day" "$1"
+python3 "$day/bin/job_queue.py" watch "$day" "$1"
 tail -n 3 "$day/queue.log"
 if [ "${2:-}" = pack ]; then
   for f in "$day"/logs/*.log; do tail -c 120000 "$f" >"$day/back/$(basename "$f")"; done
