@@ -122,8 +122,8 @@ def check_rule(
 def check_distribution(
     ask: Ask, dialect: Dialect, generator: Any, session: Any, count: int = 3000
 ) -> dict[str, Any]:
-    """First tokens of many requests against the rule's distribution: chi-square. Where the engine
-    tells its log-probabilities they are the generator's; another implementation's differ in bf16."""
+    """First tokens of many requests against the rule's distribution: chi-square. The generator's
+    log-probabilities are the engine's own where it tells them: others differ in bf16."""
     from lenvm.guidance.request import LengthControl
     from lenvm.guidance.session import Guided
 
