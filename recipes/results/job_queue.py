@@ -5,7 +5,7 @@ goes back. So one call starts this queue, the next ones bring models, add jobs a
 and the GPUs are never idle. Standard library only.
 
     python3 job_queue.py serve DAY           # the queue, in the background
-    python3 job_queue.py watch DAY SECONDS   # what happens, until a job ends or the seconds are over
+    python3 job_queue.py watch DAY SECONDS   # until a job ends or the seconds are over
 
 DAY/jobs/NAME.json: {"slot": "0a", "command": "...", "when": "shell condition", "timeout_s": 300}.
 Jobs of a slot run one after another, in the order of their names; the slot's first character is

@@ -26,7 +26,6 @@ def run(code: str, **environment: str) -> str:
 def test_the_groups_are_the_engines_own():
     assert set(GROUPS) == {
         "vllm.general_plugins",
-        "vllm.logits_processors",
         "sglang.srt.plugins",
     }
     assert all(find_spec(target.split(":")[0]) for target in TARGETS if "guidance" not in target)
@@ -43,6 +42,18 @@ def test_an_entry_point_imports_neither_torch_nor_the_value_model(target):
         "print(heavy)"
     )
     assert run(code) == "[]"
+
+
+def test_vllm_finds_the_processor_only_where_there_is_a_value_model(tmp_path):
+    code = (
+        "from importlib.metadata import entry_points\nfrom lenvm.engines.vllm import register\n"
+        "from lenvm.engines.vllm.request import is_installed\n"
+        "register(); register()\n"
+        "found = [e for e in entry_points(group='vllm.logits_processors') if e.name == 'lenvm']\n"
+        "print(len(found), is_installed(), *(e.load().__name__ for e in found))"
+    )
+    assert run(code) == "0 False"
+    assert run(code, LENVM_MODEL=str(tmp_path)) == "1 True LengthGuidance"
 
 
 def test_a_sign_is_made_only_where_there_is_a_value_model_and_goes_with_its_process(tmp_path):

@@ -124,7 +124,7 @@ def test_the_users_own_flags_win():
 
 @pytest.mark.parametrize("is_installed", [True, False])
 def test_the_flag_stands_in_for_an_entry_point_that_is_not_installed(is_installed, monkeypatch):
-    entry = EntryPoint("lenvm", launch.PROCESSOR, "vllm.logits_processors")
+    entry = EntryPoint("lenvm", launch.REGISTER, "vllm.general_plugins")
     monkeypatch.setattr(launch, "entry_points", lambda group: [entry] if is_installed else [])
     argv, _ = launch.build_command("vllm", "G", GuidanceSettings("V"))
     assert ("--logits-processors" in argv) == (not is_installed)

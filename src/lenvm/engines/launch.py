@@ -24,6 +24,7 @@ from lenvm.errors import EndpointError, InputError
 
 Engine = Literal["vllm", "sglang"]
 PROCESSOR = "lenvm.engines.vllm.guidance:LengthGuidance"
+REGISTER = "lenvm.engines.vllm:register"
 
 
 def build_command(
@@ -173,8 +174,8 @@ def _vllm_flags(settings: GuidanceSettings) -> dict[str, str | None]:
         "--max-num-seqs": str(settings.max_requests),
         "--gpu-memory-utilization": f"{0.92 - settings.gpu_memory:.2f}",
     }
-    found = entry_points(group="vllm.logits_processors")
-    if not any(entry.value == PROCESSOR for entry in found):  # lenvm runs from its sources
+    found = entry_points(group="vllm.general_plugins")
+    if not any(entry.value == REGISTER for entry in found):  # lenvm runs from its sources
         flags["--logits-processors"] = PROCESSOR
     return flags
 

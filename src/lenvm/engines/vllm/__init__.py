@@ -3,22 +3,28 @@
 | file | what | entry point |
 |---|---|---|
 | here | `register`, which vLLM calls in every process | `vllm.general_plugins` |
-| guidance.py | `LengthGuidance`, the logits processor | `vllm.logits_processors` |
+| guidance.py | `LengthGuidance`, the logits processor | `vllm.logits_processors`, see entry/ |
 | rows.py, slots.py | vLLM's batch as V1 and as V2 describes it, mapped onto a `GuidedBatch` | |
 | request.py | requests and configurations as guidance sees them, and what is refused | |
 | values.py | the value model as a pooling model | the model registry |
 
 Nothing here imports the value model's code until LENVM_MODEL says that there is one.
+
+vLLM 0.25 falls back to its slower V1 model runner wherever a package declares a logits processor,
+used or not. So lenvm declares its own in entry/, a folder that `register` puts on the path where
+LENVM_MODEL is set and nowhere else: an installed lenvm costs other servers nothing.
 """
 
 import atexit
 import contextlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 TESTED = ("0.25.0",)
 """vLLM releases that this package was run with."""
+ENTRY = str(Path(__file__).parent / "entry")
 PROCESSOR = "lenvm.engines.vllm.guidance:LengthGuidance"
 ARCHITECTURE = "LengthValueModel"
 SIGN = "LENVM_VLLM_SIGN"
@@ -26,12 +32,17 @@ SIGN = "LENVM_VLLM_SIGN"
 
 
 def register() -> None:
-    """Make the value model's architecture known. Imports nothing heavy; changes nothing else."""
+    """Make the value model's architecture known, and with LENVM_MODEL the logits processor. Imports
+    nothing heavy; changes nothing else."""
     from vllm import ModelRegistry
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "lenvm.engines.vllm.values:VllmLengthValueModel")
-    if os.environ.get("LENVM_MODEL") and SIGN not in os.environ:  # the first process: the front end
+    if not os.environ.get("LENVM_MODEL"):
+        return
+    if ENTRY not in sys.path:
+        sys.path.append(ENTRY)
+    if SIGN not in os.environ:  # the first process: the front end
         folder = tempfile.mkdtemp(prefix="lenvm-vllm-")
         os.environ[SIGN] = str(Path(folder, "guides"))
         atexit.register(_clear, os.getpid())
