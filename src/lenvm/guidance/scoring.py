@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lenvm.errors import InputError
-from lenvm.guidance.candidates import Candidates, entropy
+from lenvm.guidance.candidates import Candidates, Truncation, build_candidates, entropy
 from lenvm.guidance.params import Guided, RuleParams, rule_name, widest
 from lenvm.guidance.rules import find_rule
 from lenvm.model.head import LengthBelief
@@ -48,6 +48,26 @@ class Scorer(Protocol):
         peeked: bool = False,
     ) -> None: ...
     def remove(self, request_ids: Sequence[str]) -> None: ...
+
+
+def find_candidates(
+    logits_RV: Tensor, truncation: Truncation, params: RuleParams
+) -> tuple[Candidates, Tensor]:
+    """Candidates of each row, and those of them to score: ids [R, K], -1 elsewhere."""
+    may_end, must_end = params.endings()
+    candidates = build_candidates(logits_RV, truncation, may_end_R=may_end, must_end_R=must_end)
+    return candidates, to_score(candidates, params)
+
+
+def read_drawn(
+    tokens_R: Tensor, scored_RK: Tensor, endings_RE: Tensor, *read_RK: Tensor
+) -> tuple[Tensor, ...]:
+    """What was read of each drawn token, [R] each: 0 of an ending token; of one that was not
+    scored, that of the first column (the likeliest candidate)."""
+    tokens = tokens_R.unsqueeze(-1)
+    column = (scored_RK == tokens).int().argmax(-1, keepdim=True)
+    ended = (endings_RE == tokens).any(-1)
+    return tuple(x.gather(-1, column).squeeze(-1).masked_fill(ended, 0) for x in read_RK)
 
 
 def to_score(candidates: Candidates, params: RuleParams) -> Tensor:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from lenvm.errors import InputError, LenVMError, RequestError
-from lenvm.guidance.candidates import Candidates, Truncation, build_candidates, write_back
+from lenvm.guidance.candidates import Candidates, Truncation, write_back
+from lenvm.guidance.graphs import StepGraphs
 from lenvm.guidance.params import Guided as Guided
 from lenvm.guidance.params import RuleParams, build_truncation, pad
 from lenvm.guidance.rules import RuleFailure, apply_rules
-from lenvm.guidance.scoring import Scorer, find_fault, to_score
+from lenvm.guidance.scoring import Scorer, find_candidates, find_fault, read_drawn
 from lenvm.model.head import LengthBelief
 
 
@@ -79,15 +80,19 @@ class GuidanceSession:
         eos_token_ids: Sequence[int],
         gamma: float | None = None,
         count_candidates: bool = False,
+        graphs: StepGraphs | bool = True,
     ) -> None:
         """gamma: discount for controls that name none; None = the checkpoint's.
 
         count_candidates: tell the scorer how many candidates are real, so that it does no work on
         padding; on a GPU that is one wait a step.
+
+        graphs: on a GPU, replay what a step runs beside the scorer from CUDA graphs.
         """
         self.scorer, self.count_candidates = scorer, count_candidates
         self.gamma = scorer.gamma if gamma is None else gamma
         self.eos_token_ids = tuple(eos_token_ids)
+        self.graphs = (StepGraphs() if graphs is True else graphs) or None
         self._states: dict[str, _State] = {}
         self._batch: _Batch | None = None
         self._step: _Step | None = None
@@ -128,7 +133,7 @@ class GuidanceSession:
             if not isinstance(error, LenVMError):
                 raise
             raise self._blame(requests, error, lambda r: self._try_add(r, prefixes[r])) from error
-        reading = _Reading(self._value(belief), belief.length())
+        reading = _Reading(belief.value(self._gamma_of_values), belief.length())
         row = {prefix: index for index, prefix in enumerate(firsts)}
         for request_id, guided in requests.items():
             eos = () if guided.ignore_eos else self.eos_token_ids
@@ -160,14 +165,10 @@ class GuidanceSession:
         if len(request_ids) != len(logits_RV):
             raise InputError(f"{len(request_ids)} requests, but {len(logits_RV)} rows of logits")
         batch = self._batch_of(request_ids)
-        may_end, must_end = batch.params.endings()
-        candidates = build_candidates(
-            logits_RV[:, : self.scorer.vocab_size],
-            batch.truncation,
-            may_end_R=may_end,
-            must_end_R=must_end,
-        )
-        scored_ids = to_score(candidates, batch.params)
+        asked = batch.truncation, batch.params
+        logits = logits_RV[:, : self.scorer.vocab_size]
+        found = self.graphs.find_candidates(logits, *asked) if self.graphs else None
+        candidates, scored_ids = found or find_candidates(logits, *asked)
         num = int((scored_ids >= 0).sum()) if self.count_candidates else None
         try:
             belief = self.scorer.score(request_ids, scored_ids, num_candidates=num)
@@ -176,16 +177,19 @@ class GuidanceSession:
             raise self._blame(
                 request_ids, error, lambda r: self.scorer.score([r], rows[r])
             ) from error
+        gamma = self._gamma_of_values
+        ruled = self.graphs.apply_rules(candidates, belief, *asked, gamma) if self.graphs else None
         belief = belief.with_terminal(candidates.is_ending)
+        values, lengths = ruled[1:] if ruled else (belief.value(gamma), belief.length())
         self._step = _Step(
             rows={r: i for i, r in enumerate(request_ids)},
             peeked=batch.params.scores_all,
             scored_ids=scored_ids,
             ending_ids=batch.truncation.ending_ids,
-            values=self._value(belief),
-            lengths=belief.length(),
+            values=values,
+            lengths=lengths,
         )
-        candidates.log_probs = self._apply_rules(candidates, belief, batch)
+        candidates.log_probs = ruled[0] if ruled else self._apply_rules(candidates, belief, batch)
         return candidates
 
     @torch.inference_mode()
@@ -272,8 +276,9 @@ class GuidanceSession:
         lists = {key: tensor_of(reading).tolist() for key, reading in fetched.items()}
         return [lists[id(reading)][row] for reading, row in places]
 
-    def _value(self, belief: LengthBelief) -> Tensor:
-        return belief.value(None if self.gamma == self.scorer.gamma else self.gamma)
+    @property
+    def _gamma_of_values(self) -> float | None:
+        return None if self.gamma == self.scorer.gamma else self.gamma
 
     def _batch_of(self, request_ids: Sequence[str]) -> _Batch:
         """Parameters on the device, made anew only where other requests step together."""
@@ -331,12 +336,8 @@ class GuidanceSession:
         if rows != list(range(len(step.scored_ids))):
             index = torch.tensor(rows).to(tokens.device, non_blocking=True)
             found = tuple(x[index] for x in found)
-        scored, endings, values, lengths = found
-        # the first column (the likeliest candidate) where the token was not scored
-        column = (scored == tokens.unsqueeze(-1)).int().argmax(-1, keepdim=True)
-        ended = (endings == tokens.unsqueeze(-1)).any(-1)
-        now = (x.gather(-1, column).squeeze(-1).masked_fill(ended, 0) for x in (values, lengths))
-        self._point(request_ids, _Reading(*now))
+        now = self.graphs.read_drawn(tokens, *found) if self.graphs else None
+        self._point(request_ids, _Reading(*(now or read_drawn(tokens, *found))))
 
     def _commit_new(self, request_ids: Sequence[str], tokens_R: Tensor) -> None:
         states = [self._states[r] for r in request_ids]
@@ -350,7 +351,8 @@ class GuidanceSession:
         self.scorer.commit(request_ids, tokens, peeked=True)
         ended = (pad([s.endings for s in states], device) == tokens.unsqueeze(-1)).any(-1)
         belief = belief.with_terminal(ended.unsqueeze(-1))
-        self._point(request_ids, _Reading(self._value(belief)[:, 0], belief.length()[:, 0]))
+        values = belief.value(self._gamma_of_values)
+        self._point(request_ids, _Reading(values[:, 0], belief.length()[:, 0]))
 
     def _point(self, request_ids: Sequence[str], reading: _Reading) -> None:
         for row, request_id in enumerate(request_ids):

@@ -71,6 +71,16 @@ class LengthBelief(Protocol):
         """The same belief, but exactly 0 remaining where `is_terminal` [...] (EOS, stop tokens)."""
         ...
 
+    @property
+    def raw(self) -> Tensor:
+        """The numbers it is made of: [...] or [..., D] fp32."""
+        ...
+
+    def with_raw(self, raw: Tensor) -> "LengthBelief":
+        """The same kind of belief over other numbers, nothing terminal. While this one lives, so
+        does every table that the other's answers read: they may be recorded in a CUDA graph."""
+        ...
+
 
 class ScalarBelief:
     """Belief of the scalar head: z [...] at one gamma."""
@@ -103,6 +113,13 @@ class ScalarBelief:
 
     def with_terminal(self, is_terminal: Tensor) -> "ScalarBelief":
         return ScalarBelief(self.logit, self.gamma, is_terminal)
+
+    @property
+    def raw(self) -> Tensor:
+        return self.logit
+
+    def with_raw(self, raw: Tensor) -> "ScalarBelief":
+        return ScalarBelief(raw, self.gamma)
 
     def _mask(self, x: Tensor) -> Tensor:
         return x if self.is_terminal is None else x.masked_fill(self.is_terminal, 0.0)
@@ -184,6 +201,7 @@ class DistributionBelief:
         self.logits = logits.float()
         self.gamma, self.bins, self.is_terminal = gamma, bins.on(logits.device), is_terminal
         self._median: Tensor | None = None
+        self._tables: dict[float, Tensor] = {}
 
     @functools.cached_property
     def log_probs(self) -> Tensor:
@@ -191,7 +209,10 @@ class DistributionBelief:
         return self.logits.log_softmax(-1)
 
     def value(self, gamma: float | None = None) -> Tensor:
-        table = self.bins.values(gamma or self.gamma)
+        gamma = gamma or self.gamma
+        if gamma not in self._tables:
+            self._tables[gamma] = self.bins.values(gamma)
+        table = self._tables[gamma]
         if kernels := _kernels(self.logits):
             value: Tensor = kernels.expect(self.logits, table, self.is_terminal)
             return value
@@ -248,7 +269,18 @@ class DistributionBelief:
         return inside
 
     def with_terminal(self, is_terminal: Tensor) -> "DistributionBelief":
-        return DistributionBelief(self.logits, self.gamma, self.bins, is_terminal)
+        belief = DistributionBelief(self.logits, self.gamma, self.bins, is_terminal)
+        belief._tables = self._tables
+        return belief
+
+    @property
+    def raw(self) -> Tensor:
+        return self.logits
+
+    def with_raw(self, raw: Tensor) -> "DistributionBelief":
+        belief = DistributionBelief(raw, self.gamma, self.bins)
+        belief._tables = self._tables
+        return belief
 
     def _expect(self, table_K: Tensor) -> Tensor:
         """E[table]. Not a matmul, whose rounding of a row changes with the rows beside it."""
