@@ -1,6 +1,7 @@
 """What the distribution head and its rule cost a guided step, against the scalar head's rules.
 
     python benchmarks/rules.py                                     # GPU, under a minute
+    python benchmarks/rules.py --eager                             # its kernels launched one by one
     python benchmarks/rules.py --device cpu --dtype float32 --batch 8 --prefix 64 --steps 2
 
 A step is all that guidance does for one token: candidates of the generator's logits, their values,
@@ -67,7 +68,7 @@ class Stepper:
     def __init__(
         self, scorer: CandidateScorer, name: str, control: dict[str, Any], o: argparse.Namespace
     ) -> None:
-        self.session = GuidanceSession(scorer, eos_token_ids=[0])
+        self.session = GuidanceSession(scorer, eos_token_ids=[0], graphs=not o.eager)
         self.ids = [f"{name} {i}" for i in range(o.batch)]
         generator = torch.Generator().manual_seed(0)
         shape = (o.batch, o.prefix)
@@ -131,10 +132,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of an arm in a round")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget-s", type=float, default=40.0)
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs beside the scorer's")
     parser.add_argument("--commit", default=None)
     parser.add_argument("--out", type=Path, default=None)
     o = parser.parse_args()
-    name = f"rules_{'h200' if o.device == 'cuda' else 'cpu'}.json"
+    name = f"rules_{'h200' if o.device == 'cuda' else 'cpu'}{'_eager' if o.eager else ''}.json"
     out = o.out or ROOT / "benchmarks" / "results" / name
 
     backbone = load(o.shape, o.device, getattr(torch, o.dtype)).backbone
@@ -150,8 +152,8 @@ def main() -> None:
         )
     arms = {n: Stepper(scorers[head], n, control, o) for n, (head, control) in ARMS.items()}
     for arm in arms.values():
-        arm.step()
-        arm.step()
+        for _ in range(4):  # a shape's graphs are recorded when it comes the third time
+            arm.step()
     times = time_arms(arms, o)
     result: dict[str, Any] = {
         "schema": "lenvm.benchmark.rules/1",
@@ -161,6 +163,7 @@ def main() -> None:
         "batch": o.batch,
         "candidates": o.candidates,
         "prefix": o.prefix,
+        "graphs": not o.eager,
         "num_rounds": len(times[OURS]),
         "steps_per_round": o.steps,
         "arms": [

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from guidance.oracle import EOS, Guided, Markov, OracleScorer
 from guidance.test_no_waiting import META, MetaScorer, Transfers
+from lenvm.engines.adapter import Admission, GuidedBatch
 from lenvm.guidance import graphs as module
 from lenvm.guidance.graphs import CudaRecorder, Outputs, StepGraphs, bucket
 from lenvm.guidance.request import LengthControl
@@ -245,6 +246,41 @@ def test_a_users_own_rule_runs_plain(monkeypatch):
         pair.commit(["r"], pair.step(["r"], torch.randn(1, SIZE)))
     assert len(calls) == 10
     assert graphs.num_replays == 3 + 3
+
+
+def test_tokens_of_an_engines_batch():
+    """Drawn from graphs too: greedy and sampled rows, requests that come and go, tokens that the
+    engine throws away."""
+    recorders = [MockRecorder(), None]
+    batches = []
+    for recorder in recorders:
+        graphs = StepGraphs(recorder) if recorder else False
+        session = GuidanceSession(oracle("distribution")(), eos_token_ids=[EOS], graphs=graphs)
+        batches.append(GuidedBatch(session, seed=1))
+    rng, generator = random.Random(2), torch.Generator().manual_seed(2)
+    names: list[str] = []
+    for step in range(60):
+        if step % 6 == 0:
+            for name in names[:2]:
+                for batch in batches:
+                    batch.remove(name)
+            names = [*names[2:], *(f"{step} {i}" for i in range(4 if step < 12 else 2))]
+            for i, name in enumerate(n for n in names if n.startswith(f"{step} ")):
+                control = LengthControl.parse({**GOALS[(step // 6 + i) % len(GOALS)], "top_k": 6})
+                guided = Guided([1, 2], control, temperature=float(i % 2))
+                for batch in batches:
+                    batch.add(name, Admission(guided, failure_token_id=SIZE - 1))
+        logits = torch.randn(len(names) + 1, SIZE, generator=generator) * 3
+        forced = [logits.clone(), logits.clone()]
+        kept = [n for n in names if rng.random() < 0.9]
+        for batch, own in zip(batches, forced, strict=True):
+            batch.step(names, range(1, len(names) + 1), own)
+            batch.settle(kept)
+            assert not any(batch.failure(n) for n in names)
+        assert torch.equal(*forced)
+    graphs = batches[0].session.graphs
+    assert graphs is not None
+    assert {"draw"} <= {key[0] for key in graphs._graphs}
 
 
 def test_buckets():

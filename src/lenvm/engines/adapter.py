@@ -78,6 +78,20 @@ class _State:
 
 
 @dataclass
+class _Draw:
+    """What holds while the same requests are drawn together: found once."""
+
+    request_ids: list[str]
+    states: list[_State]
+    penalised: list[int]
+    """Rows with penalties."""
+    banned: list[int]
+    """Tokens that are never drawn: they have one meaning only."""
+    greedy_R: Tensor | None
+    """Rows that take the likeliest candidate; None: no row does."""
+
+
+@dataclass
 class _Drawn:
     request_ids: list[str] = field(default_factory=list)
     tokens_R: Tensor | None = None
@@ -137,6 +151,7 @@ class GuidedBatch:
         self._num_admitted = 0
         self._drawn = _Drawn()
         self._rows: tuple[tuple[int, ...], Tensor] | None = None
+        self._draw: _Draw | None = None
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -160,10 +175,12 @@ class GuidedBatch:
         for _ in admission.guided.generated_token_ids:
             stream.random()  # a resumed request goes on where it was
         self._states[request_id] = _State(admission, stream, number)
+        self._draw = None
 
     def remove(self, request_id: str) -> None:
         """Forget a request and free its value cache."""
         state = self._states.pop(request_id)
+        self._draw = None
         if state.is_prefilled:
             self.session.remove([request_id])
 
@@ -252,25 +269,39 @@ class GuidedBatch:
         logits = logits_BV
         if rows != list(range(len(logits_BV))):
             logits = logits_BV.index_select(0, self._index(rows, logits_BV.device))
-        states = [self._states[r] for r in request_ids]
-        if any(s.admission.has_penalties for s in states):
+        plan = self._plan(request_ids, logits)
+        if plan.penalised:
             logits = logits.clone() if logits is logits_BV else logits
-            for row, state in enumerate(states):
-                if state.admission.has_penalties:
-                    _penalise(logits[row], state)
-        for token in {s.admission.failure_token_id for s in states}:
-            if token is not None and token < logits.shape[-1]:  # it has one meaning only
-                logits[:, token].fill_(-torch.inf)
+            for row in plan.penalised:
+                _penalise(logits[row], plan.states[row])
+        for token in plan.banned:
+            logits[:, token].fill_(-torch.inf)
         candidates = self.session.step(request_ids, logits)
-        for state in states:
+        for state in plan.states:
             if state.uniform is None:
                 state.uniform = state.stream.random()
-        device = logits_BV.device
-        uniform = _upload([s.uniform for s in states], torch.float32, device)
+        uniform = _upload([s.uniform for s in plan.states], torch.float32, logits_BV.device)
+        given = [candidates.log_probs, candidates.ids, uniform]
+        if plan.greedy_R is not None:
+            given.append(plan.greedy_R)
+        graphs = self.session.graphs
+        drawn = graphs.call("draw", _draw_tokens, given) if graphs is not None else None
+        return (drawn or _draw_tokens(given, ()))[0]
+
+    def _plan(self, request_ids: list[str], logits_RV: Tensor) -> _Draw:
+        if self._draw is not None and self._draw.request_ids == request_ids:
+            return self._draw
+        states = [self._states[r] for r in request_ids]
         cold = [s.admission.guided.temperature == 0 for s in states]
-        greedy = _upload(cold, torch.bool, device) if any(cold) else None
-        index = draw(candidates.log_probs, uniform, greedy_R=greedy)
-        return candidates.ids.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        banned = {s.admission.failure_token_id for s in states}
+        self._draw = _Draw(
+            request_ids=list(request_ids),
+            states=states,
+            penalised=[i for i, s in enumerate(states) if s.admission.has_penalties],
+            banned=[t for t in banned if t is not None and t < logits_RV.shape[-1]],
+            greedy_R=_upload(cold, torch.bool, logits_RV.device) if any(cold) else None,
+        )
+        return self._draw
 
     def _with_failures(
         self,
@@ -344,6 +375,14 @@ class GuidedBatch:
         for request_id in guilty:
             self.fail(request_id, f"{type(cause).__name__}: {cause}")
         return set(guilty)
+
+
+def _draw_tokens(given: Sequence[Tensor], _: Sequence[Tensor]) -> tuple[Tensor]:
+    """(log-probabilities [R, K], ids [R, K], uniform numbers [R], maybe which rows are greedy [R])
+    -> (tokens [R],)."""
+    log_probs, ids, uniform, *greedy = given
+    index = draw(log_probs, uniform, greedy_R=greedy[0] if greedy else None)
+    return (ids.gather(-1, index.unsqueeze(-1)).squeeze(-1),)
 
 
 def _force(logits_BV: Tensor, rows_R: Tensor, tokens_R: Tensor) -> None:

@@ -77,7 +77,8 @@ class CudaRecorder:
 
     def capture(self, fn: Callable[[], Outputs]) -> Callable[[], Outputs]:
         if self._pool is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         current = torch.cuda.current_stream()
         try:
             self._stream.wait_stream(current)
