@@ -332,12 +332,14 @@ def test_real_graphs_equal_plain_steps(head: str, monkeypatch):
     before = graphs.num_replays
     names = [f"s{i}" for i in range(5)]
     for name in names:
-        pair.add(name, Guided([1, 2], LengthControl.parse(GOALS[5])))
+        pair.add(name, Guided([1, 2], LengthControl.parse({**GOALS[5], "top_k": 7})))
     logits = torch.randn(5, VOCAB, device="cuda")
-    for i in range(8):
-        tokens = pair.graphed.step(names, logits).ids[:, 0]
-        if i == 4:
-            torch.cuda.set_sync_debug_mode("error")
-        pair.graphed.commit(names, tokens)
-    torch.cuda.set_sync_debug_mode("default")
-    assert graphs.num_replays >= before + 5 * 3
+    for _ in range(4):
+        pair.graphed.commit(names, pair.graphed.step(names, logits).ids[:, 0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            pair.graphed.commit(names, pair.graphed.step(names, logits).ids[:, 0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert graphs.num_replays >= before + 6 * 3

@@ -79,7 +79,7 @@ class _State:
 
 @dataclass
 class _Draw:
-    """What holds while the same requests are drawn together: found once."""
+    """What holds while the same live requests are drawn together: found once."""
 
     request_ids: list[str]
     states: list[_State]
@@ -189,6 +189,7 @@ class GuidedBatch:
         state = self._states[request_id]
         if state.failure is not None:
             return
+        self._draw = None
         state.failure = reason
         log.error("lenvm: request %s ends, its guidance failed: %s", request_id, reason)
         if state.is_prefilled:
@@ -235,8 +236,10 @@ class GuidedBatch:
         if not request_ids:
             return
         row_of = dict(zip(request_ids, rows, strict=True))
-        self._prefill([r for r in request_ids if self._is_new(r)])
-        live = [r for r in request_ids if self._is_live(r)]
+        live = list(request_ids)
+        if self._draw is None or self._draw.request_ids != live:
+            self._prefill([r for r in request_ids if self._is_new(r)])
+            live = [r for r in request_ids if self._is_live(r)]
         live, drawn = self._attempt(live, lambda some: self._sample(some, row_of, logits_BV))
         if drawn is not None:
             self._drawn = _Drawn(live, drawn)
@@ -330,6 +333,7 @@ class GuidedBatch:
 
     def _rebuild(self, request_ids: Sequence[str]) -> None:
         """Forget what the scorer holds of these requests; their next step prefills them again."""
+        self._draw = None
         for request_id in request_ids:
             state = self._states[request_id]
             with suppress(LenVMError):

@@ -61,7 +61,7 @@ class CudaRecorder:
     """CUDA graphs in one memory pool of their own, recorded on one side stream.
 
     Only this thread's calls can disturb a capture ("thread_local"): an engine's other threads and
-    its own graphs are left alone.
+    its own graphs are left alone. Replays come on one stream, as the scorer's do.
     """
 
     def __init__(self) -> None:
@@ -121,12 +121,13 @@ class StepGraphs:
             logits, done = given
             cut, asked = _with_tensors(truncation, params, fixed, done)
             found, scored = find_candidates(logits, cut, asked)
-            return found.ids, found.log_probs, found.mask, found.is_ending, scored
+            # first of its type: where it is copied to is aligned, as the scorer's kernels like it
+            return scored, found.ids, found.log_probs, found.mask, found.is_ending
 
         key = ("find_candidates", *_key(truncation, params))
         given = (logits_RV, params.num_generated)
         found = self.call(key, run, given, lambda: _tensors(truncation, params), truncation)
-        return None if found is None else (Candidates(*found[:4]), found[4])
+        return None if found is None else (Candidates(*found[1:]), found[0])
 
     def apply_rules(
         self,
@@ -194,7 +195,8 @@ class StepGraphs:
                 graph = self._record(fn, size, given, fixed())
             except Exception as error:  # whatever it is: the plain code does the same, slower
                 self._failed.add(key)
-                log.warning("lenvm: a guided step runs without its CUDA graph: %r", error)
+                reason = error.__context__ or error  # ending a broken capture fails as well
+                log.warning("lenvm: a guided step runs without its CUDA graph: %r", reason)
                 return None
             self._graphs[key] = graph
             if len(self._graphs) > MAX_GRAPHS:
