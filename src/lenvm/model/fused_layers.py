@@ -210,7 +210,8 @@ def _copy_first_layers(backbone: Any, tokens: Tensor, num_layers: int = 2) -> An
     parts = {k: m for k, m in backbone._modules.items() if k not in ("layers", "embed_tokens")}
     copied._modules = {name: copy_of(module) for name, module in parts.items()}
     copied.layers = nn.ModuleList(copy_of(layer) for layer in backbone.layers[:num_layers])
-    copied.embed_tokens = nn.Embedding.from_pretrained(backbone.embed_tokens(tokens))
+    rows = backbone.embed_tokens(tokens)
+    copied.embed_tokens = nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows)
     return copied.float()
 
 
