@@ -143,7 +143,7 @@ def test_the_pooling_models_head_gives_our_values_for_every_token_of_a_chunked_p
     from vllm.model_executor.layers.pooler.tokwise import TokenPooler, methods
     from vllm.model_executor.models.registry import _ModelInfo
 
-    from lenvm.engines.vllm.values import ValuePoolerHead, VllmLengthValueModel
+    from lenvm.engines.vllm.values import ChunkPool, ValuePoolerHead, VllmLengthValueModel
     from lenvm.model.head import LengthBins, build_head
 
     info = _ModelInfo.from_model_cls(VllmLengthValueModel)
@@ -156,9 +156,10 @@ def test_the_pooling_models_head_gives_our_values_for_every_token_of_a_chunked_p
         lambda: SimpleNamespace(scheduler_config=scheduler),
     )
     head = build_head("scalar", 32, LengthBins(200, 1.5))
-    pooler = TokenPooler(pooling=methods.AllPool(), head=ValuePoolerHead(head, 0.98))
+    pooler = TokenPooler(pooling=ChunkPool(), head=ValuePoolerHead(head, 0.98))
     assert pooler.get_supported_tasks() == {"token_classify"}
     hidden, state = torch.randn(7, 32), SimpleNamespace(hidden_states_cache=[])
+    buffer = torch.empty(4, 32)  # a CUDA graph's output: every step writes it
     state.clean = state.hidden_states_cache.clear
     found = None
     for first, last in ((0, 4), (4, 7)):
@@ -173,7 +174,8 @@ def test_the_pooling_models_head_gives_our_values_for_every_token_of_a_chunked_p
             pooling_params=[None], pooling_states=[state], get_pooling_cursor=cursor
         )
         assert found is None
-        (found,) = pooler(hidden[first:last], metadata)
+        buffer[: last - first] = hidden[first:last]
+        (found,) = pooler(buffer[: last - first], metadata)
     belief = head.belief(head(hidden), 0.98)
     assert torch.allclose(found[:, 0], belief.value())
     assert torch.allclose(found[:, 1], belief.length())

@@ -5,8 +5,9 @@
 Task `token_classify` answers with one row for every token of the prompt: [V, length, raw ...], V in
 (-1, 0) at the checkpoint's gamma, the predicted number of tokens still to come, and the head's raw
 outputs. The backbone is vLLM's own, so tensor parallelism, chunked prefill (vLLM collects the
-chunks, `pooler/tokwise/methods.py`) and prefix caching (`PoolingParams.skip_reading_prefix_cache`:
-per-token tasks do not read it) are vLLM's. The head runs in fp32, as everywhere.
+chunks, `pooler/tokwise/methods.py`; see `ChunkPool`) and prefix caching
+(`PoolingParams.skip_reading_prefix_cache`: per-token tasks do not read it) are vLLM's. The head
+runs in fp32, as everywhere.
 
 Written against vLLM 0.25.0: `model_executor/models/adapters.py`, `interfaces_base.py`,
 `layers/pooler/`.
@@ -44,6 +45,19 @@ class ValuePoolerHead(TokenPoolerHead):  # type: ignore[misc]  # vLLM is not the
         return torch.cat([belief.value()[:, None], belief.length()[:, None], raw], -1)
 
 
+class ChunkPool(AllPool):  # type: ignore[misc]
+    """All tokens of a prompt, also of one in chunks. vLLM 0.25.0 keeps the chunks as views of the
+    backbone's output, which under CUDA graphs is a buffer that the next step overwrites: here a
+    chunk is kept as a copy."""
+
+    def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> list[Tensor | None]:
+        cursor = pooling_metadata.get_pooling_cursor()
+        if not all(cursor.is_finished()):
+            hidden_states = hidden_states.clone()
+        found: list[Tensor | None] = super().forward(hidden_states, pooling_metadata)
+        return found
+
+
 class VllmLengthValueModel(nn.Module):
     """A backbone of vLLM's with a value head of ours."""
 
@@ -63,7 +77,7 @@ class VllmLengthValueModel(nn.Module):
         )
         self._folder = model.model
         head, gamma = build_head_of(self._folder, model.get_hidden_size())
-        pooler = TokenPooler(pooling=AllPool(), head=ValuePoolerHead(head, gamma))
+        pooler = TokenPooler(pooling=ChunkPool(), head=ValuePoolerHead(head, gamma))
         self.pooler = DispatchPooler({"token_classify": pooler})
         self.value_head = head
 
