@@ -44,6 +44,8 @@ KV_GIB = {"0.5b": 3, "1.5b": 5, "7b": 4, "real": 1}
 VALUE_GIB = {"0.5b": 5.0, "1.5b": 7.5, "real": 3.0}
 """For the value model and its KV: several engines share the GPU here."""
 
+PORTS = {"vllm": (8071, 8072), "sglang": (8081, 8082)}
+"""Of the guided server and of the values' server: both engines may be checked at once."""
 VLLM_SMALL = ["--kv-cache-memory-bytes", "1073741824", "--gpu-memory-utilization", "0.1"]
 SGLANG_SMALL = ["--max-total-tokens", "40000", "--attention-backend", "triton",
                 "--sampling-backend", "pytorch", "--disable-custom-all-reduce"]  # fmt: skip
@@ -190,7 +192,7 @@ class Run:
         }
         code = (
             "import sys; from lenvm.engines.launch import serve; sys.exit(serve("
-            f"{self.engine!r}, {str(real)!r}, {str(value)!r}, port=8071, "
+            f"{self.engine!r}, {str(real)!r}, {str(value)!r}, port={PORTS[self.engine][0]}, "
             f"gpu_memory={share_of('real'):.3f}, max_requests=64, "
             f"extra={[*own[self.engine], '--served-model-name', 'real']!r}, "
             "echo=lambda line: print(line, flush=True)))"
@@ -206,9 +208,10 @@ class Run:
         }  # fmt: skip
         code = (
             "import sys; from lenvm.engines.launch import build_values_command, run_server; "
-            f"argv, env = build_values_command({self.engine!r}, {str(value)!r}, port=8072, "
+            f"argv, env = build_values_command({self.engine!r}, {str(value)!r}, "
+            f"port={PORTS[self.engine][1]}, "
             f"extra={[*own[self.engine], '--served-model-name', 'value']!r}); "
-            "sys.exit(run_server(argv, env, 'http://127.0.0.1:8072', "
+            f"sys.exit(run_server(argv, env, 'http://127.0.0.1:{PORTS[self.engine][1]}', "
             "echo=lambda line: print(line, flush=True)))"
         )
         env = {k: v for k, v in self.env(value).items() if k != "LENVM_MODEL"}
@@ -249,7 +252,7 @@ class Run:
 
     def check_http(self) -> dict[str, Any]:
         """A control over HTTP: whole, refused, streamed, ended by a stop string, left behind."""
-        url = "http://127.0.0.1:8071/v1/completions"
+        url = f"http://127.0.0.1:{PORTS[self.engine][0]}/v1/completions"
 
         def body(control: dict[str, Any], **more: Any) -> dict[str, Any]:
             own: dict[str, Any] = {"custom_params": {"lenvm": control}}
@@ -307,8 +310,8 @@ class Run:
     def ask_values(self, ids: list[int]) -> tuple[int, Any]:
         if self.engine == "vllm":
             body = {"model": "value", "input": ids, "task": "token_classify"}
-            return call("http://127.0.0.1:8072/pooling", body)
-        return call("http://127.0.0.1:8072/encode", {"input_ids": ids})
+            return call(f"http://127.0.0.1:{PORTS['vllm'][1]}/pooling", body)
+        return call(f"http://127.0.0.1:{PORTS['sglang'][1]}/encode", {"input_ids": ids})
 
     def start_speed(self, pairs: list[tuple[str, str]]) -> dict[str, Engine]:
         engines: dict[str, Engine] = {}

@@ -242,6 +242,7 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
         "cpu_s": {"server": round(cpu[0], 1), "clients": round(cpu[1], 1)},
         "guidance_share_of_step": round(numbers["lenvm_guidance_seconds_total"] / step_s, 3),
         "memory_mb": {"start": round(warm[0][1], 1), "end": round(warm[-1][1], 1)},
+        "memory_mb_by_second": {round(t): round(m) for t, m in memory[::10]},
         "memory_slope_mb_per_min": round(slope(warm) * 60, 3),
         "kv_tokens_left": numbers["lenvm_kv_tokens"],
         "time_to_first_token_s": {k: spread(v) for k, v in tally.first_s.items()},

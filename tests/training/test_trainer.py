@@ -16,6 +16,7 @@ from lenvm.guidance.request import LengthControl
 from lenvm.guidance.scorer import CandidateScorer
 from lenvm.guidance.session import GuidanceSession, Guided
 from lenvm.model.value_model import LengthValueModel
+from lenvm.training import loop
 from lenvm.training.config import TrainingConfig
 from lenvm.training.model import PackedModel, use_liger
 from lenvm.training.objective import Objective, States
@@ -428,3 +429,15 @@ def test_a_control_before_the_prompt_goes_from_the_data_to_guidance(tmp_path: Pa
     assert LengthValueModel(model.backbone, plain).encode_control({"equal_to": 30}) == []
     with pytest.raises(InputError, match="share_prompts"):
         config(tmp_path, base, control_input=True, share_prompts=True)
+
+
+def test_metrics_go_to_the_trackers_that_are_there(tmp_path: Path, base: str, monkeypatch):
+    train(config(tmp_path, base, epochs=1, evals=1))
+    assert list((tmp_path / "model.state").glob("**/events.out.tfevents.*"))
+    monkeypatch.setattr(loop, "is_tensorboard_available", lambda: False)
+    monkeypatch.setattr(loop, "is_wandb_available", lambda: True)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert loop.find_trackers() == []  # W&B would ask for a key
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert loop.find_trackers() == ["wandb"]

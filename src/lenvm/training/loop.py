@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_tensorboard_available, is_wandb_available
 
 from lenvm.data.dataset import Array
 from lenvm.errors import DataError, InputError, TrainingError
@@ -351,6 +352,17 @@ class _EveryStep(TrainerCallback):  # type: ignore[misc]
         self.progress("train", state.global_step, state.max_steps)
 
 
+def find_trackers() -> list[str]:
+    """Where metrics go besides the metrics file: TensorBoard where it is installed (events beside the
+    run's states), W&B where it is installed and was told of: else it would ask."""
+    found = []
+    if is_tensorboard_available():
+        found.append("tensorboard")
+    if is_wandb_available() and any(os.environ.get(n) for n in ("WANDB_API_KEY", "WANDB_MODE")):
+        found.append("wandb")
+    return found
+
+
 def build_arguments(config: TrainingConfig, use_bf16: bool) -> TrainingArguments:
     """transformers' settings; `plan_evaluations` completes them once the steps are known."""
     output = Path(config.output)
@@ -386,7 +398,7 @@ def build_arguments(config: TrainingConfig, use_bf16: bool) -> TrainingArguments
         use_cpu=use_cpu,
         ddp_backend="gloo" if use_cpu and distributed else None,
         ddp_find_unused_parameters=False,
-        report_to="none",
+        report_to=find_trackers() or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
     )
