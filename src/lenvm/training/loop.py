@@ -353,8 +353,8 @@ class _EveryStep(TrainerCallback):  # type: ignore[misc]
 
 
 def find_trackers() -> list[str]:
-    """Where metrics go besides the metrics file: TensorBoard where it is installed (events beside the
-    run's states), W&B where it is installed and was told of: else it would ask."""
+    """Where metrics go besides the metrics file: TensorBoard where it is installed (its events lie
+    with the run's states), W&B where it is installed and was told of: else it would ask."""
     found = []
     if is_tensorboard_available():
         found.append("tensorboard")
