@@ -172,6 +172,21 @@ def test_a_mistake_has_a_message_an_exit_code_and_leaves_nothing(
     assert [f for f in left if f.stat().st_size > 0 and f.suffix != ".lock"] == []
 
 
+def test_debug_shows_where_a_mistake_was_found(tmp_path):
+    command = [sys.executable, "-m", "lenvm"]
+    arguments = ["predict", "--lenvm", str(tmp_path / "none"), "a prompt"]
+    plain, debug = (
+        subprocess.run([*command, *flags, *arguments], capture_output=True, text=True)
+        for flags in ([], ["--debug"])
+    )
+    assert plain.returncode == 4
+    assert plain.stderr.startswith("lenvm: no value model at")
+    assert "Traceback" not in plain.stderr
+    assert debug.returncode != 0
+    assert "Traceback" in debug.stderr
+    assert "CheckpointError: no value model at" in debug.stderr
+
+
 RUN = """
 import resource, sys
 limit = int(sys.argv.pop(1))

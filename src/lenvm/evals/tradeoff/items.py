@@ -7,6 +7,7 @@ or `choices`, `image`, `id` or `unique_id` or `pid`.
 
 import base64
 import hashlib
+import io
 import mimetypes
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Question:
     kind: Kind
     options: tuple[str, ...] = ()
     image: str | None = None
-    """An image file."""
+    """An image file, or an image as a data URL."""
 
     def prompt(self, *, concise: bool) -> str:
         """The question, its options, and how the answer is to be given."""
@@ -66,7 +67,7 @@ class Question:
         text = self.prompt(concise=concise)
         if self.image is None:
             return ({"role": "user", "content": text},)
-        picture = {"type": "image_url", "image_url": {"url": _data_url(self.image)}}
+        picture = {"type": "image_url", "image_url": {"url": _image_url(self.image)}}
         return ({"role": "user", "content": [picture, {"type": "text", "text": text}]},)
 
 
@@ -118,7 +119,7 @@ def _to_question(where: str, index: int, row: dict[str, Any], base: Path) -> Que
         gold=gold,
         kind=kind,
         options=options,
-        image=_find_image(where, fields.get("image"), base),
+        image=_find_image(where, fields, base),
     )
 
 
@@ -126,7 +127,17 @@ def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
-def _find_image(where: str, value: Any, base: Path) -> str | None:
+def _find_image(where: str, fields: Mapping[str, Any], base: Path) -> str | None:
+    """A file, or what a hub's row holds itself (MathVista's `image` names a file that only its
+    archive has; the picture stands beside it)."""
+    for value in (fields.get("decoded_image"), fields.get("image")):
+        if isinstance(value, Mapping) and value.get("bytes"):
+            return _to_data_url(value["bytes"], mimetypes.guess_type(str(value.get("path")))[0])
+        if hasattr(value, "save"):  # PIL's
+            buffer = io.BytesIO()
+            value.convert("RGB").save(buffer, "PNG")
+            return _to_data_url(buffer.getvalue(), "image/png")
+    value = fields.get("image")
     if not value:
         return None
     path = base / str(value)
@@ -135,7 +146,14 @@ def _find_image(where: str, value: Any, base: Path) -> str | None:
     return str(path)
 
 
+def _image_url(image: str) -> str:
+    return image if image.startswith("data:") else _read_image(image)
+
+
 @cache
-def _data_url(path: str) -> str:
-    kind = mimetypes.guess_type(path)[0] or "image/jpeg"
-    return f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+def _read_image(path: str) -> str:
+    return _to_data_url(Path(path).read_bytes(), mimetypes.guess_type(path)[0])
+
+
+def _to_data_url(data: bytes, kind: str | None) -> str:
+    return f"data:{kind or 'image/jpeg'};base64,{base64.b64encode(data).decode()}"
