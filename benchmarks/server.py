@@ -35,7 +35,10 @@ import aiohttp
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
-from lenvm.errors import InputError  # noqa: E402  (the package is found from here)
+from lenvm.cli import prepare_process  # noqa: E402  (the package is found from here)
+from lenvm.errors import InputError  # noqa: E402
+
+prepare_process()  # the loop in this process waits as the server's does
 
 TOPICS = ("the sea", "bread", "a lighthouse", "rain", "the moon", "a bicycle", "tea", "old maps")
 CONTROLS: tuple[dict[str, Any] | None, ...] = (
@@ -227,7 +230,7 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
         watcher.cancel()
         predictions = await predict(session, options)
         numbers = await read_metrics(session)
-    warm = [(t, m) for t, m in memory if t >= seconds / 4]
+    warm = [(t, m) for t, m in memory if seconds / 4 <= t <= seconds]
     tokens = after["lenvm_generated_tokens_total"] - before["lenvm_generated_tokens_total"]
     step_s = numbers["lenvm_step_seconds_total"]
     return {
