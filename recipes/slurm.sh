@@ -24,7 +24,7 @@ fi
 
 # module load cuda; source .venv/bin/activate       # whatever makes `lenvm` and `vllm` run here
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # reads all: `head` would end it
 port=$((20000 + SLURM_JOB_ID % 20000))
 export HEAD_NODE=$head MEETING_PORT=$port
 

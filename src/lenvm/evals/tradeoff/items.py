@@ -133,7 +133,7 @@ def _find_image(where: str, fields: Mapping[str, Any], base: Path) -> str | None
     for value in (fields.get("decoded_image"), fields.get("image")):
         if isinstance(value, Mapping) and value.get("bytes"):
             return _to_data_url(value["bytes"], mimetypes.guess_type(str(value.get("path")))[0])
-        if hasattr(value, "save"):  # PIL's
+        if value is not None and hasattr(value, "save"):  # PIL's
             buffer = io.BytesIO()
             value.convert("RGB").save(buffer, "PNG")
             return _to_data_url(buffer.getvalue(), "image/png")
