@@ -76,8 +76,7 @@ def prepare_process() -> None:
     """Defaults of the environment, before torch is imported.
 
     Threads that wait for their neighbours look for work a thousand times and then sleep. Spinning
-    on, as is the default, torch is ten times slower beside another job; asleep at once, a third
-    slower alone (measured on two cores with the bundled model)."""
+    longer, torch is many times slower beside another job; asleep at once, slower alone."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
