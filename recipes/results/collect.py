@@ -170,7 +170,7 @@ def _lifebench(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
 def _tradeoff(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
     runs = {s["name"]: _grade(lab, s["name"], TRADEOFF, summarise_tradeoff) for s in steps}
     main = runs.get(plan.headline["gsm8k"])
-    own = _at_two_thirds(main, ("tilt", "at_most"))
+    own = _at_two_thirds(main, ("price", "tilt", "at_most"))
     other = _at_two_thirds(main, BASELINES)
     plain = _arms(main).get("prompt", {})
     return {

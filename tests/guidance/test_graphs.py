@@ -38,6 +38,8 @@ GOALS: list[dict[str, Any]] = [
     {"at_least": 5, "rule": "expected"},
     {"equal_to": 9, "tolerance": 0.3, "rule": "conditional"},
     {"equal_to": 20, "rule": "conditional", "focus": 3.0},
+    {"price": 0.05},
+    {"at_most": 12, "price": 0.2},
     {"tilt": 0.0},
 ]
 

@@ -51,6 +51,35 @@ def test_focus_with_an_exact_model_weighs_each_sequence_by_its_lengths_score(foc
         assert guided_prob(markov, sequence, control) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("price", [0.02, 0.5])
+def test_price_with_an_exact_model_charges_each_sequence_for_its_length(price: float):
+    markov = Markov(seed=4)
+    control = LengthControl.parse({"price": price, "horizon": None, **ALL})
+    # Z = E[exp(-price L)] after token 1, from h(s) = exp(-price) (P(end | s) + sum_x P(x | s) h(x))
+    moves = markov.transition[1:, 1:].double()
+    ends = markov.transition[1:, EOS].double()
+    h = torch.linalg.solve(torch.eye(len(moves)) * math.exp(price) - moves, ends)
+    for length in (1, 2, 4):
+        probabilities = sequence_probs(markov, 1, length, length)
+        sequence = list(probabilities)[-1]
+        probability, last = 1.0, 1
+        for token in sequence:
+            probability *= markov.transition[last, token].item()
+            last = token
+        expected = probability * math.exp(-price * length) / h[0].item()
+        assert guided_prob(markov, sequence, control) == pytest.approx(expected, rel=1e-3)
+
+
+def test_price_within_bounds():
+    markov = Markov(seed=6)
+    control = LengthControl.parse({"price": 0.3, "at_least": 2, "at_most": 4, **ALL})
+    flat = sequence_probs(markov, 1, 2, 4)
+    total = sum(p * math.exp(-0.3 * len(s)) for s, p in flat.items())
+    for sequence, probability in list(flat.items())[::5]:
+        expected = probability * math.exp(-0.3 * len(sequence)) / total
+        assert guided_prob(markov, sequence, control) == pytest.approx(expected, rel=1e-4)
+
+
 def guided_prob(markov: Markov, sequence: tuple[int, ...], control: LengthControl) -> float:
     """Probability that guidance writes `sequence` after token 1."""
     guidance = session(markov)

@@ -17,6 +17,10 @@ def register(app: typer.Typer) -> None:
         equal_to: Annotated[int | None, typer.Option(help="This many tokens.")] = None,
         at_most: Annotated[int | None, typer.Option(help="No more than this many tokens.")] = None,
         at_least: Annotated[int | None, typer.Option(help="No fewer than this many.")] = None,
+        price: Annotated[
+            float | None,
+            typer.Option(help="Shorter, smoothly: each token costs so many nats, such as 0.005."),
+        ] = None,
         tilt: Annotated[
             float | None, typer.Option(help="Trade length smoothly: > 0 shorter, < 0 longer.")
         ] = None,
@@ -49,7 +53,8 @@ def register(app: typer.Typer) -> None:
         from lenvm.model.device import pick_device, pick_dtype
         from lenvm.model.tokenization import encode_prompt
 
-        goals = {"equal_to": equal_to, "at_most": at_most, "at_least": at_least, "tilt": tilt}
+        goals = {"equal_to": equal_to, "at_most": at_most, "at_least": at_least}
+        goals |= {"price": price, "tilt": tilt}
         control = parse_control(goals | {"tolerance": tolerance, "rule": rule}, length)
         sampling = SamplingParams.parse(
             {

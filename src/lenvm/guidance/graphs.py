@@ -307,7 +307,7 @@ def _key(truncation: Truncation, params: RuleParams) -> tuple[Hashable, ...]:
     factors = truncation.factors
     own = None if factors is None else (factors.shape[1], factors.dtype)
     widths = (truncation.ending_ids.shape[1], own)
-    flags = (params.has_value_gate, params.has_focus)
+    flags = (params.has_value_gate, params.has_peak)
     return (truncation.max_candidates, *widths, params.rules, params.gammas, *flags)
 
 

@@ -60,9 +60,12 @@ class RuleParams:
     strict: Tensor
     scale: Tensor
     """Tilt scale s, soft strength, conditional evidence, or expected_scale."""
-    target: Tensor
-    """Tokens that `equal_to` asks for, in total or still to come as `is_total` says; 1 without."""
-    focus: Tensor
+    centre: Tensor
+    """Length that counts most, in total or still to come as `is_total` says; see `peak`."""
+    below: Tensor
+    """Nats that a token less than the centre costs."""
+    above: Tensor
+    """Nats that a token more than the centre costs."""
     mode: Tensor
     """Index into EXPECTED_MODES."""
     horizon: Tensor
@@ -77,7 +80,8 @@ class RuleParams:
     """Names of the rules in use."""
     gammas: tuple[float, ...] = ()
     has_value_gate: bool = False
-    has_focus: bool = False
+    has_peak: bool = False
+    """Lengths inside the goal do not all count alike in some row."""
     scores_all: bool = True
     """No row is neutral or has an entropy gate: every candidate of every row is scored."""
 
@@ -111,14 +115,13 @@ class RuleParams:
             control = control or LengthControl(tilt=0.0)
             scale, unchanged = _scale(control, name)
             gates = (control.horizon or math.inf, control.min_entropy, control.min_value)
-            shape = (control.equal_to or 1, control.focus)
-            floats.append((low, high, scale, *gates, *shape))
+            floats.append((low, high, scale, *gates, *_peak(control)))
             total = control.counts_tokens and not control.remaining
             strict = name != "hard" if control.strict is None else control.strict
             flags = (total, strict, scale == unchanged)
             mode = EXPECTED_MODES.index(control.expected_mode)
             integers.append((code, mode, gammas.index(row_gamma), done, *flags))
-        low_R, high_R, scale_R, horizon, min_entropy, min_value, target_R, focus_R = (
+        low_R, high_R, scale_R, horizon, min_entropy, min_value, centre, below, above = (
             torch.tensor(floats, dtype=torch.float32).T.contiguous().to(device, non_blocking=True)
         )
         code_R, mode_R, gamma_index, done_R, total_R, strict_R, neutral = (
@@ -131,8 +134,9 @@ class RuleParams:
             is_total=total_R.bool(),
             strict=strict_R.bool(),
             scale=scale_R,
-            target=target_R,
-            focus=focus_R,
+            centre=centre,
+            below=below,
+            above=above,
             mode=mode_R,
             horizon=horizon,
             min_entropy=min_entropy,
@@ -143,7 +147,7 @@ class RuleParams:
             rules=rules,
             gammas=gammas,
             has_value_gate=any(c is not None and c.min_value > 0 for c in controls),
-            has_focus=any(c is not None and c.focus > 0 for c in controls),
+            has_peak=any(row[-2] > 0 or row[-1] > 0 for row in floats),
             scores_all=not any(row[4] > 0 for row in floats) and not any(r[-1] for r in integers),
         )
 
@@ -153,11 +157,9 @@ class RuleParams:
         return (self.low - left).unsqueeze(-1), (self.high - left).unsqueeze(-1)
 
     def peak(self) -> Peak:
-        """What `focus` makes of the lengths that a candidate may leave: [R, 1] each; see rules."""
+        """Weights of the lengths that a candidate may leave: [R, 1] each; see rules."""
         left = torch.where(self.is_total, self.num_generated + 1, 0)
-        rate = self.focus / self.target
-        numbers = (self.target - left, SHORT_RATE * rate, LONG_RATE * rate)
-        return Peak(*(x.unsqueeze(-1) for x in numbers))
+        return Peak(*(x.unsqueeze(-1) for x in (self.centre - left, self.below, self.above)))
 
     def endings(self) -> tuple[Tensor, Tensor]:
         """(may end with the next token, must end with it): bool [R] each."""
@@ -172,6 +174,8 @@ class RuleParams:
 
 def rule_name(control: LengthControl, *, has_distribution: bool) -> str:
     """The rule that acts for a control: one of RULES or a user's own."""
+    if control.price is not None:
+        return "conditional"
     if control.has_target:
         return control.rule or ("conditional" if has_distribution else "soft")
     if control.tilt is not None:
@@ -197,6 +201,14 @@ def _bounds(control: LengthControl | None, gamma: float) -> tuple[float, float]:
         -math.inf if least is None else -math.log1p(-least) / rate,
         math.inf if most is None else -math.log1p(-most) / rate,
     )
+
+
+def _peak(control: LengthControl) -> tuple[float, float, float]:
+    """(centre, cost of a token below, of one above): of `focus`, of `price`, or of neither."""
+    if control.equal_to is not None:
+        rate = control.focus / control.equal_to
+        return control.equal_to, SHORT_RATE * rate, LONG_RATE * rate
+    return 0, 0.0, control.price or 0.0
 
 
 def _scale(control: LengthControl, name: str | None) -> tuple[float, float]:

@@ -5,7 +5,8 @@ candidate should leave between low - t - 1 and high - t - 1 tokens to come; v* =
 that. With u = -V in [0, 1), p the generator's distribution over the candidates:
 
 * conditional:    p(x) P(low - t - 1 <= remaining <= high - t - 1 | s + x)^evidence: Bayes' rule.
-                  With `focus`, P is E[w(length)], w as below inside the interval, 0 outside.
+                  With `focus` or `price`, P is E[w(length)], w as below inside the interval, 0
+                  outside.
 * soft:           p(x) exp(-strength d(x)), d = distance of u(x) from [u(low), u(high)].
 * expected:       tilt by u until E[u] lies in [u(low), u(high)]; nothing where it does already.
 * hard:           the paper's. Both bounds: argmin d; at_most: argmin u; at_least: argmax u while
@@ -33,6 +34,11 @@ exp(5 LD) short of the target and exp(-2 LD) past it, LD = length / target - 1; 
 power of `focus`: exp(S / lambda) to first order, and a geometric sum over a bin, so exact. An
 interval of the same mean score has an edge at which answers are cut; this has none before the
 tolerance's, which can then be wide.
+
+Price. By the same argument, of all distributions of a given mean length the one nearest to the
+generator is proportional to p(y) exp(-price |y|): w = exp(-price length), over all lengths or
+within bounds. It is the best trade of text against length without a target; a tilt by u weighs
+every step anew, far more near the end, and follows no distribution of whole answers.
 
 Shape legend: R rows, K candidates.
 """
@@ -173,7 +179,7 @@ def conditional(candidates: Candidates, belief: LengthBelief, params: RuleParams
     """Bayes' rule on the length, weakened beyond the horizon. Log space: any tiny probability is
     told from any other; a candidate that cannot meet the goal (P = 0) is impossible."""
     low, high = params.rest()
-    evidence = belief.log_interval(low, high, params.peak() if params.has_focus else None)
+    evidence = belief.log_interval(low, high, params.peak() if params.has_peak else None)
     expected = _mean(candidates.log_probs, belief.length())
     asked = torch.where(low > 0, low, high.clamp(min=0)).squeeze(-1)
     distance = torch.minimum(expected, asked).clamp(min=1)

@@ -86,6 +86,11 @@ def find_fault(guided: Guided, scorer: Scorer) -> str | None:
     if control is None:
         return None
     rule = rule_name(control, has_distribution=scorer.has_distribution)
+    if control.price is not None and not scorer.has_distribution:
+        return (
+            "price needs a value model with the distribution head; this one has the scalar head: "
+            "use tilt"
+        )
     if rule == "conditional" and not scorer.has_distribution:
         return (
             "rule 'conditional' needs a value model with the distribution head; this one has the "

@@ -18,8 +18,9 @@ from lenvm.reports.tables import (
 )
 
 Arm = Mapping[str, Any]
-LENVM = ("tilt", "at_most")
+LENVM = ("price", "tilt", "at_most")
 NAMES = {
+    "price": "LenVM price",
     "tilt": "LenVM tilt",
     "at_most": "LenVM at most",
     "budget": "truncation",
@@ -28,7 +29,7 @@ NAMES = {
     "eos_bias": "EOS bias",
     "unguided": "unguided",
 }
-KINDS = {"tilt": "main", "at_most": "s2", "budget": "base", "budget_answer": "s1"}
+KINDS = {"price": "main", "tilt": "s5", "at_most": "s2", "budget": "base", "budget_answer": "s1"}
 KINDS |= {"concise": "s3", "eos_bias": "s4", "unguided": "ink"}
 SHORTER = 0.667
 """The share of the unguided length that the headline speaks of."""
