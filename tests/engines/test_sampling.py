@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lenvm.engines.sampling import BLOCK, SamplingParams, draw, truncate
+from guidance.test_no_waiting import Transfers
+from lenvm.engines.sampling import BLOCK, SamplingParams, adjust, draw, truncate
 from lenvm.errors import InputError
 
 
@@ -93,3 +94,23 @@ def test_next_to_no_temperature_takes_the_likeliest_and_no_logit_overflows(tempe
     cold = truncate(logits, params)
     assert not cold.isnan().any()
     assert draw(cold, torch.tensor([0.999, 0.999])).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("vocab_size", [50, 128 * 1024])
+def test_nothing_waits_for_the_device_and_more_rows_are_no_more_transfers(vocab_size: int):
+    kinds = [
+        SamplingParams(temperature=0),
+        SamplingParams(top_k=3, min_p=0.1),
+        SamplingParams(top_p=0.5, logit_bias={3: 1.0, 5: -2.0}),
+        SamplingParams(exponential_decay_length_penalty=(2, 1.1)),
+    ]
+    counts = []
+    for repeats in (1, 5):
+        params = kinds * repeats
+        logits = torch.empty(len(params), vocab_size, device="meta")
+        with Transfers() as transfers:
+            adjusted = adjust(logits, params, [9] * len(params), [0, 1])
+            truncated = truncate(adjusted, params)
+        assert truncated.shape == logits.shape
+        counts.append(len(transfers.found))
+    assert counts[0] == counts[1] <= 14

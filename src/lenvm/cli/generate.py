@@ -53,9 +53,9 @@ def register(app: typer.Typer) -> None:
         from lenvm.model.device import pick_device, pick_dtype
         from lenvm.model.tokenization import encode_prompt
 
-        goals = {"equal_to": equal_to, "at_most": at_most, "at_least": at_least}
-        goals |= {"price": price, "tilt": tilt}
-        control = parse_control(goals | {"tolerance": tolerance, "rule": rule}, length)
+        goals: dict[str, Any] = {"equal_to": equal_to, "at_most": at_most, "at_least": at_least}
+        goals |= {"price": price, "tilt": tilt, "tolerance": tolerance, "rule": rule}
+        control = parse_control(goals, length)
         sampling = SamplingParams.parse(
             {
                 "temperature": temperature,

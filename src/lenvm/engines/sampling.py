@@ -9,7 +9,7 @@ Shape legend: R rows, V vocabulary, K candidates.
 import math
 import random
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,14 @@ class SamplingParams(BaseModel):
         return random.Random() if self.seed is None else random.Random(f"{self.seed}/{index}")
 
 
+def upload(rows: Any, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Numbers from the host, without waiting for what the device has still to do."""
+    numbers = torch.tensor(rows, dtype=dtype)
+    if torch.device(device).type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)
+
+
 def adjust(
     logits_RV: Tensor,
     params: Sequence[SamplingParams],
@@ -82,20 +90,26 @@ def adjust(
     eos_token_ids: Sequence[int],
 ) -> Tensor:
     """Logits with biases and length penalties applied; the same tensor where no row has any."""
-    changed = [i for i, p in enumerate(params) if p.changes_logits]
-    if not changed:
+    if not any(p.changes_logits for p in params):
         return logits_RV
     logits = logits_RV.clone()
-    eos = torch.tensor(eos_token_ids, device=logits.device)
-    for i in changed:
-        if bias := params[i].logit_bias:
-            ids = torch.tensor(list(bias), device=logits.device)
-            logits[i, ids] += torch.tensor(list(bias.values()), device=logits.device)
-        start, factor = params[i].exponential_decay_length_penalty or (math.inf, 1.0)
+    biases = [(i, t, b) for i, p in enumerate(params) for t, b in p.logit_bias.items()]
+    if biases:
+        rows, ids, added = zip(*biases, strict=True)
+        where = upload([rows, ids], torch.long, logits.device)
+        logits[where[0], where[1]] += upload(added, logits.dtype, logits.device)
+    penalties = []
+    for i, p in enumerate(params):
+        start, factor = p.exponential_decay_length_penalty or (math.inf, 1.0)
         if num_generated[i] > start:
             # past fp32's range the ending is certain (or impossible) all the same
-            growth = min((num_generated[i] - start) * math.log(factor), 60.0)
-            logits[i, eos] += logits[i, eos].abs() * math.expm1(growth)
+            growth = math.expm1(min((num_generated[i] - start) * math.log(factor), 60.0))
+            penalties += [(i, token, growth) for token in eos_token_ids]
+    if penalties:
+        rows, ids, growths = zip(*penalties, strict=True)
+        row, token = upload([rows, ids], torch.long, logits.device)
+        own = logits[row, token]
+        logits[row, token] = own + own.abs() * upload(growths, logits.dtype, logits.device)
     return logits
 
 
@@ -143,43 +157,47 @@ def truncate(logits_RV: Tensor, params: list[SamplingParams]) -> Tensor:
     """Logits over temperature with top-k, top-p and min-p applied (-inf outside), row by row.
 
     Greedy rows are left alone. The sort is paid only by rows that ask for top-k or top-p, and
-    nothing where no row asks for anything: then the logits come back as they are.
+    nothing where no row asks for anything: then the logits come back as they are. On a GPU nothing
+    here waits for the device.
     """
     if all(p.temperature in (0, 1) and not p.truncates for p in params):
         return logits_RV
-    device = logits_RV.device
-    temperature = torch.tensor([p.temperature or 1.0 for p in params], device=device)
+    device, width = logits_RV.device, logits_RV.shape[-1]
     # as cold as 1e-6 is greedy already, and no logit overflows there
-    logits = logits_RV.float() / temperature.clamp(min=1e-6).unsqueeze(-1)
-    floor = [i for i, p in enumerate(params) if p.min_p > 0 and p.temperature > 0]
-    if floor:
-        min_p = torch.tensor([params[i].min_p for i in floor], device=device).log()
-        part = logits[floor]
-        least = part.max(-1, keepdim=True).values + min_p.unsqueeze(-1)
-        logits[floor] = part.masked_fill(part < least, -torch.inf)
-    drawn = [i for i, p in enumerate(params) if p.temperature > 0]
-    few = [i for i in drawn if 0 < params[i].top_k <= FEW]
-    many = [
-        i for i in drawn if params[i].top_k > FEW or (not params[i].top_k and params[i].top_p < 1)
+    numbers = [
+        (max(p.temperature, 1e-6), math.log(p.min_p) if p.min_p else -math.inf, p.top_k, p.top_p)
+        if p.temperature
+        else (1.0, -math.inf, 0, 1.0)
+        for p in params
     ]
+    columns = upload(list(zip(*numbers, strict=True)), torch.float32, device)
+    temperature, floor, top_k, top_p = columns.unsqueeze(-1)
+    logits: Tensor = logits_RV.float() / temperature
+    if any(row[1] > -math.inf for row in numbers):
+        least = logits.amax(-1, keepdim=True) + floor
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    top_k = torch.where(top_k > 0, top_k, width)
+    few = [i for i, row in enumerate(numbers) if 0 < row[2] <= FEW]
+    many = [i for i, row in enumerate(numbers) if row[2] > FEW or (not row[2] and row[3] < 1)]
     for rows in (few, many):
-        if rows:
-            logits[rows] = _truncate_sorted(logits[rows], [params[i] for i in rows])
+        most = min(width, max((int(numbers[i][2]) or width for i in rows), default=0))
+        if len(rows) == len(params):
+            logits = _truncate_sorted(logits, top_k, top_p, most)
+        elif rows:
+            index = upload(rows, torch.long, device)
+            own = _truncate_sorted(logits[index], top_k[index], top_p[index], most)
+            logits.index_copy_(0, index, own)
     return logits
 
 
-def _truncate_sorted(logits: Tensor, params: list[SamplingParams]) -> Tensor:
-    """top-k first, then top-p over what is left: the order of vLLM and SGLang. Where every row has
-    a small top-k, no more than that many are sorted out."""
-    device, width = logits.device, logits.shape[-1]
-    top_k = torch.tensor([p.top_k or width for p in params], device=device).unsqueeze(-1)
-    top_p = torch.tensor([p.top_p for p in params], device=device).unsqueeze(-1)
-    most = min(width, max(p.top_k or width for p in params))
+def _truncate_sorted(logits: Tensor, top_k: Tensor, top_p: Tensor, most: int) -> Tensor:
+    """top-k first, then top-p over what is left: the order of vLLM and SGLang. Where `most`, the
+    largest top-k, is small, no more than that many are sorted out."""
     if most <= FEW:
         values, order = largest(logits, most)
     else:
         values, order = logits.sort(-1, descending=True)
-    rank = torch.arange(values.shape[-1], device=device)
+    rank = torch.arange(values.shape[-1], device=logits.device)
     values = values.masked_fill(rank >= top_k, -torch.inf)
     probs = values.softmax(-1)
     before = probs.cumsum(-1) - probs

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lenvm.engines.request import Completion as Completion
 from lenvm.engines.request import Request as Request
-from lenvm.engines.sampling import adjust, draw, truncate
+from lenvm.engines.sampling import adjust, draw, truncate, upload
 from lenvm.engines.text import TextStream
 from lenvm.errors import CapacityError, ControlError, InputError, LenVMError, RequestError
 from lenvm.guidance.scorer import CandidateScorer
@@ -274,10 +274,10 @@ class TransformersEngine:
     def _sample(self, rows: list[Completion], logits_RV: Tensor) -> Tensor:
         """Next token of every row: [R]. Guided rows are drawn from their candidates."""
         params = [c.request.sampling for c in rows]
-        uniform = torch.tensor([self._streams[c.request.id].random() for c in rows])
-        uniform = uniform.to(self.device)
+        drawn = [self._streams[c.request.id].random() for c in rows]
+        uniform = upload(drawn, torch.float32, self.device)
         cold = [p.temperature == 0 for p in params]
-        greedy = torch.tensor(cold).to(self.device) if any(cold) else None
+        greedy = upload(cold, torch.bool, self.device) if any(cold) else None
         num_generated = [len(c.token_ids) for c in rows]
         logits_RV = adjust(logits_RV, params, num_generated, self.eos_token_ids)
         free = [i for i, c in enumerate(rows) if c.request.control is None]
@@ -285,32 +285,35 @@ class TransformersEngine:
             return draw(truncate(logits_RV, params), uniform, greedy_R=greedy)
         tokens = torch.zeros(len(rows), dtype=torch.long, device=self.device)
         if free:
-            truncated = truncate(logits_RV[free], [params[i] for i in free])
-            own = None if greedy is None else greedy[free]
-            tokens[free] = draw(truncated, uniform[free], greedy_R=own)
+            index = upload(free, torch.long, self.device)
+            truncated = truncate(logits_RV[index], [params[i] for i in free])
+            own = None if greedy is None else greedy[index]
+            tokens.index_copy_(0, index, draw(truncated, uniform[index], greedy_R=own))
         while guided := [
             i for i, c in enumerate(rows) if c.request.control is not None and c.error is None
         ]:
             assert self.session is not None
             ids = [rows[i].request.id for i in guided]
+            index = upload(guided, torch.long, self.device)
             with self._guidance_time():
                 try:
-                    rows_RV = logits_RV if len(ids) == len(rows) else logits_RV[guided]
+                    rows_RV = logits_RV if len(ids) == len(rows) else logits_RV[index]
                     candidates = self.session.step(ids, rows_RV)
                 except RequestError as error:
                     self._fail(error)
                     continue
-            own = None if greedy is None else greedy[guided]
-            index = draw(candidates.log_probs, uniform[guided], greedy_R=own)
-            tokens[guided] = candidates.ids.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            own = None if greedy is None else greedy[index]
+            column = draw(candidates.log_probs, uniform[index], greedy_R=own).unsqueeze(-1)
+            tokens.index_copy_(0, index, candidates.ids.gather(-1, column).squeeze(-1))
             break
         return tokens
 
     def _record(self, rows: list[Completion], tokens: Tensor, logits_RV: Tensor) -> None:
         """Append what was drawn; log-probabilities are those of the generator's own logits."""
         total = logits_RV.logsumexp(-1)
-        log_probs = (logits_RV.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - total).tolist()
-        token_ids = tokens.tolist()
+        own = logits_RV.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - total
+        read = torch.stack([tokens.double(), own.double()]).tolist()  # one wait
+        token_ids, log_probs = [int(t) for t in read[0]], read[1]
         for row, completion in enumerate(rows):
             if completion.error is not None:
                 continue
@@ -332,7 +335,8 @@ class TransformersEngine:
             ids = [c.request.id for c in tracked]
             with self._guidance_time():
                 try:
-                    self.session.commit(ids, tokens if len(ids) == len(rows) else tokens[index])
+                    own = upload(index, torch.long, self.device)
+                    self.session.commit(ids, tokens if len(ids) == len(rows) else tokens[own])
                 except RequestError as error:
                     self._fail(error)
                     continue

@@ -61,8 +61,8 @@ LABELS = {
     "tilt": "LenVM tilt {}",
     "at_most": "LenVM at most {} tokens",
 }
-GOALS = ("equal_to", "at_most", "at_least", "price", "tilt", "remaining")
-GOALS += ("rule", "strength", "evidence")
+GOALS = {"equal_to", "at_most", "at_least", "price", "tilt", "remaining"}
+GOALS |= {"rule", "strength", "evidence"}
 """What an arm is: not for its settings."""
 FEATURES: dict[str, tuple[Feature, ...]] = {
     "countdown": (),

@@ -16,6 +16,7 @@ Shape legend: R rows of a step, V vocabulary, K candidates.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,6 +37,12 @@ class _Reading:
 
     values: Tensor
     lengths: Tensor
+
+    @cached_property
+    def on_host(self) -> tuple[list[float], list[float]]:
+        """(values, lengths), fetched together and once."""
+        values, lengths = torch.stack([self.values, self.lengths]).tolist()
+        return values, lengths
 
 
 @dataclass
@@ -248,17 +255,17 @@ class GuidanceSession:
         0 after an ending token. Where a shut gate let a token be drawn that was not scored, it is
         that of the row's likeliest candidate.
         """
-        return self._read(request_ids, lambda reading: reading.lengths)
+        return self._read(request_ids)[1]
 
     def values(self, request_ids: Sequence[str]) -> list[float]:
         """V of the state that each request is in, at the session's gamma."""
-        return self._read(request_ids, lambda reading: reading.values)
+        return self._read(request_ids)[0]
 
     def prediction(self, request_id: str) -> float:
         """Predicted length at the prompt boundary; of a resumed request, where it was resumed."""
         state = self._state(request_id)
         reading, row = state.start
-        return float(reading.lengths[row]) + len(state.guided.generated_token_ids)
+        return reading.on_host[1][row] + len(state.guided.generated_token_ids)
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -268,13 +275,11 @@ class GuidanceSession:
             raise RequestError([request_id], fault)
         return self._states[request_id]
 
-    def _read(
-        self, request_ids: Sequence[str], tensor_of: Callable[[_Reading], Tensor]
-    ) -> list[float]:
+    def _read(self, request_ids: Sequence[str]) -> tuple[list[float], list[float]]:
+        """(values, lengths)"""
         places = [self._state(r).now for r in request_ids]
-        fetched = {id(reading): reading for reading, _ in places}
-        lists = {key: tensor_of(reading).tolist() for key, reading in fetched.items()}
-        return [lists[id(reading)][row] for reading, row in places]
+        values = [reading.on_host[0][row] for reading, row in places]
+        return values, [reading.on_host[1][row] for reading, row in places]
 
     @property
     def _gamma_of_values(self) -> float | None:
