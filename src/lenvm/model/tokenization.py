@@ -22,8 +22,11 @@ def load_tokenizer(path: str) -> Any:
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """16 hex digits over the vocabulary (token and id, specials included)."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    """16 hex digits over the vocabulary (token and id, specials included), without the `[PAD7]`,
+    `[PAD8]` ... with which a GGUF file fills it up to the embeddings: the same model from a hub has
+    none."""
+    tokens = [(t, i) for t, i in tokenizer.get_vocab().items() if t != f"[PAD{i}]"]
+    vocabulary = sorted(tokens, key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 

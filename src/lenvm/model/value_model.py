@@ -241,9 +241,12 @@ class LengthValueModel(nn.Module):
         """Load a checkpoint, ours or the published system's (which needs `gamma`: it stores none).
 
         A LoRA adapter is merged into its base unless `merge_adapter` is False. `base_model`
-        replaces the base that the checkpoint names. Raises CheckpointError that says which part
-        is missing, damaged, or of a newer format.
+        replaces the base that the checkpoint names; `FOLDER@BASE` as `folder` does so too. Raises
+        CheckpointError that says which part is missing, damaged, or of a newer format.
         """
+        if not Path(folder).is_dir() and "@" in str(folder):
+            name, _, base_model = str(folder).rpartition("@")
+            folder = Path(name)
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"no value model at {folder}: not a folder")
