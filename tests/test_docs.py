@@ -50,3 +50,17 @@ def test_the_speed_up_is_that_of_one_call_on_one_card(monkeypatch):
     found = summarise([*runs, run("A", padded=10)])
     assert (found["speedup_over_padded"], found["mfu_packed_0p5b"], found["card"]) == (3, 0.3, "B")
     assert (found["peak_memory_gb_1p5b"], found["card_1p5b"]) == (90, "A")
+
+
+def test_the_results_of_page_and_readme_are_written_from_the_files(monkeypatch, tmp_path: Path):
+    page = load("results_page", monkeypatch)
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    for image in (ROOT / "docs" / "images").iterdir():
+        (tmp_path / "docs" / "images" / image.name).touch()
+    (tmp_path / "README.md").write_bytes((ROOT / "README.md").read_bytes())
+    page.main(ROOT / "benchmarks" / "results", tmp_path / "docs" / "results.md")
+    for name in ("README.md", "docs/results.md"):
+        written = (tmp_path / name).read_text(encoding="utf-8")
+        assert written == (ROOT / name).read_text(encoding="utf-8"), (
+            "run python benchmarks/results_page.py"
+        )

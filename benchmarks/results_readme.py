@@ -1,0 +1,98 @@
+"""The README's results, from the same files as docs/results.md."""
+
+import json
+from pathlib import Path
+
+from results_cells import Numbers, percent, table, value_of
+
+BEGIN, END = "<!-- made by benchmarks/results_page.py -->\n", "<!-- end -->"
+GENERATORS = {"coder05-frontier": "0.5B", "coder15-frontier": "1.5B"}
+ARMS = ("prompt", "hard", "conditional:2 tolerance=0.05")
+OTHER = "conditional:2 tolerance=0.1 focus=10"
+MODEL = "coder05-lora"
+
+
+def update(readme: Path, results: Path) -> str:
+    """The README with its block written anew; as it is where files are missing."""
+    text = readme.read_text(encoding="utf-8")
+    files = [results / f"{name}_h200.json" for name in ("frontier", "lifebench", "prediction")]
+    if not all(f.exists() for f in files):
+        return text
+    frontier, lifebench, prediction = (json.loads(f.read_text(encoding="utf-8")) for f in files)
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    body = f"{_equal_to(frontier, lifebench)}\n\n{_prediction(prediction)}\n\n"
+    return before + BEGIN + body + END + after
+
+
+def _arm(run: Numbers, name: str) -> Numbers:
+    found: Numbers = next(a["equal_to"] for a in run["arms"] if a["arm"] == name)
+    return found
+
+
+def _equal_to(found: Numbers, limits: Numbers) -> str:
+    runs = {size: found["runs"][name] for name, size in GENERATORS.items()}
+    arms = [_arm(run, name) for run in runs.values() for name in ARMS]
+    first = next(iter(runs.values()))
+
+    def row(name: str, cell: list[str]) -> list[str]:
+        """LenVM's cells stand out."""
+        return [name, *(f"**{c}**" if i % 3 == 2 else c for i, c in enumerate(cell))]
+
+    columns = [f"Qwen2.5-Coder-{size}" if i == 0 else what for size in runs for i, what in
+               enumerate(("alone", "the paper's rule", "LenVM"))]  # fmt: skip
+    rows = [
+        row("length score (paper's best: 67.2)", [f"{value_of(a['score']):.1f}" for a in arms]),
+        row("deviation from the target (57%)", [f"{value_of(a['deviation']):.0%}" for a in arms]),
+        row("log-probability lost, nats a token", [_loss(a) for a in arms]),
+        [
+            "ended by itself, at the end of a sentence",
+            *(f"{value_of(a['quality']['natural_end']):.0%}" for a in arms),
+        ],
+    ]
+    other = _arm(first, OTHER)
+    head = limits["headline"]
+    return (
+        f"Equal-To on LIFEBench, {first['num_items']} items at six targets from "
+        f"{min(first['targets'])} to {max(first['targets']):,} tokens; value models of 0.5B (LoRA, "
+        "four minutes on one H100, [in the box](checkpoints)); rule `conditional`, evidence 2, "
+        "tolerance 5% ([file](benchmarks/results/frontier_h200.json)):\n\n"
+        + table(["", *columns], rows)
+        + f"\n\nWith `{OTHER.split(maxsplit=1)[1]}` and evidence 2 on 0.5B: score "
+        f"{value_of(other['score']):.1f}, {_loss(other)} nats, "
+        f"{value_of(other['quality']['natural_end']):.0%} natural endings. At-Most "
+        f"{head['at_most_score']:.1f}, At-Least {head['at_least_score']:.1f} "
+        "([file](benchmarks/results/lifebench_h200.json))."
+    )
+
+
+def _loss(arm: Numbers) -> str:
+    loss = value_of(arm["quality"]["log_prob_loss"])
+    return "-" if loss is None or loss == 0 else f"{loss:.2f}"
+
+
+def _prediction(found: Numbers) -> str:
+    domains = found["models"][MODEL]["domains"]
+    names = ("math", "code", "instructions")
+    constant = {d: domains[d]["baselines"]["constant_per_domain"] for d in (*names, "all")}
+    short = {"short": True}
+    rows = [
+        [
+            "LenVM 0.5B",
+            *(f"**{percent(domains[d]['mre'], **short)}**" for d in names),
+            f"**{percent(domains['all']['median_re'], **short)}**",
+        ],
+        [
+            "a constant for each domain",
+            *(percent(constant[d]["mre"], **short) for d in names),
+            percent(constant["all"]["median_re"], **short),
+        ],
+        ["paper, 1.5B / 32B value models", "17.0 / 9.8%", "29.0 / 14.9%", "33.0 / 17.1%", "-"],
+    ]
+    return (
+        f"Length before the first token, Qwen2.5-Coder-0.5B, {domains['all']['num_prompts']} "
+        "held-out prompts with 64 answers each, mean relative error (a few instructions answered "
+        "in a handful of tokens make their mean; the median is over all) "
+        "([file](benchmarks/results/prediction_h200.json)):\n\n"
+        + table(["", *names, "median"], rows)
+    )
