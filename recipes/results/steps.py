@@ -138,11 +138,12 @@ def prediction(lab: Lab, name: str, o: Options) -> Found:
     """Predictions for held-out prompts by several models: {held_out, training, models, gammas,
     limit}. A distribution head answers for every gamma of `gammas`, a scalar head for its own."""
     from lenvm.evals.prediction.predictors import ValueModelPredictor
-    from lenvm.evals.prediction.run import PredictionConfig, run_prediction
+    from lenvm.evals.prediction.run import PredictionConfig, read_groups, run_prediction
 
     lab.release()
     files = tuple(lab.trajectories(n) for n in (o["held_out"], *o.get("training", ())))
     config = PredictionConfig(files, limit=o.get("limit"), num_traced=o.get("traced", 4))
+    groups = read_groups(config)
     found: dict[str, Any] = {}
     for model_name in o["models"]:
         if lab.remaining_s <= 0:
@@ -155,7 +156,8 @@ def prediction(lab: Lab, name: str, o: Options) -> Found:
             model.config = own if gamma is None else own.model_copy(update={"gamma": gamma})
             start = time.monotonic()
             predictor = ValueModelPredictor(model, label, batch_tokens=o.get("batch_tokens", 32768))
-            summary = run_prediction(config, predictor, lab.folder / "prediction" / name / label)
+            folder = lab.folder / "prediction" / name / label
+            summary = run_prediction(config, predictor, folder, groups=groups)
             found[label] = {
                 "gamma": predictor.gamma,
                 "head": own.head,

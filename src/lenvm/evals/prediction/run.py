@@ -58,15 +58,12 @@ def run_prediction(
     predictor: Predictor,
     folder: Path,
     *,
+    groups: Groups | None = None,
     progress: Progress = ignore_progress,
 ) -> dict[str, Any]:
-    """Predict what is missing, grade everything, write the folder; returns the summary."""
-    groups = load_groups(
-        config.files,
-        split=config.split,
-        min_completions=config.min_completions,
-        limit=config.limit,
-    )
+    """Predict what is missing, grade everything, write the folder; returns the summary. groups:
+    what `read_groups` gave, where several predictors share it."""
+    groups = groups or read_groups(config)
     manifest = config.to_json(predictor)
     path = folder / "records.jsonl"
     claim(path, f"eval.{EVALUATION}", manifest)
@@ -81,6 +78,16 @@ def run_prediction(
                 records[record["id"]] = record
             progress(EVALUATION, total - len(todo) + start + len(part), total)
     return summarise(folder, records, groups, manifest)
+
+
+def read_groups(config: PredictionConfig) -> Groups:
+    """The prompts that a run predicts, and those that fit its baselines."""
+    return load_groups(
+        config.files,
+        split=config.split,
+        min_completions=config.min_completions,
+        limit=config.limit,
+    )
 
 
 def regrade_prediction(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
