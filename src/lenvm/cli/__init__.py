@@ -22,6 +22,7 @@ COMMANDS = (
     "prompts",
     "sample",
     "convert",
+    "merge",
     "stats",
     "train",
     "eval",

@@ -6,10 +6,11 @@ length control is refused.
 
 | variable | default | meaning |
 |---|---|---|
-| LENVM_MODEL | none | folder of the value model |
+| LENVM_MODEL | none | folder of the value model, or FOLDER@BASE for an adapter on that base |
 | LENVM_MAX_CANDIDATES | 16 | most candidates of a token; a control's top_k may not be over it |
 | LENVM_MAX_REQUESTS | 256 | most guided requests at a time |
 | LENVM_GPU_MEMORY | 0.15 | part of the GPU's memory for the value model and its KV cache |
+| LENVM_COUNT_CANDIDATES | none | 1: score real candidates only, for one wait for the GPU a step |
 | LENVM_GAMMA | none | for checkpoints of the published system, which store none |
 | LENVM_UNTESTED_ENGINE | none | 1: run with an engine version that was not tested |
 """
@@ -18,10 +19,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lenvm.errors import CheckpointError, InputError
+from lenvm.errors import CheckpointError, InputError, LenVMError
 from lenvm.files import read_json
 from lenvm.guidance.request import LengthControl
 
@@ -48,6 +48,7 @@ class GuidanceSettings:
     max_candidates: int = 16
     max_requests: int = 256
     gpu_memory: float = 0.15
+    count_candidates: bool = False
     gamma: float | None = None
     untested_engine: bool = False
 
@@ -68,6 +69,7 @@ class GuidanceSettings:
             "max_requests": int,
             "gpu_memory": float,
             "gamma": float,
+            "count_candidates": lambda text: bool(int(text)),
             "untested_engine": lambda text: bool(int(text)),
         }
         given = {}
@@ -89,6 +91,8 @@ class GuidanceSettings:
         }
         if self.gamma is not None:
             values["GAMMA"] = str(self.gamma)
+        if self.count_candidates:
+            values["COUNT_CANDIDATES"] = "1"
         if self.untested_engine:
             values["UNTESTED_ENGINE"] = "1"
         return {PREFIX + name: value for name, value in values.items()}
@@ -97,17 +101,19 @@ class GuidanceSettings:
 
     @cached_property
     def _facts(self) -> "Facts":
-        folder = Path(self.model)
-        if not (folder / "config.json").exists():
-            raise CheckpointError(f"LENVM_MODEL is {self.model}, which is no checkpoint folder")
-        config = read_json(folder / "lenvm.json") if (folder / "lenvm.json").exists() else {}
-        backbone = read_json(folder / "config.json")
-        text = backbone.get("text_config", backbone)
+        from lenvm.model.value_model import read_vocab_size, split_name
+
+        try:
+            vocab_size = read_vocab_size(self.model)
+        except (LenVMError, OSError) as error:
+            raise CheckpointError(f"LENVM_MODEL: {error}") from error
+        about = split_name(self.model)[0] / "lenvm.json"
+        config = read_json(about) if about.exists() else {}
         return Facts(
             gamma=float(self.gamma or config.get("gamma", 0.997)),
             has_distribution=config.get("head") == "distribution",
             max_candidates=self.max_candidates,
-            vocab_size=int(text["vocab_size"]),
+            vocab_size=vocab_size,
         )
 
     @property
@@ -155,7 +161,9 @@ class GuidanceSettings:
         scorer = CandidateScorer(model, **limits)
         if on_gpu:
             self._warm_up(scorer)
-        return GuidanceSession(scorer, eos_token_ids=())
+        return GuidanceSession(
+            scorer, eos_token_ids=(), count_candidates=self.count_candidates or not on_gpu
+        )
 
     def _warm_up(self, scorer: "CandidateScorer") -> None:
         """Compile and capture what a step of usual width meets, before the first request."""

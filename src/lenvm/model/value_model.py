@@ -244,10 +244,8 @@ class LengthValueModel(nn.Module):
         replaces the base that the checkpoint names; `FOLDER@BASE` as `folder` does so too. Raises
         CheckpointError that says which part is missing, damaged, or of a newer format.
         """
-        if not Path(folder).is_dir() and "@" in str(folder):
-            name, _, base_model = str(folder).rpartition("@")
-            folder = Path(name)
-        folder = Path(folder)
+        folder, named = split_name(folder)
+        base_model = base_model or named
         if not folder.is_dir():
             raise CheckpointError(f"no value model at {folder}: not a folder")
         if not (folder / HEAD_FILE).exists():
@@ -307,6 +305,32 @@ class LengthValueModel(nn.Module):
             f"{describe_difference(self.tokenizer, tokenizer)}. Use the generator it was trained "
             "for, or train a value model on this one's completions."
         )
+
+
+def split_name(name: str | Path) -> tuple[Path, str | None]:
+    """(folder, base) of `FOLDER@BASE`; a folder that is there is one, whatever its name."""
+    if Path(name).is_dir() or "@" not in str(name):
+        return Path(name), None
+    folder, _, base = str(name).rpartition("@")
+    return Path(folder), base
+
+
+def read_vocab_size(name: str | Path) -> int:
+    """Tokens that a checkpoint's backbone knows, without its weights. CheckpointError where there
+    is no checkpoint."""
+    from transformers import AutoConfig
+
+    folder, base_model = split_name(name)
+    place = str(folder)
+    if not (folder / "config.json").exists():
+        if not (folder / "adapter_config.json").exists():
+            raise CheckpointError(f"{name} is no checkpoint folder")
+        gamma = None if (folder / CONFIG_FILE).exists() else 0.5  # no length is read here
+        place = _find_base(folder, _load_config(folder, gamma), base_model)
+    if (Path(place) / "config.json").exists():
+        data = read_json(Path(place) / "config.json")
+        return int(data.get("text_config", data)["vocab_size"])
+    return int(AutoConfig.from_pretrained(place).get_text_config().vocab_size)  # from a hub
 
 
 def hidden_size(backbone: nn.Module) -> int:

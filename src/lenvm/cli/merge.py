@@ -1,0 +1,25 @@
+"""`lenvm merge`: a LoRA value model as one whole checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    @app.command()
+    def merge(
+        lenvm: Annotated[str, typer.Argument(help="Value model: a folder, or FOLDER@BASE.")],
+        output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    ) -> None:
+        """Merge a LoRA value model into its base: the whole checkpoint, for `vllm serve` and
+        others that read no adapters."""
+        from lenvm.errors import InputError
+        from lenvm.model.value_model import LengthValueModel
+
+        if output.exists() and any(output.iterdir()):
+            raise InputError(f"{output} is not empty; name a new folder")
+        model = LengthValueModel.from_pretrained(lenvm)
+        model.config.base_model = None
+        model.save_pretrained(output)
+        typer.echo(f"{output}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M", err=True)
