@@ -3,16 +3,22 @@ time of a step goes.
 
     python benchmarks/engines.py vllm truth   --real ~/kit/models/smollm2.gguf --out truth.json
     python benchmarks/engines.py vllm speed   --pairs 1.5b_0.5b 7b_1.5b --out speed.json
+    python benchmarks/engines.py vllm speed   --generator coder-1.5b.gguf \\
+        --value checkpoints/qwen2.5-coder-1.5b@coder-0.5b.gguf --questions gsm8k/train.jsonl \\
+        --pairs 1.5b_0.5b --out trained.json
     python benchmarks/engines.py vllm profile --pairs 1.5b_0.5b --out profile.json
     python benchmarks/engines.py merge truth.json speed.json --out results/engines_h200.json
 
 Truth runs on a real small generator (`--real`: a folder or a GGUF file). Speed runs on shapes
-(Qwen2.5's 0.5B, 1.5B, 7B) with made-up weights: the work of a step does not depend on them. All
-engines of a call start at once and then work one at a time. The JSON is written after each point.
+(Qwen2.5's 0.5B, 1.5B, 7B) with made-up weights, under which all 15 candidates of every token are
+real: the most that a step can cost. Or on trained models (`--generator`, `--value`), whose text has
+fewer. All engines of a call start at once and then work one at a time. The JSON is written after
+each point.
 
 What is compared (`kind`): `stock`, the engine alone with its default settings; `stock_v1`, vLLM
 alone with its V1 model runner, which it falls back to where any logits processor is installed;
-`unguided`, lenvm's plugin loaded and no request with a control; `guided`, every request with one.
+`unguided`, lenvm's plugin loaded and no request with a control; `guided`, every request with one;
+`guided_counted`, the same with LENVM_COUNT_CANDIDATES.
 
 `--dry-run` plays it all on a CPU with tiny models and tests/engines/machine.py for an engine.
 """
@@ -39,6 +45,8 @@ from engines_process import Engine, call, stream  # noqa: E402
 from engines_results import headline, merge  # noqa: E402
 
 CONTROL = {"equal_to": 512, "rule": "soft", "strict": False, "top_k": 15, "top_p": 1.0}
+TRAINED_CONTROL = {"equal_to": 512, "tolerance": 0.05, "evidence": 2.0, "strict": False}
+"""For trained models: the candidates are those of real text."""
 PAIRS = [("1.5b", "0.5b"), ("7b", "1.5b"), ("0.5b", "0.5b")]
 KV_GIB = {"0.5b": 3, "1.5b": 5, "7b": 4, "real": 1}
 VALUE_GIB = {"0.5b": 5.0, "1.5b": 7.5, "real": 3.0}
@@ -68,6 +76,8 @@ class Run:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.deadline = time.monotonic() + arguments.budget_s
         self.site = setup.write_site(self.work)
+        self.prompts: list[list[int]] | None = None
+        self.control = TRAINED_CONTROL if arguments.generator else CONTROL
         self.results: dict[str, Any] = {
             "is_dry_run": self.is_dry,
             "command": " ".join(sys.argv),
@@ -95,7 +105,7 @@ class Run:
     # -- engines ----------------------------------------------------------------------------------
 
     def start(
-        self, name: str, model: Path, value: Path | None, size: str, share: float, **more: Any
+        self, name: str, model: Path, value: Path | str | None, size: str, share: float, **more: Any
     ) -> Engine:
         """`more`: engine options, and `env` for its environment."""
         env = self.env(value, share) | more.pop("env", {})
@@ -110,14 +120,14 @@ class Run:
                 "disable_custom_all_reduce": True,
             }
             options |= {"enable_custom_logit_processor": True} if value is not None else {}
-        if size != "real":
+        if size != "real" and not self.arguments.generator:
             options |= {"load_format": "dummy", "skip_tokenizer_init": True}
         kind = "machine" if self.is_dry else self.engine
         spec = {"engine": kind, "model": str(model), "options": options}
         argv = [sys.executable, str(ROOT / "benchmarks/engines_worker.py"), json.dumps(spec)]
         return Engine(argv, env, self.logs / f"{name}.log")
 
-    def env(self, value: Path | None, share: float = 0.05) -> dict[str, str]:
+    def env(self, value: Path | str | None, share: float = 0.05) -> dict[str, str]:
         """Only an engine with a value model sees lenvm's entry points: stock is stock."""
         site = [str(self.site)] if value is not None else []
         path = [str(ROOT / "src"), *site, os.environ.get("PYTHONPATH", "")]
@@ -313,17 +323,41 @@ class Run:
             return call(f"http://127.0.0.1:{PORTS['vllm'][1]}/pooling", body)
         return call(f"http://127.0.0.1:{PORTS['sglang'][1]}/encode", {"input_ids": ids})
 
+    def find_pair(self, generator: str, value: str) -> tuple[Path, Path | str]:
+        """A generator and its value model: the trained ones that are named, or made up."""
+        from lenvm.model.bundled import resolve_model
+
+        if self.arguments.generator:
+            return Path(resolve_model(self.arguments.generator)), self.arguments.value
+        folder = setup.write_generator(generator, self.work, is_tiny=self.is_dry)
+        checkpoint = setup.write_value_model(value, self.work, is_tiny=self.is_dry)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return folder, checkpoint
+
+    def read_prompts(self, generator: Path) -> list[list[int]] | None:
+        """Questions of a file as chat prompts; None where none are named."""
+        if self.arguments.questions is None:
+            return None
+        from lenvm.files import read_jsonl
+        from lenvm.model.tokenization import encode_prompt, load_tokenizer
+
+        tokenizer = load_tokenizer(str(generator))
+        rows = [row["question"] for _, row in read_jsonl(self.arguments.questions)][:256]
+        return [encode_prompt(tokenizer, [{"role": "user", "content": r}]) for r in rows]
+
     def start_speed(self, pairs: list[tuple[str, str]]) -> dict[str, Engine]:
         engines: dict[str, Engine] = {}
         for generator, value in pairs:
-            folder = setup.write_generator(generator, self.work, is_tiny=self.is_dry)
-            checkpoint = setup.write_value_model(value, self.work, is_tiny=self.is_dry)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            kinds: list[tuple[str, Path | None, dict[str, Any]]] = [
+            folder, checkpoint = self.find_pair(generator, value)
+            kinds: list[tuple[str, Path | str | None, dict[str, Any]]] = [
                 ("stock", None, {}),
                 ("plugin", checkpoint, {}),
             ]
+            if self.arguments.generator:
+                env = {"LENVM_COUNT_CANDIDATES": "1"}
+                kinds.append(("counted", checkpoint, {"env": env}))
+                self.prompts = self.read_prompts(folder)
             if self.engine == "vllm" and self.arguments.with_v1:
                 kinds.append(("stock_v1", None, self.v1()))
             for kind, model, more in kinds:
@@ -340,7 +374,8 @@ class Run:
                     ("stock", f"{pair}_stock", None),
                     ("stock_v1", f"{pair}_stock_v1", None),
                     ("unguided", f"{pair}_plugin", None),
-                    ("guided", f"{pair}_plugin", CONTROL),
+                    ("guided", f"{pair}_plugin", self.control),
+                    ("guided_counted", f"{pair}_counted", self.control),
                 ):
                     if (
                         name in engines
@@ -385,8 +420,16 @@ class Run:
             "num_tokens": self.arguments.num_tokens,
             "control": control,
         }
+        if self.prompts:
+            command |= {"prompts": self.prompts, "warm_up": 8 if self.is_dry else 192}
         answer = engine.ask(command, min(60.0, self.left_s))
-        point = {"pair": pair, "kind": kind, "concurrency": concurrency, **answer}
+        point = {
+            "pair": pair,
+            "trained": bool(self.prompts),
+            "kind": kind,
+            "concurrency": concurrency,
+            **answer,
+        }
         self.results["points"].append(point)
         self.say(json.dumps(point))
         self.headline()
@@ -409,6 +452,9 @@ def main() -> None:
     )
     parser.add_argument("engine", choices=["vllm", "sglang"])
     parser.add_argument("part", choices=["truth", "speed", "profile"])
+    parser.add_argument("--generator", help="speed of a trained generator instead of made-up ones")
+    parser.add_argument("--value", help="its value model, FOLDER or FOLDER@BASE")
+    parser.add_argument("--questions", type=Path, help="JSON lines with `question`: its prompts")
     parser.add_argument("--real", default="smollm2", help="a real small generator")
     parser.add_argument("--out", required=True)
     parser.add_argument("--work", default="/dev/shm/engines")

@@ -131,7 +131,7 @@ def check_distribution(
     prompt = prompts(1, 5, 40, 41)[0]
     params = dialect.params(1, control, temperature=1.0, ignore_eos=True)
     answers = ask([{"prompt": prompt, "params": params}] * count)
-    own = {"logprobs": 20} if dialect.engine == "vllm" else {}
+    own = {"logprobs" if dialect.engine == "vllm" else "top_logprobs": 20}
     plain = ask([{"prompt": prompt, "params": dialect.params(1, ignore_eos=True, **own)}])
     counts: dict[int, int] = {}
     for answer in answers:

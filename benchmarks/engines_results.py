@@ -12,7 +12,10 @@ def headline(engine: str, points: list[dict[str, Any]]) -> dict[str, float | Non
     rate = {
         (p["pair"], p["kind"]): p["tokens_per_s"]
         for p in points
-        if p["concurrency"] == 64 and "tokens_per_s" in p and p.get("engine", engine) == engine
+        if p["concurrency"] == 64
+        and "tokens_per_s" in p
+        and not p.get("trained")
+        and p.get("engine", engine) == engine
     }
 
     def ratio(pair: str, kind: str) -> float | None:

@@ -2,8 +2,9 @@
 
     python benchmarks/engines_worker.py '{"engine": "vllm", "model": ..., "options": {...}}'
 
-Commands: {"do": "rate", "concurrency", "num_tokens", "control"}, {"do": "split", the same} (vLLM in
-this process, with LENVM_BENCH_TIMERS) and {"do": "generate", "requests"}; an empty line ends it.
+Commands: {"do": "rate", "concurrency", "num_tokens", "control", "prompts"?}, {"do": "split", the
+same} (vLLM in this process, with LENVM_BENCH_TIMERS) and {"do": "generate", "requests"}; an empty
+line ends it. Without `prompts` (token ids), random tokens.
 Everything else on stdout is the engine's log.
 """
 
@@ -70,10 +71,13 @@ class SglangWorker:
         self.facts = {"overlap": not args.disable_overlap_schedule}
 
     def generate(self, requests: list[dict[str, Any]]) -> list[Any]:
+        top = max(r["params"].pop("top_logprobs", 0) for r in requests)
+        more = {"return_logprob": True, "top_logprobs_num": top} if top else {}
         try:
             outputs = self.engine.generate(
                 input_ids=[r["prompt"] for r in requests],
                 sampling_params=[r["params"] for r in requests],
+                **more,
             )
         except Exception:  # one request's error is the whole call's: ask one by one
             return [self.generate_one(r) for r in requests]
@@ -91,11 +95,14 @@ class SglangWorker:
 
     @staticmethod
     def read(output: dict[str, Any]) -> list[dict[str, Any]]:
+        about = output["meta_info"]
+        first = (about.get("output_top_logprobs") or [[]])[0]
         return [
             {
                 "tokens": list(output["output_ids"]),
-                "finish_reason": output["meta_info"]["finish_reason"],
+                "finish_reason": about["finish_reason"],
                 "stop_reason": None,
+                "first": {int(token): log_prob for log_prob, token, *_ in first},
             }
         ]
 
@@ -217,9 +224,12 @@ def clock() -> float:
 
 def build_batch(worker: Any, command: dict[str, Any], length: int) -> list[dict[str, Any]]:
     source, (low, high) = random.Random(command["concurrency"]), worker.facts.get("tokens", TOKENS)
+    prompts = command.get("prompts")
     return [
         {
-            "prompt": [source.randrange(low, high) for _ in range(64)],
+            "prompt": prompts[i % len(prompts)]
+            if prompts
+            else [source.randrange(low, high) for _ in range(64)],
             "params": worker.params(length, command.get("control"), i),
         }
         for i in range(command["concurrency"])
@@ -279,7 +289,7 @@ def measure(worker: Any, command: dict[str, Any]) -> dict[str, Any]:
     def batch(length: int) -> list[dict[str, Any]]:
         return build_batch(worker, command, length)
 
-    worker.generate(batch(24))  # shapes met for the first time
+    worker.generate(batch(command.get("warm_up", 24)))  # shapes met for the first time
     start = time.perf_counter()
     short = worker.generate(batch(16))
     middle = time.perf_counter()
