@@ -103,6 +103,31 @@ def ship(
 
 
 @app.command()
+def ideal(
+    lab: Path,
+    data: Path,
+    tokenizer: Annotated[str, typer.Option(help="The generators' tokenizer: a folder.")],
+    out: Path = Path("benchmarks/results/tradeoff_ideal.json"),
+) -> None:
+    """What control by length alone could reach at best on GSM8K, from the held-out samples."""
+    from recipes.results.ideal import gsm8k_gold
+    from recipes.results.ideal import ideal as curves
+    from recipes.results.tokens import TokenFolder
+
+    from lenvm.files import write_json
+    from lenvm.model.tokenization import load_tokenizer
+
+    loaded, gold = load_tokenizer(tokenizer), gsm8k_gold(data)
+    runs = {
+        folder.name.removesuffix("-heldout"): curves(TokenFolder(folder), loaded, gold)
+        for folder in sorted((lab / "tokens").glob("*-heldout"))
+    }
+    command = "python -m recipes.results ideal LAB DATA --tokenizer FOLDER"
+    write_json(out, {"schema": "lenvm.results/1", "command": command, "runs": runs})
+    print(out)
+
+
+@app.command()
 def collect(
     lab: Path,
     out: Path = Path("benchmarks/results"),

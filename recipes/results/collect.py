@@ -169,7 +169,10 @@ def _lifebench(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
 
 def _tradeoff(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
     runs = {s["name"]: _grade(lab, s["name"], TRADEOFF, summarise_tradeoff) for s in steps}
-    main = runs.get(plan.headline["gsm8k"])
+    names = plan.headline["gsm8k"]
+    main = next(
+        (runs[n] for n in ([names] if isinstance(names, str) else names) if n in runs), None
+    )
     own = _at_two_thirds(main, ("price", "tilt", "at_most"))
     # a single prompt is no curve: it counts where its answers are about as short
     single = [

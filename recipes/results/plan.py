@@ -50,7 +50,7 @@ class Step:
 class Plan:
     generators: Mapping[str, str]
     steps: Sequence[Step]
-    headline: Mapping[str, str]
+    headline: Mapping[str, Any]
     """Which step, model and arm the result files' headlines speak of."""
 
     def of_call(self, call: str) -> list[Step]:
