@@ -30,6 +30,7 @@ COLOURS = {
     "hard": "#c0392b",
     "soft": "#e39b2d",
     "conditional": "#2a6fbb",
+    "shortest": "#123f73",
     "price": "#2a6fbb",
     "tilt": "#5bb0c9",
     "at_most": "#2a6fbb",

@@ -173,7 +173,7 @@ def _tradeoff(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
     main = next(
         (runs[n] for n in ([names] if isinstance(names, str) else names) if n in runs), None
     )
-    own = _at_two_thirds(main, ("price", "tilt", "at_most"))
+    own = _at_two_thirds(main, ("shortest", "price", "tilt", "at_most"))
     # a single prompt is no curve: it counts where its answers are about as short
     single = [
         a["pass_at_1"]["value"]

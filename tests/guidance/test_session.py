@@ -70,6 +70,31 @@ def test_price_with_an_exact_model_charges_each_sequence_for_its_length(price: f
         assert guided_prob(markov, sequence, control) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_the_shortest_share_is_the_distribution_below_that_quantile(share: float):
+    markov = Markov(seed=8, end=0.35)
+    scorer = OracleScorer(markov, "distribution")
+    limit = int(scorer.add({"probe": [1]}).quantile(share)[0])
+    assert 1 <= limit <= 6
+    control = LengthControl.parse({"shortest": share, "horizon": None, **ALL})
+    expected = sequence_probs(markov, 1, 1, limit)
+    for sequence, probability in list(expected.items())[::3]:
+        assert guided_prob(markov, sequence, control) == pytest.approx(probability, rel=1e-4)
+
+
+def test_a_resumed_request_keeps_the_limit_of_its_prompt():
+    markov = Markov(seed=8)
+    guidance = session(markov)
+    control = LengthControl.parse({"shortest": 0.6, "horizon": None, **ALL})
+    guidance.add({"r": Guided([1], control)})
+    step_probs(guidance, markov, "r", 1)
+    guidance.commit(["r"], [2])
+    onward = step_probs(guidance, markov, "r", 2)
+    guidance.remove(["r"])
+    guidance.add({"r": Guided([1], control, generated_token_ids=[2])})
+    assert step_probs(guidance, markov, "r", 2) == pytest.approx(onward, rel=1e-5)
+
+
 def test_price_within_bounds():
     markov = Markov(seed=6)
     control = LengthControl.parse({"price": 0.3, "at_least": 2, "at_most": 4, **ALL})

@@ -145,7 +145,7 @@ def parse_control_settings(text: str | None) -> dict[str, Any]:
         raise InputError(f"--control is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"--control is {text}; expected an object such as {{'top_k': 15}}")
-    goals = {"equal_to", "at_most", "at_least", "price", "tilt", "rule"} & fields.keys()
+    goals = {"equal_to", "at_most", "at_least", "shortest", "price", "tilt", "rule"} & fields.keys()
     if goals:
         raise InputError(f"--control sets {', '.join(sorted(goals))}; the arms set these")
     LengthControl.parse({**fields, "equal_to": 1})

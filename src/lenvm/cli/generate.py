@@ -17,6 +17,10 @@ def register(app: typer.Typer) -> None:
         equal_to: Annotated[int | None, typer.Option(help="This many tokens.")] = None,
         at_most: Annotated[int | None, typer.Option(help="No more than this many tokens.")] = None,
         at_least: Annotated[int | None, typer.Option(help="No fewer than this many.")] = None,
+        shortest: Annotated[
+            float | None,
+            typer.Option(help="As the shortest share of the answers would be, such as 0.3."),
+        ] = None,
         price: Annotated[
             float | None,
             typer.Option(help="Shorter, smoothly: each token costs so many nats, such as 0.005."),
@@ -54,7 +58,13 @@ def register(app: typer.Typer) -> None:
         from lenvm.model.tokenization import encode_prompt
 
         goals: dict[str, Any] = {"equal_to": equal_to, "at_most": at_most, "at_least": at_least}
-        goals |= {"price": price, "tilt": tilt, "tolerance": tolerance, "rule": rule}
+        goals |= {
+            "shortest": shortest,
+            "price": price,
+            "tilt": tilt,
+            "tolerance": tolerance,
+            "rule": rule,
+        }
         control = parse_control(goals, length)
         sampling = SamplingParams.parse(
             {

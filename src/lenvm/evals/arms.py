@@ -13,6 +13,7 @@ A LenVM arm may bring settings of its own, `conditional:2 tolerance=0.05 horizon
 | `eos_bias:B` | B is added to the logit of the ending token at every step (OpenAI `logit_bias`) |
 | `eos_decay:F` | transformers' ExponentialDecayLengthPenalty, factor F, from half the target |
 | `hard`, `soft:S`, `conditional:E` | LenVM rules; S = strength, E = evidence |
+| `shortest:Q` | LenVM, as the shortest share Q of the answers would be |
 | `price:P` | LenVM, each token costs P nats |
 | `tilt:S` | LenVM tilt with scale S |
 | `at_most:N` | LenVM at most N tokens, by the best rule of the value model |
@@ -36,6 +37,7 @@ DEFAULTS: dict[str, float | None] = {
     "budget": None,
     "budget_answer": None,
     "eos_bias": None,
+    "shortest": None,
     "price": None,
     "tilt": None,
     "at_most": None,
@@ -43,7 +45,7 @@ DEFAULTS: dict[str, float | None] = {
     "soft": 100.0,
     "conditional": 1.0,
 }
-NEEDS_NUMBER = {"budget", "budget_answer", "eos_bias", "price", "tilt", "at_most"}
+NEEDS_NUMBER = {"budget", "budget_answer", "eos_bias", "shortest", "price", "tilt", "at_most"}
 TAKES_NUMBER = NEEDS_NUMBER | {"eos_decay", "soft", "conditional"}
 LABELS = {
     "prompt": "prompt only",
@@ -57,11 +59,12 @@ LABELS = {
     "hard": "LenVM hard",
     "soft": "LenVM soft, strength {}",
     "conditional": "LenVM conditional, evidence {}",
+    "shortest": "LenVM shortest {}",
     "price": "LenVM price {}",
     "tilt": "LenVM tilt {}",
     "at_most": "LenVM at most {} tokens",
 }
-GOALS = {"equal_to", "at_most", "at_least", "price", "tilt", "remaining"}
+GOALS = {"equal_to", "at_most", "at_least", "shortest", "price", "tilt", "remaining"}
 GOALS |= {"rule", "strength", "evidence"}
 """What an arm is: not for its settings."""
 FEATURES: dict[str, tuple[Feature, ...]] = {
@@ -70,6 +73,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
     "eos_decay": ("eos_decay",),
     "hard": ("control",),
     "soft": ("control",),
+    "shortest": ("control", "conditional"),
     "price": ("control", "conditional"),
     "tilt": ("control",),
     "at_most": ("control",),

@@ -42,8 +42,8 @@ class LengthControl(BaseModel):
     """What a request asks of its length, and how hard to push.
 
     Exactly one goal: a length (`equal_to`; `at_most` and/or `at_least`), a value (`value_*`, the
-    same three), or a change without a target (`price`, `tilt`, `tilt_logit`, `expected_scale`).
-    `price` also goes with `at_most` and `at_least`.
+    same three), or a change without a target (`shortest`, `price`, `tilt`, `tilt_logit`,
+    `expected_scale`). `price` also goes with `at_most` and `at_least`.
     Validation raises ControlError with field, value and allowed range.
     """
 
@@ -69,6 +69,9 @@ class LengthControl(BaseModel):
     """Hold u at this or below."""
     value_at_least: Value | None = None
     """Hold u at this or above."""
+    shortest: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Answer as this share of the answers to the prompt would, the shortest ones: at most the
+    quantile of the length that is predicted at the end of the prompt."""
     price: Annotated[float, Field(gt=0, le=1)] | None = None
     """Nats that a token costs: answers y follow p(y) exp(-price |y|), of all the distributions with
     their mean length the one nearest to the generator. 0.005: 200 tokens more are e times less
@@ -145,20 +148,27 @@ class LengthControl(BaseModel):
         intervals = ((self.at_least, self.at_most), (self.value_at_least, self.value_at_most))
         limits = [low if high is None else high for low, high in intervals]
         goals = [self.equal_to, self.value_equal_to, self.tilt, self.tilt_logit]
-        goals += [self.expected_scale, *limits, self.price if limits[0] is None else None]
+        goals += [
+            self.expected_scale,
+            self.shortest,
+            *limits,
+            self.price if limits[0] is None else None,
+        ]
         if sum(goal is not None for goal in goals) != 1:
             raise ValueError(
                 "exactly one of equal_to, at_most/at_least, value_equal_to, "
-                "value_at_most/value_at_least, price, tilt, tilt_logit, expected_scale; "
+                "value_at_most/value_at_least, shortest, price, tilt, tilt_logit, expected_scale; "
                 "price also goes with at_most/at_least"
             )
         for name, (low, high) in zip(("at_least", "value_at_least"), intervals, strict=True):
             if low is not None and high is not None and low > high:
                 raise ValueError(f"{name} {low} is over {name.replace('least', 'most')} {high}")
-        if self.rule is not None and not self.has_target and self.price is None:
+        untargeted = self.price is None and self.shortest is None and not self.has_target
+        if self.rule is not None and untargeted:
             raise ValueError("rule goes with a length or a value to meet, not with a tilt or scale")
-        if self.price is not None and self.rule not in (None, "conditional"):
-            raise ValueError("price goes with the conditional rule")
+        for name in ("price", "shortest"):
+            if getattr(self, name) is not None and self.rule not in (None, "conditional"):
+                raise ValueError(f"{name} goes with the conditional rule")
         if self.focus and (self.equal_to is None or self.rule not in (None, "conditional")):
             raise ValueError("focus goes with equal_to under the conditional rule")
         if self.remaining and not self.counts_tokens:
@@ -188,6 +198,13 @@ class LengthControl(BaseModel):
             if first["type"] == "extra_forbidden":
                 allowed = "one of the fields " + ", ".join(cls.model_fields)
             raise ControlError(field, first["input"], allowed) from None
+
+    def resolve(self, quantile: float) -> "LengthControl":
+        """`shortest` as a limit: at most `quantile` tokens, which is what was predicted for it. The
+        limit is the value model's, not a promise, unless `strict` says so."""
+        limit = min(max(1, round(quantile)), MAX_LENGTH)
+        strict = bool(self.strict)
+        return self.model_copy(update={"shortest": None, "at_most": limit, "strict": strict})
 
     @property
     def counts_tokens(self) -> bool:

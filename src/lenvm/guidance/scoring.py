@@ -86,11 +86,12 @@ def find_fault(guided: Guided, scorer: Scorer) -> str | None:
     if control is None:
         return None
     rule = rule_name(control, has_distribution=scorer.has_distribution)
-    if control.price is not None and not scorer.has_distribution:
-        return (
-            "price needs a value model with the distribution head; this one has the scalar head: "
-            "use tilt"
-        )
+    for name in ("price", "shortest"):
+        if getattr(control, name) is not None and not scorer.has_distribution:
+            return (
+                f"{name} needs a value model with the distribution head; this one has the scalar "
+                "head: use tilt"
+            )
     if rule == "conditional" and not scorer.has_distribution:
         return (
             "rule 'conditional' needs a value model with the distribution head; this one has the "

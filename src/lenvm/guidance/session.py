@@ -15,7 +15,7 @@ Shape legend: R rows of a step, V vocabulary, K candidates.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -133,6 +133,11 @@ class GuidanceSession:
             for request_id, prefix in prefixes.items():
                 if firsts[prefix] != request_id:
                     self.scorer.fork(firsts[prefix], request_id)
+            row = {prefix: index for index, prefix in enumerate(firsts)}
+            resolved = {
+                r: self._resolve(r, guided, belief, row[prefixes[r]])
+                for r, guided in requests.items()
+            }
         except Exception as error:
             for request_id in requests:  # whatever went wrong, nothing stays behind
                 with suppress(LenVMError):
@@ -141,8 +146,7 @@ class GuidanceSession:
                 raise
             raise self._blame(requests, error, lambda r: self._try_add(r, prefixes[r])) from error
         reading = _Reading(belief.value(self._gamma_of_values), belief.length())
-        row = {prefix: index for index, prefix in enumerate(firsts)}
-        for request_id, guided in requests.items():
+        for request_id, guided in resolved.items():
             eos = () if guided.ignore_eos else self.eos_token_ids
             endings = tuple(dict.fromkeys((*eos, *guided.stop_token_ids)))
             here = (reading, row[prefixes[request_id]])
@@ -369,6 +373,19 @@ class GuidanceSession:
         asked = None if control is None else control.model_dump(exclude_defaults=True)
         before = self.scorer.encode_control(asked)
         return (*before, *guided.prompt_token_ids, *guided.generated_token_ids)
+
+    def _resolve(self, request_id: str, guided: Guided, belief: LengthBelief, row: int) -> Guided:
+        """`shortest` as a limit, from the length predicted at the prompt's end. belief, row: where
+        the request stands; a resumed one stands further on, and its prompt is read again."""
+        if guided.control is None or guided.control.shortest is None:
+            return guided
+        if guided.generated_token_ids:
+            probe = f"{request_id}/prompt"
+            prompt = replace(guided, generated_token_ids=())
+            belief, row = self.scorer.add({probe: list(self._prefix(prompt))}), 0
+            self.scorer.remove([probe])
+        limit = float(belief.quantile(guided.control.shortest)[row])
+        return replace(guided, control=guided.control.resolve(limit))
 
     def _try_add(self, request_id: str, token_ids: Sequence[int]) -> None:
         self.scorer.add({request_id: list(token_ids)})

@@ -61,7 +61,10 @@ def find_eos_token_ids(path: str, tokenizer: Any) -> list[int]:
 
 
 MAX_CONTROL_TOKENS = 48
-CONTROL_FIELDS = ("equal_to", "at_most", "at_least", "price", "tilt", "remaining", "tolerance")
+CONTROL_FIELDS = [
+    *("equal_to", "at_most", "at_least", "shortest", "price", "tilt"),
+    *("remaining", "tolerance"),
+]
 
 
 def encode_control(tokenizer: Any, control: Mapping[str, Any]) -> list[int]:

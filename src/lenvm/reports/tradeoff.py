@@ -18,8 +18,9 @@ from lenvm.reports.tables import (
 )
 
 Arm = Mapping[str, Any]
-LENVM = ("price", "tilt", "at_most")
+LENVM = ("shortest", "price", "tilt", "at_most")
 NAMES = {
+    "shortest": "LenVM shortest",
     "price": "LenVM price",
     "tilt": "LenVM tilt",
     "at_most": "LenVM at most",
@@ -29,7 +30,14 @@ NAMES = {
     "eos_bias": "EOS bias",
     "unguided": "unguided",
 }
-KINDS = {"price": "main", "tilt": "s5", "at_most": "s2", "budget": "base", "budget_answer": "s1"}
+KINDS = {
+    "shortest": "main",
+    "price": "s6",
+    "tilt": "s5",
+    "at_most": "s2",
+    "budget": "base",
+    "budget_answer": "s1",
+}
 KINDS |= {"concise": "s3", "eos_bias": "s4", "unguided": "ink"}
 SHORTER = 0.667
 """The share of the unguided length that the headline speaks of."""

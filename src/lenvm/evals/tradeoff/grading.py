@@ -190,7 +190,7 @@ def _compare(
             )
         tables[family] = {"arms": [p.arm for p in curve], "accuracy_at": at}
     areas = []
-    for family in [f for f in curves if f in ("price", "tilt", "at_most")]:
+    for family in [f for f in curves if f in ("shortest", "price", "tilt", "at_most")]:
         for other in [f for f in curves if f != family]:
             if (area := area_between(curves[family], curves[other])) is not None:
                 areas.append(
