@@ -438,6 +438,37 @@ def first_frontier(found: Numbers | None, images: Path) -> str:
     )
 
 
+def ideal(found: Numbers | None, images: Path) -> str:
+    if found is None:
+        return ""
+    what = {"price": "a price on tokens", "shortest": "each question's shortest answers"}
+    rows = [
+        [
+            f"{title(name)}: {what[kind]}, {point['setting']:g}",
+            percent(point["relative_length"], short=True),
+            percent(point["relative_accuracy"]),
+            f"{point['effective_answers']:.0f} of 64",
+        ]
+        for name, run in found["runs"].items()
+        for kind, points in run["curves"].items()
+        for point in points
+    ]
+    sizes = ", ".join(
+        f"{title(name)}: {run['questions']} questions, {run['answers']:,} answers, "
+        f"{run['accuracy']:.1%} right at {run['mean_length']:.0f} tokens"
+        for name, run in found["runs"].items()
+    )
+    return join(
+        "## What control by length alone could give at best",
+        "64 unguided answers a question, weighted by their lengths: what `price` and `shortest` "
+        "would reach with an exact value model, since both sample exactly these distributions. "
+        "Below them lies the value model's error; beyond them nothing that looks at length alone "
+        f"can go. GSM8K test questions among the held-out prompts ({sizes}).",
+        table(["reweighted", "length", "accuracy, of the unguided", "effective answers"], rows),
+        f"*`{found['command']}`.*",
+    )
+
+
 SECTIONS: dict[str, Callable[[Numbers | None, Path], str]] = {
     "prediction": prediction,
     "positions": positions,
@@ -445,6 +476,7 @@ SECTIONS: dict[str, Callable[[Numbers | None, Path], str]] = {
     "first_frontier": first_frontier,
     "lifebench": lifebench,
     "tradeoff": tradeoff,
+    "ideal": ideal,
     "length_tokens": length_tokens,
     "scaling": scaling,
     "ablations": ablations,
@@ -455,6 +487,7 @@ FILES = {
     "positions": "prediction_h200.json",
     "cost": "prediction_h200.json",
     "length_tokens": "length_tokens.json",
+    "ideal": "tradeoff_ideal.json",
     "first_frontier": "frontier_smollm2_h200.json",
 }
 
