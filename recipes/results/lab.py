@@ -125,7 +125,7 @@ class Lab:
         spec = EngineSpec(self.generator(generator), source, self.dtype, options)
         engine: TransformersEngine | EngineReplicas
         if self.replicas > 1:
-            engine = EngineReplicas(spec, [self.device] * self.replicas)
+            engine = EngineReplicas(spec, spread(self.device, self.replicas))
         else:
             engine = spec.load(self.device)
         self._engine = (key, engine)
@@ -164,6 +164,12 @@ class Lab:
                 "python": platform.python_version(),
             },
         }
+
+
+def spread(device: str, replicas: int) -> list[str]:
+    """Devices of the replicas: in turn on all GPUs that the process sees."""
+    count = torch.cuda.device_count() if device == "cuda" else 0
+    return [f"cuda:{i % count}" if count > 1 else device for i in range(replicas)]
 
 
 def end_of(lab: Lab, seconds: float | None) -> float:

@@ -347,3 +347,14 @@ def test_the_command_runs_several_calls_and_names_what_there_is(tmp_path, data, 
     lines = {line.split()[2]: line for line in listed.output.splitlines()}
     assert "done" in lines["coder05-lora"]
     assert lines["coder05-frontier"].endswith("-")
+
+
+def test_replicas_are_spread_over_the_gpus_that_are_seen(monkeypatch):
+    from recipes.results.lab import spread
+
+    assert spread("cpu", 2) == ["cpu", "cpu"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert spread("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert spread("cuda:1", 2) == ["cuda:1", "cuda:1"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert spread("cuda", 2) == ["cuda", "cuda"]
