@@ -7,10 +7,12 @@
 tilt in turn, and one in six leaves at a random token. The server is a process of its own and the
 clients share its cores. `throughput_ratio` is its generated tokens/s over those of the in-process
 batch loop on the same requests (same prompts, controls, limits and departures) with as many running
-at once; the loop is timed before the server's minutes and again after them, so that a machine that
-changes its speed shows. Before the clock starts the KV stores are filled once, since the system
-gives their memory only where it is first written; the slope of the memory is that of least squares
-from a quarter of the time on.
+at once. Clients and loop draw from one series each: were every client to have its own, it would ask
+for one control only, and the server's batch would hold more guided rows than the loop's. The loop
+is timed before the server's minutes and again after them, so that a machine that changes its speed
+shows. Before the clock starts the KV stores are filled once, since the system gives their memory
+only where it is first written; the slope of the memory is that of least squares from a quarter of
+the time on.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -206,15 +209,15 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
         cpu_before = cpu_s(pid), cpu_s()
         deadline = start + 60 * options.minutes
 
-        async def client(first: int) -> None:
-            index = first
+        indices = count()
+
+        async def client() -> None:
             while time.monotonic() < deadline:
                 try:
-                    await ask(session, Case.build(index, options.tiny), tally)
+                    await ask(session, Case.build(next(indices), options.tiny), tally)
                 except (aiohttp.ClientError, TimeoutError) as error:
                     tally.errors.append(f"{type(error).__name__}: {error}")
                     await asyncio.sleep(0.2)
-                index += options.clients
 
         async def watch() -> None:
             while True:
@@ -222,7 +225,7 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
                 await asyncio.sleep(2)
 
         watcher = asyncio.create_task(watch())
-        clients = [asyncio.create_task(client(i)) for i in range(options.clients)]
+        clients = [asyncio.create_task(client()) for _ in range(options.clients)]
         await asyncio.sleep(deadline - time.monotonic())
         seconds, after = time.monotonic() - start, await read_metrics(session)
         cpu = cpu_s(pid) - cpu_before[0], cpu_s() - cpu_before[1]
@@ -284,12 +287,12 @@ async def predict(session: aiohttp.ClientSession, options: argparse.Namespace) -
     found = {}
     for size in (1, 8, 32, 128):
         body = {"prompts": [Case.build(i, options.tiny).text for i in range(size)]}
-        count, start = 0, time.perf_counter()
+        answered, start = 0, time.perf_counter()
         while time.perf_counter() - start < options.predict_s:
             async with session.post("/v1/length/predict", json=body) as reply:
                 assert reply.status == 200, await reply.text()
-                count += len((await reply.json())["data"])
-        found[str(size)] = round(count / (time.perf_counter() - start), 1)
+                answered += len((await reply.json())["data"])
+        found[str(size)] = round(answered / (time.perf_counter() - start), 1)
     return {"prompts_per_s_by_batch": found}
 
 
