@@ -10,9 +10,9 @@ batch loop on the same requests (same prompts, controls, limits and departures) 
 at once. Clients and loop draw from one series each: were every client to have its own, it would ask
 for one control only, and the server's batch would hold more guided rows than the loop's. The loop
 is timed before the server's minutes and again after them, so that a machine that changes its speed
-shows. Before the clock starts the KV stores are filled once, since the system gives their memory
-only where it is first written; the slope of the memory is that of least squares from a quarter of
-the time on.
+shows; `others` is what the rest of the machine took of the cores meanwhile. Before the clock starts
+the KV stores are filled once, since the system gives their memory only where it is first written;
+the slope of the memory is that of least squares from a quarter of the time on.
 """
 
 import argparse
@@ -147,6 +147,12 @@ def cpu_s(pid: int | str = "self") -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def busy_s() -> float:
+    """Seconds of CPU time that the whole machine has used."""
+    times = [int(x) for x in Path("/proc/stat").read_text().split()[1:9]]
+    return (sum(times) - times[3] - times[4]) / os.sysconf("SC_CLK_TCK")  # idle, waiting for disks
+
+
 def resident_mb(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     (line,) = [x for x in status.splitlines() if x.startswith("VmRSS")]
@@ -206,7 +212,7 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
         await wait_ready(session)
         await fill_kv(session, options)
         before, start = await read_metrics(session), time.monotonic()
-        cpu_before = cpu_s(pid), cpu_s()
+        busy_before, cpu_before = busy_s(), (cpu_s(pid), cpu_s())
         deadline = start + 60 * options.minutes
 
         indices = count()
@@ -229,6 +235,7 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
         await asyncio.sleep(deadline - time.monotonic())
         seconds, after = time.monotonic() - start, await read_metrics(session)
         cpu = cpu_s(pid) - cpu_before[0], cpu_s() - cpu_before[1]
+        others = busy_s() - busy_before - sum(cpu)
         await asyncio.gather(*clients)
         watcher.cancel()
         predictions = await predict(session, options)
@@ -245,7 +252,11 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
         "errors": tally.errors[:20],
         "num_tokens": int(tokens),
         "tokens_per_s": round(tokens / seconds, 2),
-        "cpu_s": {"server": round(cpu[0], 1), "clients": round(cpu[1], 1)},
+        "cpu_s": {
+            "server": round(cpu[0], 1),
+            "clients": round(cpu[1], 1),
+            "others": round(others, 1),
+        },
         "guidance_share_of_step": round(numbers["lenvm_guidance_seconds_total"] / step_s, 3),
         "memory_mb": {"start": round(warm[0][1], 1), "end": round(warm[-1][1], 1)},
         "memory_mb_by_second": {round(t): round(m) for t, m in memory[::10]},
@@ -315,7 +326,7 @@ def batch_loop(engine: Any, options: argparse.Namespace, window_s: float) -> dic
 
     index, num_tokens = 0, 0
     departures: dict[str, int | None] = {}
-    start, cpu_before = time.monotonic(), cpu_s()
+    start, busy_before, cpu_before = time.monotonic(), busy_s(), cpu_s()
     deadline = start + window_s
     while time.monotonic() < deadline:
         while engine.num_unfinished < options.clients:
@@ -339,7 +350,7 @@ def batch_loop(engine: Any, options: argparse.Namespace, window_s: float) -> dic
         "seconds": round(seconds, 1),
         "num_tokens": num_tokens,
         "tokens_per_s": round(num_tokens / seconds, 2),
-        "cpu_s": round(cpu, 1),
+        "cpu_s": {"loop": round(cpu, 1), "others": round(busy_s() - busy_before - cpu, 1)},
     }
 
 
