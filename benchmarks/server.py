@@ -7,10 +7,12 @@
 tilt in turn, and one in six leaves at a random token. The server is a process of its own and the
 clients share its cores. `throughput_ratio` is its generated tokens/s over those of the in-process
 batch loop on the same requests (same prompts, controls, limits and departures) with as many running
-at once; the loop is timed before the server's minutes and again after them, so that a machine that
-changes its speed shows. Before the clock starts the KV stores are filled once, since the system
-gives their memory only where it is first written; the slope of the memory is that of least squares
-from a quarter of the time on.
+at once. Clients and loop draw from one series each: were every client to have its own, it would ask
+for one control only, and the server's batch would hold more guided rows than the loop's. The loop
+is timed before the server's minutes and again after them, so that a machine that changes its speed
+shows; `others` is what the rest of the machine took of the cores meanwhile. Before the clock starts
+the KV stores are filled once, since the system gives their memory only where it is first written;
+the slope of the memory is that of least squares from a quarter of the time on.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +147,12 @@ def cpu_s(pid: int | str = "self") -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def busy_s() -> float:
+    """Seconds of CPU time that the whole machine has used."""
+    times = [int(x) for x in Path("/proc/stat").read_text().split()[1:9]]
+    return (sum(times) - times[3] - times[4]) / os.sysconf("SC_CLK_TCK")  # idle, waiting for disks
+
+
 def resident_mb(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     (line,) = [x for x in status.splitlines() if x.startswith("VmRSS")]
@@ -203,18 +212,18 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
         await wait_ready(session)
         await fill_kv(session, options)
         before, start = await read_metrics(session), time.monotonic()
-        cpu_before = cpu_s(pid), cpu_s()
+        busy_before, cpu_before = busy_s(), (cpu_s(pid), cpu_s())
         deadline = start + 60 * options.minutes
 
-        async def client(first: int) -> None:
-            index = first
+        indices = count()
+
+        async def client() -> None:
             while time.monotonic() < deadline:
                 try:
-                    await ask(session, Case.build(index, options.tiny), tally)
+                    await ask(session, Case.build(next(indices), options.tiny), tally)
                 except (aiohttp.ClientError, TimeoutError) as error:
                     tally.errors.append(f"{type(error).__name__}: {error}")
                     await asyncio.sleep(0.2)
-                index += options.clients
 
         async def watch() -> None:
             while True:
@@ -222,10 +231,11 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
                 await asyncio.sleep(2)
 
         watcher = asyncio.create_task(watch())
-        clients = [asyncio.create_task(client(i)) for i in range(options.clients)]
+        clients = [asyncio.create_task(client()) for _ in range(options.clients)]
         await asyncio.sleep(deadline - time.monotonic())
         seconds, after = time.monotonic() - start, await read_metrics(session)
         cpu = cpu_s(pid) - cpu_before[0], cpu_s() - cpu_before[1]
+        others = busy_s() - busy_before - sum(cpu)
         await asyncio.gather(*clients)
         watcher.cancel()
         predictions = await predict(session, options)
@@ -242,7 +252,11 @@ async def load(options: argparse.Namespace, url: str, pid: int) -> dict[str, Any
         "errors": tally.errors[:20],
         "num_tokens": int(tokens),
         "tokens_per_s": round(tokens / seconds, 2),
-        "cpu_s": {"server": round(cpu[0], 1), "clients": round(cpu[1], 1)},
+        "cpu_s": {
+            "server": round(cpu[0], 1),
+            "clients": round(cpu[1], 1),
+            "others": round(others, 1),
+        },
         "guidance_share_of_step": round(numbers["lenvm_guidance_seconds_total"] / step_s, 3),
         "memory_mb": {"start": round(warm[0][1], 1), "end": round(warm[-1][1], 1)},
         "memory_mb_by_second": {round(t): round(m) for t, m in memory[::10]},
@@ -284,12 +298,12 @@ async def predict(session: aiohttp.ClientSession, options: argparse.Namespace) -
     found = {}
     for size in (1, 8, 32, 128):
         body = {"prompts": [Case.build(i, options.tiny).text for i in range(size)]}
-        count, start = 0, time.perf_counter()
+        answered, start = 0, time.perf_counter()
         while time.perf_counter() - start < options.predict_s:
             async with session.post("/v1/length/predict", json=body) as reply:
                 assert reply.status == 200, await reply.text()
-                count += len((await reply.json())["data"])
-        found[str(size)] = round(count / (time.perf_counter() - start), 1)
+                answered += len((await reply.json())["data"])
+        found[str(size)] = round(answered / (time.perf_counter() - start), 1)
     return {"prompts_per_s_by_batch": found}
 
 
@@ -312,7 +326,7 @@ def batch_loop(engine: Any, options: argparse.Namespace, window_s: float) -> dic
 
     index, num_tokens = 0, 0
     departures: dict[str, int | None] = {}
-    start, cpu_before = time.monotonic(), cpu_s()
+    start, busy_before, cpu_before = time.monotonic(), busy_s(), cpu_s()
     deadline = start + window_s
     while time.monotonic() < deadline:
         while engine.num_unfinished < options.clients:
@@ -336,7 +350,7 @@ def batch_loop(engine: Any, options: argparse.Namespace, window_s: float) -> dic
         "seconds": round(seconds, 1),
         "num_tokens": num_tokens,
         "tokens_per_s": round(num_tokens / seconds, 2),
-        "cpu_s": round(cpu, 1),
+        "cpu_s": {"loop": round(cpu, 1), "others": round(busy_s() - busy_before - cpu, 1)},
     }
 
 

@@ -1,7 +1,10 @@
 """The engine's batch: who joins, who leaves, who fails, and that nobody notices the others."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lenvm.engines.sampling import SamplingParams, adjust
 from lenvm.engines.transformers import Request, TransformersEngine
@@ -190,3 +193,21 @@ def test_values_and_remaining_agree_and_the_prediction_is_that_of_the_prompt(eng
     (raw,) = engine.value_model.read([list(PROMPT)])
     expected = float(engine.value_model.belief(raw[-1:]).length())
     assert answer.predicted_length == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's maps")
+def test_weights_are_in_memory_once_they_were_read(tmp_path):
+    tiny_generator(vocab_size=100_000).save_pretrained(tmp_path)
+    generator = AutoModelForCausalLM.from_pretrained(tmp_path)
+    engine = TransformersEngine(generator, tiny_tokenizer(), eos_token_ids=[EOS])
+
+    def read_kb() -> tuple[int, int]:
+        """Size and resident part of the mapped weights."""
+        text = Path("/proc/self/smaps").read_text().partition(str(tmp_path))[2]
+        numbers = dict(line.split(":") for line in text.splitlines()[1:8])
+        return tuple(int(numbers[name].split()[0]) for name in ("Size", "Rss"))
+
+    size, before = read_kb()
+    assert before < size / 2
+    engine.read_weights()
+    assert read_kb()[1] > 0.99 * size

@@ -130,6 +130,44 @@ def test_candidates_do_not_see_their_siblings():
     torch.testing.assert_close(one, other[2], atol=1e-6, rtol=1e-6)
 
 
+def test_forwards_have_few_token_counts_whatever_is_asked_for():
+    model, counts = build("llama"), set()
+    hook = lambda _, inputs, __: counts.add(inputs[0].numel())  # noqa: E731
+    handle = model.get_input_embeddings().register_forward_hook(hook)
+    decoder = RaggedDecoder(model, max_tokens=2000, max_requests=12, max_candidates=16)
+    for length in range(1, 161):
+        decoder.add({"a": [length % VOCAB] * length})
+        decoder.remove(["a"])
+    decoder.add({f"r{i}": [i + 1] for i in range(12)})
+    for number in range(12, 160):
+        cells = torch.full((12, 16), -1).flatten()
+        cells[torch.linspace(0, 191, number).long()] = 7
+        decoder.peek([f"r{i}" for i in range(12)], cells.view(12, 16))
+    handle.remove()
+    assert counts == {*range(1, 8), *range(8, 129, 8), 192}
+
+
+def test_padding_of_a_peek_harms_no_request():
+    model = build("qwen2")
+    decoder = RaggedDecoder(model, max_tokens=400, max_requests=12, max_candidates=6)
+    names = [f"r{i}" for i in range(12)]
+    prompts = {name: [i + 1] * (i + 3) for i, name in enumerate(names)}
+    decoder.add(prompts)
+    for rows in ([[5]] * 9 + [[-1]] * 3, [[5, -1]] * 9 + [[-1, -1]] * 3):
+        out = decoder.peek(names, rows)
+        assert not out[9:].any()
+        torch.testing.assert_close(
+            out[8, 0], last_hidden(model, [*prompts["r8"], 5]), atol=1e-4, rtol=1e-4
+        )
+        decoder.commit(names[:1], [5])
+        prompts["r0"].append(5)
+    out = decoder.step(names, [6] * 12)
+    for row, name in zip(out, names, strict=True):
+        torch.testing.assert_close(
+            row, last_hidden(model, [*prompts[name], 6]), atol=1e-4, rtol=1e-4
+        )
+
+
 def test_what_was_peeked_is_not_computed_again():
     model = build("llama")
     decoder = RaggedDecoder(model, **BUDGET)

@@ -1,6 +1,7 @@
 """Keys, limits, time-outs, clients that leave, the drain, metrics, logs."""
 
 import asyncio
+import gc
 import hmac
 import json
 import logging
@@ -18,9 +19,11 @@ import httpx
 import pytest
 
 from lenvm.errors import InputError
+from lenvm.server.app import build_app
 from lenvm.server.config import ServerConfig, load_api_keys
 from lenvm.server.disconnect import EventStream
 from lenvm.server.logs import JsonFormatter
+from lenvm.server.run import DrainingServer, run
 from serving import CHAT, ask, serving, settle, stream, tiny_engine
 
 LONG = {"max_tokens": 400, "ignore_eos": True}
@@ -296,6 +299,38 @@ def test_many_mixed_clients_and_random_leavers_hurt_nobody():
         settle(client)
         again = ask(client, length={"equal_to": 9}, seed=1).json()["choices"][0]["message"]
         assert again == expected
+
+
+def test_requests_leave_no_objects_behind():
+    with serving(tiny_engine(max_requests=6)) as client, ThreadPoolExecutor(8) as pool:
+
+        def one(i: int) -> None:
+            body = CHAT | {"seed": i, "max_tokens": 12, "stream": True, "logprobs": True}
+            body["length"] = (None, {"equal_to": 9})[i % 2]
+            with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+                for _ in zip(range(5 if i % 3 else 1000), reply.iter_lines(), strict=False):
+                    pass
+
+        def count(num_requests: int) -> int:
+            list(pool.map(one, range(num_requests)))
+            settle(client)
+            gc.collect()
+            return sys.getallocatedblocks()
+
+        before = count(100)  # caches of libraries fill
+        assert (count(100) - before) / 100 < 5
+
+
+def test_what_is_loaded_is_no_work_for_the_collector(monkeypatch):
+    frozen = []
+    monkeypatch.setattr(DrainingServer, "run", lambda self: frozen.append(gc.get_freeze_count()))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    try:
+        with pytest.raises(SystemExit):  # it never started
+            run(build_app(tiny_engine(), ServerConfig(port=0)), ServerConfig(port=0))
+    finally:
+        gc.unfreeze()
+    assert frozen[0] > 100_000
 
 
 def test_a_running_request_is_finished_when_the_server_is_told_to_stop():

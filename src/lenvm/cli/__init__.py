@@ -77,10 +77,15 @@ def prepare_process() -> None:
     """Defaults of the environment, before torch is imported.
 
     Threads that wait for their neighbours look for work a thousand times and then sleep. Spinning
-    longer, torch is many times slower beside another job; asleep at once, slower alone."""
+    longer, torch is many times slower beside another job; asleep at once, slower alone. The policy
+    is named, too: without it libgomp looks a hundred times only as soon as two threads of a process
+    have used torch (the server's main thread loads what its engine's thread runs), and the server
+    is a third slower. KMP_BLOCKTIME is Intel's and LLVM's default: they would spin for ever."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "ACTIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("KMP_BLOCKTIME", "200")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours say more
     os.environ.setdefault("TQDM_DISABLE", "1")
 

@@ -102,6 +102,17 @@ class TransformersEngine:
         """Kind of the value model's head; None without a value model."""
         return None if self.value_model is None else self.value_model.config.head
 
+    @torch.inference_mode()
+    def read_weights(self) -> None:
+        """Read every weight once, so that no request waits for the disk.
+
+        On the CPU weights are mapped from their files: rows of an embedding would be read, and
+        counted as this process's memory, when their token first comes.
+        """
+        for model in (self.generator, self.value_model):
+            for weight in () if model is None else model.parameters():
+                weight.sum()
+
     # -- requests ---------------------------------------------------------------------------------
 
     @property

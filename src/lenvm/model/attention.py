@@ -73,20 +73,23 @@ class Segment:
 
 @dataclass
 class TorchExtend:
-    """Prefill or append: every token is written to the store, attention is causal per request."""
+    """Prefill or append: every token is written to the store, attention is causal per request.
+
+    Packed tokens after the last segment are padding: they are not written, and mean nothing."""
 
     data: Tensor
     """[L, 2, P, S, Hkv, D]"""
     write_slots: Tensor
-    """[N] slot of each packed token."""
+    """[N - padding] slot of each packed token."""
     segments: list[Segment]
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
         store = self.data[layer].flatten(1, 2)  # [2, P * S, Hkv, D]
-        store[0].index_copy_(0, self.write_slots, k)
-        store[1].index_copy_(0, self.write_slots, v)
+        num_tokens = len(self.write_slots)
+        store[0].index_copy_(0, self.write_slots, k[:num_tokens])
+        store[1].index_copy_(0, self.write_slots, v[:num_tokens])
         outs = []
         for s in self.segments:
             new = slice(s.offset, s.offset + s.length)
@@ -106,7 +109,7 @@ class TorchExtend:
                 enable_gqa=q.shape[1] != k.shape[1],
             )
             outs.append(out[0].transpose(0, 1))
-        return torch.cat(outs)
+        return torch.cat([*outs, torch.zeros_like(q[num_tokens:])])
 
 
 def _causal_mask(start: int, length: int, window: int | None, like: Tensor) -> Tensor:

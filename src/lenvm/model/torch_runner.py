@@ -66,6 +66,8 @@ class TorchRunner:
             tokens += token_ids
             positions += range(start, end)
             write_slots += self.cache.slots(request_id, start, end)
+        padding = [0] * (num_packed(len(tokens)) - len(tokens))
+        tokens, positions = tokens + padding, positions + padding
         plan = TorchExtend(self.cache.data, self._tensor(write_slots), segments)
         hidden = run_backbone(self.backbone, self._tensor(tokens), self._tensor(positions), plan)
         last = hidden[[s.offset + s.length - 1 for s in segments]]
@@ -76,8 +78,9 @@ class TorchRunner:
     ) -> Tensor:
         candidates = candidates_RK.to(self.device)
         num_rows, width = candidates.shape
-        flat = (candidates.view(-1) >= 0).nonzero().squeeze(-1)
-        single = width == 1 and flat.numel() == num_rows
+        given = candidates.view(-1) >= 0
+        flat = _with_padding(given).nonzero().squeeze(-1)
+        single = width == 1 and bool(given.all())
         lengths = [self.cache.length(r) for r in request_ids]
         next_slots = [self.cache.next_slot(r) for r in request_ids]
         table = self.cache.gather_table(request_ids, max(lengths) + single)
@@ -90,12 +93,13 @@ class TorchRunner:
             next_slots=self._tensor(next_slots) if single else None,
         )
         positions = plan.lengths.repeat_interleave(width)[flat]
-        out = run_backbone(self.backbone, candidates.view(-1)[flat], positions, plan)
+        tokens = candidates.view(-1)[flat].clamp(min=0)
+        out = run_backbone(self.backbone, tokens, positions, plan)
         if self.head is not None:
             out = self.head(out)
         self._plan, self._candidates = plan, candidates.tolist()
         padded = out.new_zeros(candidates.numel(), out.shape[-1])
-        padded[flat] = out
+        padded[flat] = out.masked_fill_(~given[flat].unsqueeze(-1), 0)
         return padded.view(num_rows, width, -1)
 
     def keep(self, request_ids: Sequence[str], rows: Sequence[int], token_ids: Tensor) -> None:
@@ -122,6 +126,22 @@ class TorchRunner:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def num_packed(num_tokens: int) -> int:
+    """Tokens that so many are padded to.
+
+    oneDNN compiles its matrix products for every number of rows, and keeps them (1 to 2 MB of a
+    small model's): without padding a server's memory would grow for as long as new numbers come."""
+    step = 1 if num_tokens < 8 else 8 if num_tokens <= 128 else 64
+    return -(-num_tokens // step) * step
+
+
+def _with_padding(given: Tensor) -> Tensor:
+    """The given cells, and as many of the first others as `num_packed` asks for: [R * K] bool."""
+    num_given = int(given.sum())
+    missing = num_packed(num_given) - num_given
+    return given | ((~given).cumsum(0) <= missing) if missing else given
 
 
 def run_backbone(

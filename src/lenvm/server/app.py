@@ -37,6 +37,7 @@ def build_app(engine: TransformersEngine, config: ServerConfig) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.read_weights()
         state.loop.start()
         try:
             yield
