@@ -101,11 +101,13 @@ class FusedLayers:
     def __call__(self, tokens_N: Tensor, positions_N: Tensor, plan: CudaPlan) -> Tensor:
         """Final hidden states [N, H]."""
         choices, eps, pdl = plan.choices, self.eps, plan.choices.pdl
-        residual = self.backbone.embed_tokens(tokens_N)
+        embedded = self.backbone.embed_tokens(tokens_N)
+        # fp32: rounded at each of 50 additions, it was most of what a forward in bf16 loses
+        residual, dtype = embedded.float(), embedded.dtype
         cos, sin = self.backbone.rotary_emb(residual.unsqueeze(0), positions_N.unsqueeze(0))
         cos, sin = cos[0].contiguous(), sin[0].contiguous()
-        q = residual.new_empty(residual.shape[0], self.num_heads, self.head_size)
-        rows = Rows(torch.empty_like(residual))
+        q = embedded.new_empty(residual.shape[0], self.num_heads, self.head_size)
+        rows = Rows(torch.empty_like(residual, dtype=dtype))
         kernels.add_norm(None, residual, self.layers[0].input_norm, eps, rows.x)
         final: Tensor = self.backbone.norm.weight
         norms = [*(layer.input_norm for layer in self.layers[1:]), final]
@@ -155,15 +157,15 @@ class FusedLayers:
         tile: Tile | None,
         pdl: bool,
     ) -> Rows:
-        """residual += linear(x), in place; the rows that the next product takes."""
+        """residual (fp32) += linear(x), in place; the rows that the next product takes."""
         if tile is None:
-            rows = Rows(torch.empty_like(residual))
+            rows = Rows(torch.empty_like(residual, dtype=x.dtype))
             kernels.add_norm(F.linear(x, *linear), residual, norm, self.eps, rows.x, pdl)
             return rows
         num_tokens, size = residual.shape
         parts = (size // tile.BN, num_tokens)
         squares = torch.empty(parts, dtype=torch.float32, device=x.device)
-        rows = Rows(torch.empty_like(residual), squares)
+        rows = Rows(torch.empty_like(residual, dtype=x.dtype), squares)
         products.project_out(x, linear[0], residual, norm, rows, self._count, tile=tile, pdl=pdl)
         return rows
 

@@ -61,8 +61,6 @@ class PackedLayers:
         half = self.head_size // 2
         turn = torch.complex(cos[0, :, :half], sin[0, :, :half]).unsqueeze(1)
         sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        if residual is embedded:
-            residual = embedded.clone()
         for index, layer in enumerate(self.layers):
             x = self._norm(residual, layer.input_norm, dtype)
             heads = layer.qkv(x).view(len(x), sum(sizes), self.head_size)
