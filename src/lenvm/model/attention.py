@@ -118,7 +118,7 @@ def _causal_mask(start: int, length: int, window: int | None, like: Tensor) -> T
 
 
 class Workspace:
-    """One buffer for what a layer gathers: no allocation in the steady state."""
+    """One buffer for what a layer gathers; it doubles when a longer prefix needs more."""
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
@@ -127,7 +127,7 @@ class Workspace:
         """Uninitialised, good until the next call."""
         size = math.prod(shape)
         if self._buffer is None or self._buffer.numel() < size:
-            self._buffer = like.new_empty(size + size // 4)
+            self._buffer = like.new_empty(2 * size)
         return self._buffer[:size].view(shape)
 
 
