@@ -309,9 +309,9 @@ def test_steady_steps_allocate_no_memory_for_keys_and_values(family):
         decoder.peek(ids, [[i % VOCAB, 5, 6], [7, 8, -1]])
         decoder.commit(ids, [5, 8])
         pools.add((decoder._cache.data.data_ptr(), runner._stash.data_ptr()))
-        buffers.add((runner._work._buffer.data_ptr(), runner._work._buffer.nbytes))
+        buffers.add(tuple(x.data_ptr() for x in runner._work.buffers.values()))
         if i in (20, 199):
-            held[i] = live_bytes() - runner._work._buffer.nbytes
+            held[i] = live_bytes() - sum(x.nbytes for x in runner._work.buffers.values())
     assert len(pools) == 1
     assert len(buffers) <= 4  # it doubles with the longest prefix
     # the masks and places of a step are as long as its prefix
@@ -345,19 +345,26 @@ def test_bf16_is_no_further_from_fp32_than_a_plain_forward():
     """Over tokens of random histories; the plain forward rounds its residual stream, ours not."""
     model = build("llama", dtype=torch.bfloat16, num_hidden_layers=8)
     exact = copy.deepcopy(model).float()
-    decoder = RaggedDecoder(model, **BUDGET)
+    decoder = RaggedDecoder(model, **BUDGET | {"max_candidates": 9})
     generator = torch.Generator().manual_seed(3)
     ours, plain = [], []
     for length in (3, 20, 50):
-        tokens = torch.randint(VOCAB, (length,), generator=generator).tolist()
-        decoder.add({"a": tokens})
-        candidates = list(range(length, length + 6))
-        got = decoder.peek(["a"], [candidates])[0].float()
-        for token, hidden in zip(candidates, got, strict=True):
-            truth = last_hidden(exact, [*tokens, token])
-            ours.append((hidden - truth).norm())
-            plain.append((last_hidden(model, [*tokens, token]).float() - truth).norm())
-        decoder.remove(["a"])
+        prompts = {
+            r: torch.randint(VOCAB, (n,), generator=generator).tolist()
+            for r, n in (("a", length), ("b", length + 9))
+        }
+        decoder.add(prompts)
+        candidates = [list(range(width)) + [-1] * (9 - width) for width in (9, 4)]
+        got = decoder.peek(list(prompts), candidates).float()
+        for row, tokens in zip(got, prompts.values(), strict=True):
+            for token, hidden in enumerate(row):
+                if not hidden.any():
+                    continue  # padding
+                truth = last_hidden(exact, [*tokens, token])
+                ours.append((hidden - truth).norm())
+                plain.append((last_hidden(model, [*tokens, token]).float() - truth).norm())
+        decoder.remove(["a", "b"])
+    assert len(ours) == 3 * 13
     assert torch.stack(ours).mean() < torch.stack(plain).mean()
 
 

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NAME = "lenvm_ragged"
+MANY_QUERIES = 16
+"""Queries of a row and key head from which on attention runs as separate products on a CPU."""
 
 
 class AttentionPlan(Protocol):
@@ -118,17 +120,17 @@ def _causal_mask(start: int, length: int, window: int | None, like: Tensor) -> T
 
 
 class Workspace:
-    """One buffer for what a layer gathers; it doubles when a longer prefix needs more."""
+    """Buffers for what a layer makes on its way; one doubles when a longer prefix needs more."""
 
     def __init__(self) -> None:
-        self._buffer: Tensor | None = None
+        self.buffers: dict[str, Tensor] = {}
 
-    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Uninitialised, good until the next call."""
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Uninitialised, good until that name is taken again."""
         size = math.prod(shape)
-        if self._buffer is None or self._buffer.numel() < size:
-            self._buffer = like.new_empty(2 * size)
-        return self._buffer[:size].view(shape)
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = like.new_empty(2 * size, dtype=dtype)
+        return self.buffers[name][:size].view(shape)
 
 
 @dataclass
@@ -158,6 +160,8 @@ class TorchCandidates:
     work: Workspace
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
     _places: Tensor | None = None
+    _bias: Tensor | None = None
+    _bias_of: Tensor | None = None
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
@@ -180,16 +184,46 @@ class TorchCandidates:
             self._masks[window] = self._build_mask(window, num_heads // num_kv, found.shape[2], q)
         keys, values = found.transpose(2, 3)
         query = self._pad(q.view(num_tokens, num_kv, -1, head_size))
-        out = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=self._masks[window], scale=scale
-        )
+        mask = self._masks[window]
+        if self._by_products(query):
+            out = self._attend_by_products(query, keys, values, mask, scale)
+        else:
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
         return self._unpad(out).reshape(num_tokens, num_heads, head_size)
+
+    def _by_products(self, query: Tensor) -> bool:
+        """Where torch's attention was measured to be slower than its parts one by one."""
+        many = query.shape[0] > 1 and query.shape[2] >= MANY_QUERIES
+        return many and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+
+    def _attend_by_products(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
+    ) -> Tensor:
+        """What `scaled_dot_product_attention` computes, rounded where it rounds: scores and softmax
+        in fp32, weights in the values' type."""
+        num_rows, num_kv, num_queries, head_size = query.shape
+        num_keys, take, dtype = keys.shape[2], self.work.take, query.dtype
+
+        def copy_of(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+            return take(name, tuple(x.shape), x, dtype).copy_(x).flatten(0, 1)
+
+        q, k = copy_of("q", query, torch.float32), copy_of("k", keys, torch.float32)
+        if self._bias is None or self._bias_of is not mask:
+            bias = mask.expand(num_rows, num_kv, num_queries, num_keys)
+            self._bias_of, self._bias = mask, copy_of("bias", bias, torch.float32)
+        shape = (num_rows * num_kv, num_queries, num_keys)
+        scores = take("scores", shape, q, torch.float32)
+        torch.baddbmm(self._bias, q, k.transpose(1, 2), alpha=scale, out=scores)
+        weights = copy_of("weights", torch.softmax(scores, -1, out=scores)[None], dtype)
+        out = torch.bmm(weights, copy_of("v", values, dtype))
+        return out.view(num_rows, num_kv, num_queries, head_size)
 
     def _gather(self, store: Tensor) -> Tensor:
         """[2, P, S, Hkv, D] -> [2, R, T, Hkv, D] of the rows' pages."""
         num_rows, columns = self.page_table.shape
         _, _, page_size, *rest = store.shape
-        pages = self.work.take((2, num_rows * columns, page_size, *rest), store)
+        shape = (2, num_rows * columns, page_size, *rest)
+        pages = self.work.take("pages", shape, store, store.dtype)
         torch.index_select(store, 1, self.page_table.view(-1), out=pages)
         return pages.view(2, num_rows, columns * page_size, *rest)
 
