@@ -388,6 +388,12 @@ def write(result: dict[str, Any], path: Path) -> None:
         "max_error_z_bf16": max(
             (c["max_error_z"] for c in checks if c["dtype"] == "bfloat16"), default=None
         ),
+        **{
+            f"{name}_bf16": max(
+                (c[name] for c in checks if c["dtype"] == "bfloat16" and name in c), default=None
+            )
+            for name in ("max_error_z_of_scorer_to_fp32", "max_error_z_of_plain_to_fp32")
+        },
         "max_memory_over_formula": max(
             (p["memory_over_formula"] for p in points if "memory_over_formula" in p), default=None
         ),
@@ -476,11 +482,12 @@ def run_model(
         write(result, arguments.out)
 
 
-def measure_generate(num_requests: int = 8, num_tokens: int = 64) -> dict[str, Any]:
+def measure_generate(num_tokens: int = 64) -> dict[str, Any]:
     """`lenvm generate`'s engine with and without control, on the bundled models: tokens/s.
 
     Every answer has `num_tokens` tokens: with control because it is asked for, without because
-    ending is banned. Arms take turns; medians.
+    ending is banned. Arms take turns; medians. The first case is the default control; the others
+    say what its parts cost. `hugging_face`: the generator's stock `generate()`.
     """
     from lenvm.cli._inputs import load_value_model
     from lenvm.engines.sampling import SamplingParams
@@ -494,8 +501,19 @@ def measure_generate(num_requests: int = 8, num_tokens: int = 64) -> dict[str, A
     prompt = [{"role": "user", "content": "Explain how a bicycle keeps its balance."}]
     ids = tuple(encode_prompt(engine.tokenizer, prompt))
     banned = dict.fromkeys(engine.eos_token_ids, -100.0)
+    assert engine.session is not None
+    decoder: Any = engine.session.scorer.decoder  # type: ignore[attr-defined]
+    scored = []
+    peek = decoder.peek
 
-    def run(control: LengthControl | None, length: int) -> float:
+    def counting_peek(*given: Any, **options: Any) -> Tensor:
+        scored.append(int((given[1] >= 0).sum()))
+        out: Tensor = peek(*given, **options)
+        return out
+
+    decoder.peek = counting_peek
+
+    def run(control: LengthControl | None, num_requests: int, length: int) -> float:
         requests = [
             Request(
                 id=str(i),
@@ -511,36 +529,87 @@ def measure_generate(num_requests: int = 8, num_tokens: int = 64) -> dict[str, A
         made = sum(len(c.token_ids) for c in engine.generate(requests))
         return made / (time.perf_counter() - start)
 
-    controls = {"without": None, "with": LengthControl(equal_to=num_tokens)}
-    run(controls["with"], 8), run(None, 8)
-    rates: dict[str, list[float]] = {name: [] for name in controls}
-    for _ in range(3):
-        for name, control in controls.items():
-            rates[name].append(run(control, num_tokens))
-    found = {name: statistics.median(values) for name, values in rates.items()}
-    return {
-        "requests": num_requests,
-        "tokens_each": num_tokens,
-        "tokens_per_s_without": found["without"],
-        "tokens_per_s_with": found["with"],
-        "speed_with_over_without": found["with"] / found["without"],
+    def run_stock(num_requests: int, length: int) -> float:
+        inputs = torch.tensor([ids] * num_requests)
+        start = time.perf_counter()
+        engine.generator.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            do_sample=True,
+            top_k=0,
+            min_new_tokens=length,
+            max_new_tokens=length,
+            pad_token_id=0,
+        )
+        return num_requests * length / (time.perf_counter() - start)
+
+    def measure(num_requests: int, top_k: int) -> dict[str, Any]:
+        control = LengthControl(equal_to=num_tokens, top_k=top_k)
+        arms: dict[str, Callable[[int], float]] = {
+            "without": lambda n: run(None, num_requests, n),
+            "with": lambda n: run(control, num_requests, n),
+            "hugging_face": lambda n: run_stock(num_requests, n),
+        }
+        for arm in arms.values():
+            arm(8)
+        scored.clear()
+        rates: dict[str, list[float]] = {name: [] for name in arms}
+        for _ in range(3):
+            for name, arm in arms.items():
+                rates[name].append(arm(num_tokens))
+        found = {name: statistics.median(values) for name, values in rates.items()}
+        return {
+            "requests": num_requests,
+            "tokens_each": num_tokens,
+            "top_k": top_k,
+            "scored_tokens_per_step": statistics.mean(scored),
+            **{f"tokens_per_s_{name}": rate for name, rate in found.items()},
+            "speed_with_over_without": found["with"] / found["without"],
+            "speed_with_over_hugging_face": found["with"] / found["hugging_face"],
+        }
+
+    default = LengthControl(equal_to=num_tokens).top_k
+    first, *others = (measure(*case) for case in ((8, default), (1, default), (8, 4), (1, 4)))
+    products = {n: time_products(engine.generator.base_model, n) for n in (1, 8, 16, 64, 120)}
+    return {**first, "others": others, "products_ms_of_tokens": products}
+
+
+@torch.inference_mode()
+def time_products(backbone: Any, num_tokens: int) -> float:
+    """All packed products of the layers alone, for so many tokens: what nothing can be faster
+    than that runs them one after another."""
+    from lenvm.model.packed_linear import PackedLinear
+
+    packed = [PackedLinear([m]) for m in backbone.modules() if isinstance(m, nn.Linear)]
+    dtype = next(backbone.parameters()).dtype
+    inputs = {
+        m.linears[0].in_features: torch.randn(num_tokens, m.linears[0].in_features).to(dtype)
+        for m in packed
     }
+    return time_ms(lambda: [m(inputs[m.linears[0].in_features]) for m in packed], "cpu", 2, 5)
 
 
 def run_truth(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Real weights, prefixes to 8k tokens, and a step as wide as the headline's."""
     from scorer_truth import check_model
 
-    model = load(name, arguments.device, getattr(torch, arguments.dtype))
-    model.spread_z()
+    model: Any
+    if name == "bundled":
+        from lenvm.cli._inputs import load_value_model
+
+        model = load_value_model(None, device=arguments.device)
+    else:
+        model = load(name, arguments.device, getattr(torch, arguments.dtype))
+        model.spread_z()
     cuda = arguments.device == "cuda"
     options: dict[str, Any] = {"kernels": arguments.kernels, "cuda_graphs": not arguments.no_graphs}
     scorer = CandidateScorer(
         model, max_tokens=65_536, max_requests=64, max_candidates=16, **options
     )
     wide = [5 + 17 * (i % 40) for i in range(64)]
-    for prefixes, width in (([8000, 1, 3, 700], 5), (wide, 8)) if cuda else (([5, 40], 3),):
-        found = check_model(scorer, prefixes, width, 20 if cuda else 6)
+    few = [8000 if cuda else 1500, 1, 3, 700 if cuda else 300]
+    for prefixes, width in (few, 5), (wide if cuda else wide[:16], 8):
+        found = check_model(scorer, prefixes, width, 20 if cuda else 12)
         row = {"model": Path(name).name, "dtype": arguments.dtype, "device": arguments.card}
         result["model_checks"].append(found | row | {"commit": arguments.commit})
         print(result["model_checks"][-1], flush=True)
@@ -599,7 +668,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, nargs="+", default=[2, 8, 16])
     parser.add_argument("--prefixes", type=int, nargs="+", default=[1024, 256, 4096])
     parser.add_argument("--check", action="store_true", help="truth of every family first")
-    parser.add_argument("--truth", nargs="*", default=[], help="GGUF files or folders to check")
+    parser.add_argument("--truth", nargs="*", default=[], help="GGUF files, folders, or bundled")
     parser.add_argument("--headline", action="store_true", help="the headline's point alone")
     parser.add_argument("--tune", action="store_true", help="find the fastest kernels first")
     parser.add_argument("--merge", action="store_true", help="keep the file's other rows")

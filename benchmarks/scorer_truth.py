@@ -1,9 +1,11 @@
 """Truth before timing: the scorer on this device against plain forwards of the same model.
 
 `check_families`: tiny random models of every family through random histories (the state machine of
-tests/model). `check_model`: a big model with prefixes up to 8k tokens, errors in the logit z.
+tests/model). `check_model`: real weights with prefixes up to 8k tokens, errors in the logit z,
+against the plain forward in the same type and in fp32.
 """
 
+import copy
 import dataclasses
 import sys
 import time
@@ -101,13 +103,16 @@ def _check(
 def check_model(
     scorer: Any, prefixes: list[int], num_candidates: int, num_compared: int
 ) -> dict[str, Any]:
-    """max |z - z'| of candidates against a plain forward over the whole sequence of each.
+    """Errors |z - z'| of candidates' logits z of u, over whole sequences, three ways: the scorer
+    against a plain forward in its own type, and both against that forward in fp32 (weights of the
+    same type, converted). The last two are what rounding costs each.
 
     Two steps, the second on committed candidates; of each, `num_compared` candidates spread over
-    the rows, the longest prefixes included. Also the spread of z, which says what the error is to
+    the rows, the longest prefixes included. Also the spread of z, which says what the errors are to
     be compared with, and how far two plain forwards (batched or not) are apart.
     """
     model, decoder = scorer.model, scorer.decoder
+    exact = copy.deepcopy(model.backbone).float()
     generator = torch.Generator().manual_seed(0)
     ids = [f"check{i}" for i in range(len(prefixes))]
     prompts = {
@@ -118,40 +123,53 @@ def check_model(
         decoder.vocab_size, (len(ids), num_candidates), generator=generator
     ).to(decoder.device)
     decoder.add(prompts)
-    errors, spread, apart = [], [], []
+    found: list[list[float]] = []
+    apart = []
     for step in range(2):
-        got = decoder.peek(ids, candidates, num_candidates=candidates.numel())[..., 0].float()
+        raw = decoder.peek(ids, candidates, num_candidates=candidates.numel())
+        got = to_z(model, raw)
         picked = torch.randperm(candidates.numel(), generator=generator)[:num_compared].tolist()
         longest = prefixes.index(max(prefixes)) * num_candidates
         for index in {*picked, longest}:
             row, column = divmod(index, num_candidates)
             prompt, token = prompts[ids[row]], candidates[row, column : column + 1]
-            expected = plain_z(model, prompt, token)
-            errors.append((got[row, column] - expected).abs().max())
-            spread.append(expected)
+            plain = plain_z(model, model.backbone, prompt, token)
+            found.append([float(got[row, column]), plain, plain_z(model, exact, prompt, token)])
             if len(prompt) < 1000 and len(apart) < 8:
-                apart.append((plain_z(model, prompt, token, copies=4) - expected).abs().max())
+                apart.append(abs(plain_z(model, model.backbone, prompt, token, copies=4) - plain))
         decoder.commit(ids, candidates[:, step].clone(), peeked=True)
         for row, request_id in enumerate(ids):
             prompts[request_id].append(int(candidates[row, step]))
     runner = decoder._runner
     fused = runner.choose(runner._last[1].num_tokens) if hasattr(runner, "choose") else None
     decoder.remove(ids)
+    ours, plain_z_N, exact_z = torch.tensor(found, dtype=torch.float64).T
     return {
         "requests": len(prefixes),
         "longest_prefix": max(prefixes),
-        "compared": len(errors),
+        "compared": len(found),
         "fused": list(fused.tiles) if fused is not None else [],
-        "max_error_z": float(torch.stack(errors).max()),
-        "max_apart_z_of_plain_forwards": float(torch.stack(apart).max()) if apart else None,
-        "std_z": float(torch.cat(spread).std()),
+        "max_error_z": float((ours - plain_z_N).abs().max()),
+        "max_error_z_of_scorer_to_fp32": float((ours - exact_z).abs().max()),
+        "max_error_z_of_plain_to_fp32": float((plain_z_N - exact_z).abs().max()),
+        "rms_error_z": float((ours - plain_z_N).square().mean().sqrt()),
+        "rms_error_z_of_scorer_to_fp32": float((ours - exact_z).square().mean().sqrt()),
+        "rms_error_z_of_plain_to_fp32": float((plain_z_N - exact_z).square().mean().sqrt()),
+        "max_apart_z_of_plain_forwards": max(apart, default=None),
+        "std_z": float(exact_z.std()),
     }
 
 
-def plain_z(model: Any, prompt: list[int], token: Tensor, copies: int = 1) -> Tensor:
-    """z after prompt + token [1], as one of so many equal rows of a batch: [1]."""
+def plain_z(model: Any, backbone: Any, prompt: list[int], token: Tensor, copies: int = 1) -> float:
+    """z after prompt + token [1] by a backbone's own forward, as one of `copies` equal rows."""
     sequence = torch.cat([torch.tensor(prompt, device=token.device), token]).unsqueeze(0)
     inputs = sequence.expand(copies, -1)
-    hidden = model.backbone(input_ids=inputs, use_cache=False).last_hidden_state[-1, -1]
-    z: Tensor = model.head(hidden).float()
-    return z[:1]
+    hidden = backbone(input_ids=inputs, use_cache=False).last_hidden_state[-1, -1]
+    return float(to_z(model, model.head(hidden)))
+
+
+def to_z(model: Any, raw: Tensor) -> Tensor:
+    """Raw outputs [..., D] -> z [...], the logit of u = -V at the model's gamma, in fp64."""
+    if model.config.head == "scalar":
+        return raw[..., 0].double()
+    return torch.logit(-model.belief(raw).value().double())

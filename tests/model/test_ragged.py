@@ -1,5 +1,8 @@
 """RaggedDecoder: random histories of every family against plain forwards; bad input; sharing."""
 
+import copy
+import gc
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lenvm.errors import CapacityError, InputError
+from lenvm.model import packed_linear
 from lenvm.model.ragged import RaggedDecoder
 from model.families import FAMILIES, VOCAB, build, last_hidden
 from model.ragged_machine import History, run_random_history
@@ -316,3 +320,94 @@ def test_the_model_is_left_as_it_was():
     decoder = RaggedDecoder(model, **BUDGET)
     decoder.add({"a": [1, 2]})
     assert model.config._attn_implementation == before
+
+
+def live_bytes() -> int:
+    """Memory of every tensor that anybody holds, each storage once."""
+    gc.collect()
+    storages = {}
+    for x in gc.get_objects():
+        if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu":
+            try:
+                storage = x.untyped_storage()
+            except (NotImplementedError, RuntimeError):  # packed weights show no storage
+                continue
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_steady_steps_allocate_no_memory_for_keys_and_values(family):
+    decoder = RaggedDecoder(build(family), **BUDGET | {"max_tokens": 600})
+    runner = decoder._runner
+    ids = ["a", "b"]
+    decoder.add({"a": [1, 2, 3], "b": [4]})
+    pools, buffers, held = set(), set(), {}
+    for i in range(200):
+        decoder.peek(ids, [[i % VOCAB, 5, 6], [7, 8, -1]])
+        decoder.commit(ids, [5, 8])
+        pools.add((decoder._cache.data.data_ptr(), runner._stash.data_ptr()))
+        buffers.add(tuple(x.data_ptr() for x in runner._work.buffers.values()))
+        if i in (20, 199):
+            held[i] = live_bytes() - sum(x.nbytes for x in runner._work.buffers.values())
+    assert len(pools) == 1
+    assert len(buffers) <= 4  # it doubles with the longest prefix
+    # the masks and places of a step are as long as its prefix
+    assert held[199] - held[20] <= 2 * 4 * 6 * 2 * 260
+    assert decoder.length("a") == 203
+
+
+def test_packed_layers_run_on_the_cpu():
+    for family in ("qwen2", "qwen3", "llama", "mistral"):
+        assert RaggedDecoder(build(family), **BUDGET)._runner.is_packed
+    assert not RaggedDecoder(build("gemma3"), **BUDGET)._runner.is_packed
+    assert not RaggedDecoder(build("llama", dtype=torch.float16), **BUDGET)._runner.is_packed
+
+
+def test_weights_changed_in_place_are_packed_anew():
+    model = build("llama")
+    decoder = RaggedDecoder(model, **BUDGET)
+    decoder.add({"a": [1, 2]})
+    before = decoder.peek(["a"], [[3]])
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            parameter.mul_(1.5)
+    decoder.remove(["a"])
+    decoder.add({"a": [1, 2]})
+    after = decoder.peek(["a"], [[3]])[0, 0]
+    assert (after - before).abs().max() > 0.01
+    torch.testing.assert_close(after, last_hidden(model, [1, 2, 3]), atol=1e-4, rtol=1e-4)
+
+
+def test_bf16_is_no_further_from_fp32_than_a_plain_forward():
+    """Over tokens of random histories; the plain forward rounds its residual stream, ours not."""
+    model = build("llama", dtype=torch.bfloat16, num_hidden_layers=8)
+    exact = copy.deepcopy(model).float()
+    decoder = RaggedDecoder(model, **BUDGET | {"max_candidates": 9})
+    generator = torch.Generator().manual_seed(3)
+    ours, plain = [], []
+    for length in (3, 20, 50):
+        prompts = {
+            r: torch.randint(VOCAB, (n,), generator=generator).tolist()
+            for r, n in (("a", length), ("b", length + 9))
+        }
+        decoder.add(prompts)
+        candidates = [list(range(width)) + [-1] * (9 - width) for width in (9, 4)]
+        got = decoder.peek(list(prompts), candidates).float()
+        for row, tokens in zip(got, prompts.values(), strict=True):
+            for token, hidden in enumerate(row):
+                if not hidden.any():
+                    continue  # padding
+                truth = last_hidden(exact, [*tokens, token])
+                ours.append((hidden - truth).norm())
+                plain.append((last_hidden(model, [*tokens, token]).float() - truth).norm())
+        decoder.remove(["a", "b"])
+    assert len(ours) == 3 * 13
+    assert torch.stack(ours).mean() < torch.stack(plain).mean()
+
+
+def test_a_model_too_large_for_a_second_copy_runs_its_own_code(monkeypatch, caplog):
+    monkeypatch.setattr(packed_linear, "SHARE", 0.0)
+    decoder = RaggedDecoder(build("llama"), **BUDGET)
+    assert not decoder._runner.is_packed
+    assert "not packed" in caplog.text

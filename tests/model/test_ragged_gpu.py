@@ -88,6 +88,38 @@ def test_a_step_makes_no_host_sync():
     assert (out - expected).norm() <= 4e-2 * expected.norm()
 
 
+def test_steady_steps_allocate_no_device_memory():
+    model = build("qwen2", dtype=torch.bfloat16, hidden_size=128).cuda()
+    decoder = RaggedDecoder(model, **BUDGET)
+    ids = ["a", "b", "c"]
+    decoder.add({r: [1 + i] * (20 + i) for i, r in enumerate(ids)})
+    candidates = torch.randint(VOCAB, (3, 5), device="cuda")
+    chosen = candidates[:, 2].clone()
+
+    def step() -> None:
+        decoder.peek(ids, candidates, num_candidates=15)
+        decoder.commit(ids, chosen, peeked=True)
+
+    for _ in range(5):
+        step()
+    torch.cuda.synchronize()
+    before, places = torch.cuda.memory_stats(), decoder._cache.data.data_ptr()
+    for _ in range(200):  # page borders are crossed
+        step()
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_stats()
+    assert decoder._cache.data.data_ptr() == places
+    for name in ("num_device_alloc", "reserved_bytes.all.current"):
+        assert after[name] == before[name], name
+    assert after["active_bytes.all.current"] <= before["active_bytes.all.current"] + 2**16
+    replayed = decoder._runner._steps[decoder._runner._last[1]]
+    for _ in range(50):
+        replayed.run()
+    torch.cuda.synchronize()
+    name = "allocation.all.allocated"
+    assert torch.cuda.memory_stats()[name] == after[name]
+
+
 @pytest.mark.parametrize(
     ("bad", "says"), [(VOCAB, "'b': a candidate is not a token"), (-7, "'b': a candidate")]
 )

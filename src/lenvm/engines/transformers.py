@@ -26,6 +26,7 @@ from lenvm.errors import CapacityError, ControlError, InputError, LenVMError, Re
 from lenvm.guidance.scorer import CandidateScorer
 from lenvm.guidance.session import GuidanceSession
 from lenvm.model.bundled import resolve_model
+from lenvm.model.packed_linear import pack_linear
 from lenvm.model.ragged import RaggedDecoder
 from lenvm.model.tokenization import find_eos_token_ids, load_tokenizer
 from lenvm.model.value_model import LengthValueModel
@@ -60,7 +61,8 @@ class TransformersEngine:
         self._admit_at_once = min(max_requests // 32, 32)
         budget: dict[str, Any] = {"max_tokens": max_tokens, "max_requests": max_requests}
         self.decoder = RaggedDecoder(generator.base_model, max_candidates=1, **budget)
-        self.lm_head = generator.get_output_embeddings()
+        lm_head = generator.get_output_embeddings()
+        self.lm_head = pack_linear(lm_head)
         self.session: GuidanceSession | None = None
         if value_model is not None:
             value_model.check_tokenizer(tokenizer)
@@ -68,7 +70,7 @@ class TransformersEngine:
             self.session = GuidanceSession(
                 scorer, eos_token_ids=self.eos_token_ids, count_candidates=True
             )
-        self.vocab_size = int(self.lm_head.weight.shape[0])
+        self.vocab_size = int(lm_head.weight.shape[0])
         self.guidance_s = 0.0
         """Time spent in guidance so far."""
         self._waiting: deque[Completion] = deque()

@@ -2,14 +2,14 @@
 
 Registered with transformers under `lenvm_ragged`; the model's own modelling code calls it with
 rotated queries and keys of the packed tokens, and the `plan` of the current forward does the rest.
-No mask between candidates is ever built: a candidate attends to its request's prefix, with the
-log-sum-exp returned, and its own key and value are merged in closed form, so it cannot see its
-siblings. The plans here are plain torch, for any device; `cuda_plans.py` has those of the GPU.
+A candidate attends to its request's prefix and to itself, never to its siblings. The plans here are
+plain torch, for any device; `cuda_plans.py` has those of the GPU.
 
 Shape legend: L layers, P pages, S tokens of a page, N packed tokens, R rows (requests), K
 candidates a row, Hq query heads, Hkv key heads, G = Hq / Hkv, T prefix tokens, D head size.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NAME = "lenvm_ragged"
+MANY_QUERIES = 16
+"""Queries of a row and key head from which on attention runs as separate products on a CPU."""
 
 
 class AttentionPlan(Protocol):
@@ -120,18 +122,34 @@ def _causal_mask(start: int, length: int, window: int | None, like: Tensor) -> T
     return mask if window is None else mask & (seen > at - window)
 
 
+class Workspace:
+    """Buffers for what a layer makes on its way; one doubles when a longer prefix needs more."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Uninitialised, good until that name is taken again."""
+        size = math.prod(shape)
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = like.new_empty(2 * size, dtype=dtype)
+        return self.buffers[name][:size].view(shape)
+
+
 @dataclass
 class TorchCandidates:
-    """One position for every row: attend to the prefix, then to oneself.
+    """One position for every row: attend to the prefix and to oneself.
 
-    With one candidate a row (`single`) it is written to the store at once, where a commit of that
-    token finds it; with several, keys and values wait in `stash` for the choice.
+    With one candidate a row (`single`) its key and value are written to the store at once, where a
+    commit of that token finds it. With several they wait in `stash` for the choice, and stand
+    behind the row's prefix under a mask that shows each its own: one softmax over all, in one call.
     """
 
     data: Tensor
     """[L, 2, P, S, Hkv, D]"""
     page_table: Tensor
-    """[R, C] pages of each row; room for the next position included when `single`."""
+    """[R, C] pages of each row: of its prefix, with room for the next position when `single`; else
+    followed by those of page 0 that make room for K candidates."""
     lengths: Tensor
     """[R] prefix length of each row."""
     flat: Tensor
@@ -140,89 +158,121 @@ class TorchCandidates:
     """K"""
     next_slots: Tensor | None
     """[R] slot of each row's next position; given means `single`."""
-    stash: list[Tensor] = field(default_factory=list)
-    """Per layer [2, N, Hkv, D], where not `single`."""
-    _bias: dict[int | None, Tensor] = field(default_factory=dict)
+    stash: Tensor
+    """[L, 2, >= N, Hkv, D], where not `single`."""
+    work: Workspace
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _places: Tensor | None = None
+    _bias: Tensor | None = None
+    _bias_of: Tensor | None = None
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
         num_tokens, num_heads, head_size = q.shape
         num_kv = k.shape[1]
-        shape = (-1, num_kv, num_heads // num_kv, head_size)
         store = self.data[layer]
         if self.next_slots is not None:
-            store[0].flatten(0, 1).index_copy_(0, self.next_slots, k)
-            store[1].flatten(0, 1).index_copy_(0, self.next_slots, v)
+            slots = store.flatten(1, 2)
+            slots[0].index_copy_(0, self.next_slots, k)
+            slots[1].index_copy_(0, self.next_slots, v)
+            found = self._gather(store)
         else:
-            self.stash.append(torch.stack([k, v]))
-        keys, values = self._gather(store[0]), self._gather(store[1])
-        if window not in self._bias:
-            self._bias[window] = self._build_bias(window, keys)
-        rows = q.reshape(shape)
-        out, log_sum = attend_with_lse(self._pad(rows), keys, values, self._bias[window], scale)
-        out = self._unpad(out)
-        if self.next_slots is None:
-            own = (rows * k.unsqueeze(2)).sum(-1, keepdim=True, dtype=torch.float32) * scale
-            # softmax over {prefix, own}: weight of own = sigmoid(own score - log-sum-exp of prefix)
-            weight = torch.sigmoid(own - self._unpad(log_sum.unsqueeze(-1)))
-            out = torch.lerp(out.float(), v.unsqueeze(2).float(), weight).to(q.dtype)
-        return out.reshape(num_tokens, num_heads, head_size)
+            own = self.stash[layer, :, :num_tokens]
+            own[0].copy_(k)
+            own[1].copy_(v)
+            found = self._gather(store)
+            found.flatten(1, 2).index_copy_(1, self._own_places(found.shape[2]), own)
+        if window not in self._masks:
+            self._masks[window] = self._build_mask(window, num_heads // num_kv, found.shape[2], q)
+        keys, values = found.transpose(2, 3)
+        query = self._pad(q.view(num_tokens, num_kv, -1, head_size))
+        mask = self._masks[window]
+        if self._by_products(query):
+            out = self._attend_by_products(query, keys, values, mask, scale)
+        else:
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+        return self._unpad(out).reshape(num_tokens, num_heads, head_size)
+
+    def _by_products(self, query: Tensor) -> bool:
+        """Where torch's attention was measured to be slower than its parts one by one."""
+        many = query.shape[0] > 1 and query.shape[2] >= MANY_QUERIES
+        return many and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+
+    def _attend_by_products(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
+    ) -> Tensor:
+        """What `scaled_dot_product_attention` computes, rounded where it rounds: scores and softmax
+        in fp32, weights in the values' type."""
+        num_rows, num_kv, num_queries, head_size = query.shape
+        num_keys, take, dtype = keys.shape[2], self.work.take, query.dtype
+
+        def copy_of(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+            return take(name, tuple(x.shape), x, dtype).copy_(x).flatten(0, 1)
+
+        q, k = copy_of("q", query, torch.float32), copy_of("k", keys, torch.float32)
+        if self._bias is None or self._bias_of is not mask:
+            bias = mask.expand(num_rows, num_kv, num_queries, num_keys)
+            self._bias_of, self._bias = mask, copy_of("bias", bias, torch.float32)
+        shape = (num_rows * num_kv, num_queries, num_keys)
+        scores = take("scores", shape, q, torch.float32)
+        torch.baddbmm(self._bias, q, k.transpose(1, 2), alpha=scale, out=scores)
+        weights = copy_of("weights", torch.softmax(scores, -1, out=scores)[None], dtype)
+        out = torch.bmm(weights, copy_of("v", values, dtype))
+        return out.view(num_rows, num_kv, num_queries, head_size)
 
     def _gather(self, store: Tensor) -> Tensor:
-        """[P, S, Hkv, D] -> [R, Hkv, T, D] of the rows' pages."""
+        """[2, P, S, Hkv, D] -> [2, R, T, Hkv, D] of the rows' pages."""
         num_rows, columns = self.page_table.shape
-        pages = store.index_select(0, self.page_table.view(-1))
-        return pages.view(num_rows, columns * store.shape[1], *store.shape[2:]).transpose(1, 2)
+        _, _, page_size, *rest = store.shape
+        shape = (2, num_rows * columns, page_size, *rest)
+        pages = self.work.take("pages", shape, store, store.dtype)
+        torch.index_select(store, 1, self.page_table.view(-1), out=pages)
+        return pages.view(2, num_rows, columns * page_size, *rest)
+
+    def _own_places(self, num_keys: int) -> Tensor:
+        """[N] where in [R * T] the candidates' own keys go: the last K of each row."""
+        if self._places is None:
+            rows, columns = self.flat // self.width, self.flat % self.width
+            self._places = rows * num_keys + columns + (num_keys - self.width)
+        return self._places
 
     def _pad(self, rows: Tensor) -> Tensor:
         """[N, Hkv, G, D] -> [R, Hkv, G * K, D], zeros where there is no candidate."""
         num_kv, group, head_size = rows.shape[1:]
-        if self.width == 1 and rows.shape[0] == self.lengths.shape[0]:
+        num_rows = self.lengths.shape[0]
+        if self.width == 1 and rows.shape[0] == num_rows:
             return rows
-        padded = rows.new_zeros(self.lengths.shape[0] * self.width, num_kv, group, head_size)
-        padded[self.flat] = rows
-        by_row = padded.view(-1, self.width, num_kv, group, head_size).permute(0, 2, 3, 1, 4)
-        return by_row.reshape(-1, num_kv, group * self.width, head_size)
+        if rows.shape[0] < num_rows * self.width:
+            padded = rows.new_zeros(num_rows * self.width, num_kv, group, head_size)
+            rows = padded.index_copy_(0, self.flat, rows)
+        by_row = rows.view(num_rows, self.width, num_kv, group, head_size).permute(0, 2, 3, 1, 4)
+        return by_row.reshape(num_rows, num_kv, group * self.width, head_size)
 
     def _unpad(self, x: Tensor) -> Tensor:
-        """[R, Hkv, G * K, E] -> [N, Hkv, G, E] of the packed candidates."""
-        num_kv, size = x.shape[1], x.shape[-1]
-        group = x.shape[2] // self.width
-        if self.width == 1 and self.flat.shape[0] == x.shape[0]:
+        """[R, Hkv, G * K, D] -> [N, Hkv, G, D] of the packed candidates."""
+        num_rows, num_kv, _, size = x.shape
+        if self.width == 1 and self.flat.shape[0] == num_rows:
             return x
-        by_row = x.reshape(-1, num_kv, group, self.width, size).permute(0, 3, 1, 2, 4)
-        return by_row.reshape(-1, num_kv, group, size)[self.flat]
+        by_row = x.view(num_rows, num_kv, -1, self.width, size).permute(0, 3, 1, 2, 4)
+        padded = by_row.reshape(num_rows * self.width, num_kv, -1, size)
+        if self.flat.shape[0] == len(padded):
+            return padded
+        return padded.index_select(0, self.flat)
 
-    def _build_bias(self, window: int | None, keys: Tensor) -> Tensor:
-        """0 where a row's candidates may look, -inf elsewhere: [R, 1, 1, T]."""
-        position = torch.arange(keys.shape[2], device=keys.device)
+    def _build_mask(self, window: int | None, group: int, num_keys: int, like: Tensor) -> Tensor:
+        """0 where a candidate may look, else -inf: [R, 1, G * K, T], or [R, 1, 1, T] for one."""
+        position = torch.arange(num_keys, device=like.device)
         lengths = self.lengths.unsqueeze(-1)
         visible = position < (lengths if self.next_slots is None else lengths + 1)
         if window is not None:
             visible &= position > lengths - window
-        bias = torch.zeros(visible.shape, dtype=keys.dtype, device=keys.device)
-        return bias.masked_fill(~visible, -torch.inf)[:, None, None]
-
-
-def attend_with_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention and its log-sum-exp. query [R, Hkv, Q, D], key and value [R, Hkv, T, D], bias
-    [R, 1, 1, T] -> out [R, Hkv, Q, D], log-sum-exp [R, Hkv, Q] fp32.
-
-    A row whose bias is -inf everywhere gives out 0 and log-sum-exp -inf.
-    """
-    if query.device.type == "cpu" and query.dtype != torch.float16:
-        mask = bias.expand(-1, 1, query.shape[2], -1)
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, log_sum = flash(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
-        return out, log_sum.float()
-    scores = (query @ key.transpose(-1, -2)).float() * scale + bias.float()
-    log_sum = scores.logsumexp(-1)
-    weights = (scores - log_sum.unsqueeze(-1)).exp().nan_to_num(0.0).to(value.dtype)
-    return weights @ value, log_sum
+        visible = visible.unsqueeze(1)  # [R, 1, T]
+        if self.next_slots is None:
+            candidate = torch.arange(self.width, device=like.device).unsqueeze(-1)
+            visible = visible | (position == candidate + (num_keys - self.width))
+        bias = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+        bias.masked_fill_(~visible, -torch.inf)
+        if self.next_slots is None:
+            bias = bias.repeat(1, group, 1)
+        return bias.unsqueeze(1)

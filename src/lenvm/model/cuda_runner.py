@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from lenvm.model import kernels
+from lenvm.model.backbone import run_backbone
 from lenvm.model.cuda_plans import CudaCandidates, CudaExtend
 from lenvm.model.fused_layers import fuse_layers
 from lenvm.model.kernel_choices import PLAIN, Choices
 from lenvm.model.kernels import CAUSAL_BLOCK, NO_ROW
 from lenvm.model.kv_pages import KVPages
-from lenvm.model.torch_runner import Head, run_backbone
+from lenvm.model.torch_runner import Head
 
 MAX_SPLITS = 32
 """Most parts that one request's prefix is read in."""

@@ -10,8 +10,6 @@ code runs. Joined weights replace the separate ones as their storage, so they co
 Shape legend: N packed tokens, H hidden size, Hq query heads, Hkv key heads, D head size.
 """
 
-import copy
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +21,9 @@ from torch import Tensor, nn
 from lenvm.model import kernels, products
 from lenvm.model.cuda_plans import CudaPlan
 from lenvm.model.kernel_choices import PLAIN, Choices, LayerShape, Tile, choose
+from lenvm.model.llama_shape import build_checked
 from lenvm.model.products import Rows
-from lenvm.model.torch_runner import run_backbone
 
-logger = logging.getLogger(__name__)
 MAX_TILES = 4096
 """Most tiles of a split product's result."""
 
@@ -104,11 +101,13 @@ class FusedLayers:
     def __call__(self, tokens_N: Tensor, positions_N: Tensor, plan: CudaPlan) -> Tensor:
         """Final hidden states [N, H]."""
         choices, eps, pdl = plan.choices, self.eps, plan.choices.pdl
-        residual = self.backbone.embed_tokens(tokens_N)
+        embedded = self.backbone.embed_tokens(tokens_N)
+        # fp32: rounded at each of 50 additions, it was most of what a forward in bf16 loses
+        residual, dtype = embedded.float(), embedded.dtype
         cos, sin = self.backbone.rotary_emb(residual.unsqueeze(0), positions_N.unsqueeze(0))
         cos, sin = cos[0].contiguous(), sin[0].contiguous()
-        q = residual.new_empty(residual.shape[0], self.num_heads, self.head_size)
-        rows = Rows(torch.empty_like(residual))
+        q = embedded.new_empty(residual.shape[0], self.num_heads, self.head_size)
+        rows = Rows(torch.empty_like(residual, dtype=dtype))
         kernels.add_norm(None, residual, self.layers[0].input_norm, eps, rows.x)
         final: Tensor = self.backbone.norm.weight
         norms = [*(layer.input_norm for layer in self.layers[1:]), final]
@@ -158,114 +157,22 @@ class FusedLayers:
         tile: Tile | None,
         pdl: bool,
     ) -> Rows:
-        """residual += linear(x), in place; the rows that the next product takes."""
+        """residual (fp32) += linear(x), in place; the rows that the next product takes."""
         if tile is None:
-            rows = Rows(torch.empty_like(residual))
+            rows = Rows(torch.empty_like(residual, dtype=x.dtype))
             kernels.add_norm(F.linear(x, *linear), residual, norm, self.eps, rows.x, pdl)
             return rows
         num_tokens, size = residual.shape
         parts = (size // tile.BN, num_tokens)
         squares = torch.empty(parts, dtype=torch.float32, device=x.device)
-        rows = Rows(torch.empty_like(residual), squares)
+        rows = Rows(torch.empty_like(residual, dtype=x.dtype), squares)
         products.project_out(x, linear[0], residual, norm, rows, self._count, tile=tile, pdl=pdl)
         return rows
 
 
-@torch.no_grad()
 def fuse_layers(backbone: Any) -> FusedLayers | None:
-    """The fused forward of the backbone, or None where it is of another shape.
-
-    Whether it computes what the model's own code does is seen on fp32 copies of the first layers:
-    in bf16 both are tenths of a percent away from that with every layer, in directions of their
-    own, and a small mistake would not show.
-    """
-    if not _is_llama_shaped(backbone):
-        return None
-    device = next(backbone.parameters()).device
-    tokens = torch.arange(5, device=device) % backbone.embed_tokens.num_embeddings
-    positions = torch.tensor([0, 1, 7, 30, 100], device=device)
-    first, own = _copy_first_layers(backbone, tokens), torch.arange(5, device=device)
-    probe = _Probe()
-    expected = run_backbone(first, own, positions, probe)
-    got = FusedLayers(first, list(probe.settings.values()))(own, positions, probe)
-    error = (got - expected).abs().max() / expected.abs().max()
-    if not error <= 1e-4:
-        name = backbone.config.model_type
-        logger.warning("%s: fused layers differ by %.2g; running its own code", name, error)
-        return None
-    probe = _Probe()
-    run_backbone(backbone, tokens, positions, probe)  # for every layer's scale and window
-    return FusedLayers(backbone, [probe.settings[i] for i in range(len(backbone.layers))])
-
-
-def _copy_first_layers(backbone: Any, tokens: Tensor, num_layers: int = 2) -> Any:
-    """The backbone in fp32 with its first layers and the embeddings of `tokens` alone."""
-    configs = (backbone.config, backbone.config.get_text_config())
-    shared = {id(config): config for config in configs}  # it says which attention runs
-
-    def copy_of(module: nn.Module) -> nn.Module:
-        return copy.deepcopy(module, dict(shared))
-
-    copied = copy.copy(backbone)
-    parts = {k: m for k, m in backbone._modules.items() if k not in ("layers", "embed_tokens")}
-    copied._modules = {name: copy_of(module) for name, module in parts.items()}
-    copied.layers = nn.ModuleList(copy_of(layer) for layer in backbone.layers[:num_layers])
-    rows = backbone.embed_tokens(tokens)
-    copied.embed_tokens = nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows)
-    return copied.float()
-
-
-class _Probe:
-    """An attention of its own, one token each: a function of q, k and v that shows any mistake in
-    them. Notes the scale and the window that the model's code asks for."""
-
-    choices = PLAIN
-
-    def __init__(self) -> None:
-        self.settings: dict[int, tuple[float, int | None]] = {}
-        self._kv: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
-    ) -> Tensor:
-        self.settings[layer] = scale, window
-        if self._kv is None:
-            places = torch.arange(k.shape[0], device=k.device)
-            self._kv = torch.empty_like(k), torch.empty_like(v), places
-        group = q.shape[1] // k.shape[1]
-        scores = (q * k.repeat_interleave(group, 1)).float().sum(-1, keepdim=True) * scale
-        return (torch.sigmoid(scores) * v.repeat_interleave(group, 1)).to(q.dtype)
-
-    def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        assert self._kv is not None
-        return self._kv
-
-    def attend_stored(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
-        k, v, _ = self.destination(layer)
-        return self.attend(layer, q, k, v, scale, window)
-
-
-def _is_llama_shaped(backbone: Any) -> bool:
-    config = backbone.config.get_text_config()
-    if getattr(config, "hidden_act", None) not in {"silu", "swish"}:
-        return False
-    if not all(hasattr(backbone, n) for n in ("embed_tokens", "layers", "norm", "rotary_emb")):
-        return False
-    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
-    expected = {
-        "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
-        "self_attn": attention,
-        "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
-    }
-    for layer in backbone.layers:
-        for name, parts in expected.items():
-            found = {n for n, _ in layer.get_submodule(name).named_children()}
-            if found not in (parts, parts | {"q_norm", "k_norm"} if name == "self_attn" else parts):
-                return False
-        linears = [m for m in layer.modules() if list(m.parameters(recurse=False))]
-        if not all(type(m) is nn.Linear or type(m).__name__.endswith("RMSNorm") for m in linears):
-            return False
-    return True
+    """The fused forward of the backbone, or None where it is of another shape."""
+    return build_checked(backbone, FusedLayers)
 
 
 def _build_layer(index: int, layer: Any, scale: float, window: int | None) -> _Layer:

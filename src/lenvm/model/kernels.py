@@ -662,8 +662,7 @@ def _add_norm_kernel(
     x = tl.load(residual_ptr + row + offs, mask=mask, other=0.0).to(tl.float32)
     if HAS_X:
         x += tl.load(x_ptr + row + offs, mask=mask, other=0.0).to(tl.float32)
-        x = x.to(kind).to(tl.float32)
-        tl.store(residual_ptr + row + offs, x.to(kind), mask=mask)
+        tl.store(residual_ptr + row + offs, x, mask=mask)
     norm = x * tl.rsqrt(tl.sum(x * x, 0) / H + eps)
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     out = norm.to(kind).to(tl.float32) * weight
@@ -678,7 +677,7 @@ def add_norm(
     out: Tensor,
     pdl: bool = False,
 ) -> None:
-    """residual += x (where given), out = RMSNorm(residual) * weight; all [N, H]."""
+    """residual += x (where given), out = RMSNorm(residual) * weight; all [N, H], residual fp32."""
     num_tokens, size = residual.shape
     _add_norm_kernel[(num_tokens,)](
         residual if x is None else x,

@@ -39,7 +39,7 @@ class KVPages:
         self.page_size, self.max_tokens, self.max_requests = page_size, max_tokens, max_requests
         self.num_pages = -(-max_tokens // page_size) + max_requests + 1
         shape = (num_layers, 2, self.num_pages, page_size, num_kv_heads, head_size)
-        self.data = _zeros(shape, dtype, device)
+        self.data = build_zeros(shape, dtype, device)
         self.max_columns = -(-min(max_length, max_tokens) // page_size) + 1
         self.num_tokens = 0
         """Tokens stored, a shared page counted once."""
@@ -169,7 +169,7 @@ class KVPages:
         pages.append(page)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def build_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros; on the CPU the system gives the memory only where it is first written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -252,9 +252,7 @@ def _add_to_residual(
     at = m_offs.to(tl.int64)[:, None] * SIZE + n_offs[None, :]
     kind = out_ptr.dtype.element_ty
     acc += tl.load(residual_ptr + at, mask=m_mask[:, None], other=0.0).to(tl.float32)
-    acc = acc.to(kind)
     tl.store(residual_ptr + at, acc, mask=m_mask[:, None])
-    acc = acc.to(tl.float32)
     tl.store(squares_ptr + part * num_tokens + m_offs, tl.sum(acc * acc, 1), mask=m_mask)
     norm = tl.load(norm_ptr + n_offs).to(tl.float32)
     tl.store(out_ptr + at, (acc * norm[None, :]).to(kind), mask=m_mask[:, None])
@@ -344,8 +342,8 @@ def project_out(
     tile: Tile,
     pdl: bool,
 ) -> None:
-    """residual [N, H] += x [N, K] @ weight [H, K]^T; out.x = residual * norm [H], not yet divided
-    by the rms of the rows, whose sums of squares go to out.squares [H / BN, N].
+    """residual [N, H] fp32 += x [N, K] @ weight [H, K]^T; out.x = residual * norm [H], not yet
+    divided by the rms of the rows, whose sums of squares go to out.squares [H / BN, N].
 
     count: int32, one for each tile of the result, 0 between kernels; of use where K is split."""
     num_tokens, inner = x.shape

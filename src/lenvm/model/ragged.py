@@ -106,7 +106,7 @@ class RaggedDecoder:
                 backbone, head, self._cache, max_candidates=max_candidates, graphs=cuda_graphs
             )
         else:
-            self._runner = TorchRunner(backbone, head, self._cache)
+            self._runner = TorchRunner(backbone, head, self._cache, max_candidates=max_candidates)
         self._chunk = 2048 if self.device.type == "cpu" else 8192
         self._peeked = _Peek({}, torch.empty(0, 0))
 

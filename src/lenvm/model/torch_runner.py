@@ -6,19 +6,22 @@ decoder's to check.
 Shape legend: R requests of a call, K candidates each, N packed tokens, H hidden size, E outputs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lenvm.model import attention
-from lenvm.model.attention import AttentionPlan, Segment, TorchCandidates, TorchExtend
-from lenvm.model.kv_pages import KVPages
+from lenvm.model.attention import AttentionPlan, Segment, TorchCandidates, TorchExtend, Workspace
+from lenvm.model.backbone import run_backbone
+from lenvm.model.kv_pages import KVPages, build_zeros
+from lenvm.model.packed_layers import pack_layers
 
 Head = Callable[[Tensor], Tensor]
 """hidden [N, H] -> outputs [N, E]."""
+Forward = Callable[[Tensor, Tensor, AttentionPlan], Tensor]
+"""(tokens [N], positions [N], plan) -> final hidden states [N, H]."""
 
 
 class Runner(Protocol):
@@ -47,9 +50,18 @@ class Runner(Protocol):
 class TorchRunner:
     """Pages are gathered for every step: simple, and little beside the matrix products of a CPU."""
 
-    def __init__(self, backbone: Any, head: Head | None, cache: KVPages) -> None:
-        self.backbone, self.head, self.cache = backbone, head, cache
+    def __init__(
+        self, backbone: Any, head: Head | None, cache: KVPages, *, max_candidates: int
+    ) -> None:
+        self.head, self.cache = head, cache
         self.device = cache.data.device
+        packed = pack_layers(backbone)
+        self.is_packed = packed is not None
+        self._forward: Forward = packed or (lambda *given: run_backbone(backbone, *given))
+        num_layers, _, _, _, *sizes = cache.data.shape
+        most = cache.max_requests * max_candidates
+        self._stash = build_zeros((num_layers, 2, most, *sizes), cache.data.dtype, self.device)
+        self._work = Workspace()
         self._plan: TorchCandidates | None = None
         self._candidates: list[list[int]] = []
 
@@ -69,7 +81,7 @@ class TorchRunner:
         padding = [0] * (num_packed(len(tokens)) - len(tokens))
         tokens, positions = tokens + padding, positions + padding
         plan = TorchExtend(self.cache.data, self._tensor(write_slots), segments)
-        hidden = run_backbone(self.backbone, self._tensor(tokens), self._tensor(positions), plan)
+        hidden = self._forward(self._tensor(tokens), self._tensor(positions), plan)
         last = hidden[[s.offset + s.length - 1 for s in segments]]
         return last if self.head is None else self.head(last)
 
@@ -83,7 +95,9 @@ class TorchRunner:
         single = width == 1 and bool(given.all())
         lengths = [self.cache.length(r) for r in request_ids]
         next_slots = [self.cache.next_slot(r) for r in request_ids]
+        room = 0 if single else -(-width // self.cache.page_size)
         table = self.cache.gather_table(request_ids, max(lengths) + single)
+        table = F.pad(table, (0, room))  # of page 0, to be written over
         plan = TorchCandidates(
             data=self.cache.data,
             page_table=table.to(self.device),
@@ -91,10 +105,11 @@ class TorchRunner:
             flat=flat,
             width=width,
             next_slots=self._tensor(next_slots) if single else None,
+            stash=self._stash,
+            work=self._work,
         )
         positions = plan.lengths.repeat_interleave(width)[flat]
-        tokens = candidates.view(-1)[flat].clamp(min=0)
-        out = run_backbone(self.backbone, tokens, positions, plan)
+        out = self._forward(candidates.view(-1)[flat].clamp(min=0), positions, plan)
         if self.head is not None:
             out = self.head(out)
         self._plan, self._candidates = plan, candidates.tolist()
@@ -115,8 +130,7 @@ class TorchRunner:
         packed = torch.searchsorted(plan.flat, at)
         slots = self._tensor([self.cache.next_slot(r) for r in request_ids])
         store = self.cache.data.flatten(2, 3)  # [L, 2, P * S, Hkv, D]
-        for layer, stash in zip(store, plan.stash, strict=True):
-            layer.index_copy_(1, slots, stash.index_select(1, packed))
+        store.index_copy_(2, slots, self._stash.index_select(2, packed))
 
     def warm_up(self, num_requests: int, num_candidates: int) -> None:
         return
@@ -142,32 +156,3 @@ def _with_padding(given: Tensor) -> Tensor:
     num_given = int(given.sum())
     missing = num_packed(num_given) - num_given
     return given | ((~given).cumsum(0) <= missing) if missing else given
-
-
-def run_backbone(
-    backbone: Any, tokens_N: Tensor, positions_N: Tensor, plan: AttentionPlan
-) -> Tensor:
-    """Final hidden states of packed tokens through the model's own modelling code: [N, H]."""
-    with _ragged_attention(backbone):
-        out = backbone(
-            input_ids=tokens_N.unsqueeze(0),
-            position_ids=positions_N.unsqueeze(0),
-            use_cache=False,
-            plan=plan,
-        )
-    hidden: Tensor = out.last_hidden_state[0]
-    return hidden
-
-
-@contextmanager
-def _ragged_attention(backbone: Any) -> Iterator[None]:
-    """The backbone with our attention, for one forward; it is left as it was."""
-    configs = {id(c): c for c in (backbone.config, backbone.config.get_text_config())}.values()
-    before = [c._attn_implementation for c in configs]
-    for config in configs:
-        config._attn_implementation = attention.NAME
-    try:
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
