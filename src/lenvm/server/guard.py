@@ -115,7 +115,8 @@ class Guard:
         self, scope: Scope, request_id: str, status: int, seconds: float, facts: dict[str, Any]
     ) -> None:
         route = scope.get("route")
-        path = getattr(route, "path", None) or ("other" if status == 404 else scope["path"])
+        # a client's own path is no label: there would be as many as it cares to make up
+        path = getattr(route, "path", None) or "other"
         path = path if status not in (401, 404, 421) else "other"
         self.metrics.requests.labels(path, str(status or 499)).inc()
         self.metrics.duration.labels(path).observe(seconds)
