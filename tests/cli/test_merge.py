@@ -45,7 +45,16 @@ def test_a_merged_adapter_is_a_whole_checkpoint_of_the_same_values(adapter, monk
     assert (tmp_path / "w" / "tokenizer.json").exists()
     own = LengthValueModel.from_pretrained(adapter / "m")
     torch.testing.assert_close(whole.read(IDS)[0], own.read(IDS)[0], rtol=1e-4, atol=1e-5)
-    assert run(monkeypatch, "merge", str(adapter / "m"), "-o", str(tmp_path / "w")) == 2
+    command = ["merge", str(adapter / "m"), "-o"]
+    assert run(monkeypatch, *command, str(tmp_path / "w")) == 2
+    (tmp_path / "file").touch()
+    assert run(monkeypatch, *command, str(tmp_path / "file")) == 2
+
+
+def test_an_adapter_on_a_base_of_another_size_is_refused_with_the_weight(adapter, tmp_path):
+    tiny_backbone(hidden_size=64).save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"does not fit .*other: size mismatch for .*lora_A"):
+        LengthValueModel.from_pretrained(f"{adapter / 'm'}@{tmp_path / 'other'}")
 
 
 def test_a_front_end_knows_an_adapter_by_its_base(adapter):

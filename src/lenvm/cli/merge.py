@@ -17,8 +17,8 @@ def register(app: typer.Typer) -> None:
         from lenvm.errors import InputError
         from lenvm.model.value_model import LengthValueModel
 
-        if output.exists() and any(output.iterdir()):
-            raise InputError(f"{output} is not empty; name a new folder")
+        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+            raise InputError(f"{output} is there and no empty folder; name a new one")
         model = LengthValueModel.from_pretrained(lenvm)
         model.config.base_model = None
         model.save_pretrained(output)

@@ -388,7 +388,14 @@ def _load_adapter(folder: Path, base: str, dtype: torch.dtype | str, merge: bool
     from peft import PeftModel
 
     backbone = _load_backbone(base, dtype)
-    adapted: Any = PeftModel.from_pretrained(backbone, str(folder), is_trainable=not merge)
+    try:
+        adapted: Any = PeftModel.from_pretrained(backbone, str(folder), is_trainable=not merge)
+    except RuntimeError as error:  # peft's list of every weight whose size differs
+        reason = str(error).partition("\n\t")[2].partition("\n")[0]
+        raise CheckpointError(
+            f"the adapter in {folder} does not fit {base}: {reason or error}; name the base that "
+            "it was trained on"
+        ) from error
     merged: nn.Module = adapted.merge_and_unload() if merge else adapted
     return merged
 
