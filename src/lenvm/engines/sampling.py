@@ -9,7 +9,7 @@ Shape legend: R rows, V vocabulary, K candidates.
 import math
 import random
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lenvm.errors import InputError
 from lenvm.guidance.candidates import BLOCK, largest
+from lenvm.model.device import upload
 
 FEW = 256
 """Up to this many candidates are found without sorting the vocabulary."""
@@ -73,14 +74,6 @@ class SamplingParams(BaseModel):
     def random_stream(self, index: int = 0) -> random.Random:
         """The request's own random numbers; `index` tells n completions of one seed apart."""
         return random.Random() if self.seed is None else random.Random(f"{self.seed}/{index}")
-
-
-def upload(rows: Any, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Numbers from the host, without waiting for what the device has still to do."""
-    numbers = torch.tensor(rows, dtype=dtype)
-    if torch.device(device).type == "cuda":
-        numbers = numbers.pin_memory()
-    return numbers.to(device, non_blocking=True)
 
 
 def adjust(

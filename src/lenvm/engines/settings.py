@@ -161,9 +161,7 @@ class GuidanceSettings:
         scorer = CandidateScorer(model, **limits)
         if on_gpu:
             self._warm_up(scorer)
-        return GuidanceSession(
-            scorer, eos_token_ids=(), count_candidates=self.count_candidates or not on_gpu
-        )
+        return GuidanceSession(scorer, eos_token_ids=(), count_candidates=self.count_candidates)
 
     def _warm_up(self, scorer: "CandidateScorer") -> None:
         """Compile and capture what a step of usual width meets, before the first request."""

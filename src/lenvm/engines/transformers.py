@@ -20,12 +20,13 @@ from torch import Tensor
 
 from lenvm.engines.request import Completion as Completion
 from lenvm.engines.request import Request as Request
-from lenvm.engines.sampling import adjust, draw, truncate, upload
+from lenvm.engines.sampling import adjust, draw, truncate
 from lenvm.engines.text import TextStream
 from lenvm.errors import CapacityError, ControlError, InputError, LenVMError, RequestError
 from lenvm.guidance.scorer import CandidateScorer
 from lenvm.guidance.session import GuidanceSession
 from lenvm.model.bundled import resolve_model
+from lenvm.model.device import upload
 from lenvm.model.packed_linear import pack_linear
 from lenvm.model.ragged import RaggedDecoder
 from lenvm.model.tokenization import find_eos_token_ids, load_tokenizer

@@ -19,6 +19,7 @@ from torch import Tensor
 from lenvm.model import kernels
 from lenvm.model.backbone import run_backbone
 from lenvm.model.cuda_plans import CudaCandidates, CudaExtend
+from lenvm.model.device import pin, upload
 from lenvm.model.fused_layers import fuse_layers
 from lenvm.model.kernel_choices import PLAIN, Choices
 from lenvm.model.kernels import CAUSAL_BLOCK, NO_ROW
@@ -137,11 +138,11 @@ class CudaRunner:
         ]
         rest = [0] * (cache.max_requests - num_rows)
         meta = [[*numbers, *rest] for numbers in meta]
-        self._meta.copy_(self._pin(meta, torch.int32), non_blocking=True)
+        self._meta.copy_(pin(meta, torch.int32, self.device), non_blocking=True)
         cache.table()
         candidates = candidates_RK
         if not on_device:
-            candidates = self._pin(candidates_RK, torch.long).to(self.device, non_blocking=True)
+            candidates = self._upload(candidates_RK, torch.long)
         packed_RK = torch.empty((num_rows, width), dtype=torch.long, device=self.device)
         kernels.pack_candidates(
             candidates,
@@ -172,7 +173,7 @@ class CudaRunner:
         places = self._upload([list(rows), slots], torch.int32)
         on_device = token_ids.device.type == self.device.type
         if not on_device:
-            token_ids = self._pin(token_ids, torch.long).to(self.device, non_blocking=True)
+            token_ids = self._upload(token_ids, torch.long)
         kernels.keep_candidates(
             self._stash,
             self.cache.data,
@@ -264,12 +265,9 @@ class CudaRunner:
 
     # -- host and device --------------------------------------------------------------------------
 
-    def _pin(self, values: Any, dtype: torch.dtype) -> Tensor:
-        pinned = torch.as_tensor(values, dtype=dtype)
-        return pinned.pin_memory() if self.device.type == "cuda" else pinned
-
     def _upload(self, values: Any, dtype: torch.dtype) -> Tensor:
-        return self._pin(values, dtype).to(self.device, non_blocking=True)
+        numbers: Tensor = upload(values, dtype, self.device)
+        return numbers
 
     def _watch(self, what: str) -> None:
         assert self._last is not None

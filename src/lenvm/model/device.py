@@ -31,3 +31,16 @@ def pick_dtype(device: str) -> Any:
     import torch
 
     return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+
+
+def pin(values: Any, dtype: Any, device: Any) -> Any:
+    """Numbers as a tensor on the host from which `device` can read while the host goes on."""
+    import torch
+
+    numbers = torch.as_tensor(values, dtype=dtype)
+    return numbers.pin_memory() if torch.device(device).type == "cuda" else numbers
+
+
+def upload(values: Any, dtype: Any, device: Any) -> Any:
+    """Numbers as a tensor on `device`, without waiting for what it has still to do."""
+    return pin(values, dtype, device).to(device, non_blocking=True)
