@@ -14,6 +14,7 @@ from recipes.results.plan import Plan
 from lenvm.evals.lifebench.run import EVALUATION as LIFEBENCH
 from lenvm.evals.lifebench.run import summarise as summarise_lifebench
 from lenvm.evals.runner import Record, load_config, load_records
+from lenvm.evals.tradeoff.arms import OWN
 from lenvm.evals.tradeoff.run import EVALUATION as TRADEOFF
 from lenvm.evals.tradeoff.run import summarise as summarise_tradeoff
 from lenvm.files import read_json, write_json
@@ -173,7 +174,7 @@ def _tradeoff(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
     main = next(
         (runs[n] for n in ([names] if isinstance(names, str) else names) if n in runs), None
     )
-    own = _at_two_thirds(main, ("shortest", "price", "tilt", "at_most"))
+    own = _at_two_thirds(main, OWN)
     # a single prompt is no curve: it counts where its answers are about as short
     single = [
         a["pass_at_1"]["value"]

@@ -135,6 +135,7 @@ def parse_control_settings(text: str | None) -> dict[str, Any]:
     """`--control`: fields of LengthControl that are no goal. InputError names what is wrong."""
     import json
 
+    from lenvm.evals.arms import TARGETS
     from lenvm.guidance.request import LengthControl
 
     if text is None:
@@ -145,7 +146,7 @@ def parse_control_settings(text: str | None) -> dict[str, Any]:
         raise InputError(f"--control is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"--control is {text}; expected an object such as {{'top_k': 15}}")
-    goals = {"equal_to", "at_most", "at_least", "shortest", "price", "tilt", "rule"} & fields.keys()
+    goals = (TARGETS | {"rule"}) & fields.keys()
     if goals:
         raise InputError(f"--control sets {', '.join(sorted(goals))}; the arms set these")
     LengthControl.parse({**fields, "equal_to": 1})

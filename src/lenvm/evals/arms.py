@@ -64,8 +64,8 @@ LABELS = {
     "tilt": "LenVM tilt {}",
     "at_most": "LenVM at most {} tokens",
 }
-GOALS = {"equal_to", "at_most", "at_least", "shortest", "price", "tilt", "remaining"}
-GOALS |= {"rule", "strength", "evidence"}
+TARGETS = {"equal_to", "at_most", "at_least", "shortest", "price", "tilt"}
+GOALS = TARGETS | {"remaining", "rule", "strength", "evidence"}
 """What an arm is: not for its settings."""
 FEATURES: dict[str, tuple[Feature, ...]] = {
     "countdown": (),

@@ -8,17 +8,9 @@ from lenvm.evals.generator import GenerationRequest, Sampling
 from lenvm.evals.tradeoff.items import Question
 from lenvm.guidance.request import LengthControl
 
-KINDS = (
-    "prompt",
-    "shortest",
-    "price",
-    "tilt",
-    "at_most",
-    "budget",
-    "budget_answer",
-    "concise",
-    "eos_bias",
-)
+OWN = ("shortest", "price", "tilt", "at_most")
+"""LenVM's, of which each is the name of a control's goal."""
+KINDS = ("prompt", *OWN, "budget", "budget_answer", "concise", "eos_bias")
 FORCED = "\n\nThe final answer is \\boxed{"
 FORCED_TOKENS = 48
 
@@ -38,7 +30,7 @@ def build_request(arm: Arm, question: Question, s: ArmSettings, case_id: str) ->
     if arm.kind in ("budget", "budget_answer"):
         max_tokens = min(max_tokens, int(arm.parameter or 0))
     control = None
-    if arm.kind in ("shortest", "price", "tilt", "at_most"):
+    if arm.kind in OWN:
         value = int(arm.parameter or 0) if arm.kind == "at_most" else arm.parameter
         shared = match_truncation(s.sampling) | s.control | dict(arm.settings)
         fields = shared | {arm.kind: value}

@@ -7,7 +7,7 @@ from typing import Any
 from lenvm.evals.arms import Arm
 from lenvm.evals.bootstrap import Estimate, Resampler
 from lenvm.evals.quality import has_words, measure_record, summarise_quality
-from lenvm.evals.tradeoff.arms import end_of_box, force_answer
+from lenvm.evals.tradeoff.arms import OWN, end_of_box, force_answer
 from lenvm.evals.tradeoff.curves import (
     Point,
     accuracy_at,
@@ -190,7 +190,7 @@ def _compare(
             )
         tables[family] = {"arms": [p.arm for p in curve], "accuracy_at": at}
     areas = []
-    for family in [f for f in curves if f in ("shortest", "price", "tilt", "at_most")]:
+    for family in [f for f in curves if f in OWN]:
         for other in [f for f in curves if f != family]:
             if (area := area_between(curves[family], curves[other])) is not None:
                 areas.append(
