@@ -174,8 +174,6 @@ class RuleParams:
 
 def rule_name(control: LengthControl, *, has_distribution: bool) -> str:
     """The rule that acts for a control: one of RULES or a user's own."""
-    if control.price is not None or control.shortest is not None:
-        return "conditional"
     if control.has_target:
         return control.rule or ("conditional" if has_distribution else "soft")
     if control.tilt is not None:

@@ -75,7 +75,7 @@ class LengthControl(BaseModel):
     price: Annotated[float, Field(gt=0, le=1)] | None = None
     """Nats that a token costs: answers y follow p(y) exp(-price |y|), of all the distributions with
     their mean length the one nearest to the generator. 0.005: 200 tokens more are e times less
-    likely. Alone, or within `at_most` and `at_least`."""
+    likely; weakened beyond `horizon`. Alone, or within `at_most` and `at_least`."""
     tilt: Annotated[float, Field(ge=-10_000, le=10_000)] | None = None
     """Scale s of p(x) exp(-s u(x)), u = -V: s > 0 shortens, s < 0 lengthens."""
     tilt_logit: Annotated[float, Field(ge=-1000, le=1000)] | None = None
@@ -163,8 +163,7 @@ class LengthControl(BaseModel):
         for name, (low, high) in zip(("at_least", "value_at_least"), intervals, strict=True):
             if low is not None and high is not None and low > high:
                 raise ValueError(f"{name} {low} is over {name.replace('least', 'most')} {high}")
-        untargeted = self.price is None and self.shortest is None and not self.has_target
-        if self.rule is not None and untargeted:
+        if self.rule is not None and not self.has_target:
             raise ValueError("rule goes with a length or a value to meet, not with a tilt or scale")
         for name in ("price", "shortest"):
             if getattr(self, name) is not None and self.rule not in (None, "conditional"):
@@ -213,9 +212,10 @@ class LengthControl(BaseModel):
 
     @property
     def has_target(self) -> bool:
-        """There is a length or a value to meet, so a rule decides how."""
+        """There is a length, a value or a price to meet, so a rule decides how."""
         values = (self.value_equal_to, self.value_at_most, self.value_at_least)
-        return self.counts_tokens or any(value is not None for value in values)
+        others = (*values, self.price, self.shortest)
+        return self.counts_tokens or any(x is not None for x in others)
 
     def interval(self) -> tuple[int, int]:
         """[least, most] allowed lengths in tokens; (1, MAX_LENGTH) where there is no such goal."""

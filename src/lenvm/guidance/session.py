@@ -134,10 +134,8 @@ class GuidanceSession:
                 if firsts[prefix] != request_id:
                     self.scorer.fork(firsts[prefix], request_id)
             row = {prefix: index for index, prefix in enumerate(firsts)}
-            resolved = {
-                r: self._resolve(r, guided, belief, row[prefixes[r]])
-                for r, guided in requests.items()
-            }
+            rows = {r: row[prefix] for r, prefix in prefixes.items()}
+            resolved = self._resolve(requests, belief, rows)
         except Exception as error:
             for request_id in requests:  # whatever went wrong, nothing stays behind
                 with suppress(LenVMError):
@@ -374,18 +372,34 @@ class GuidanceSession:
         before = self.scorer.encode_control(asked)
         return (*before, *guided.prompt_token_ids, *guided.generated_token_ids)
 
-    def _resolve(self, request_id: str, guided: Guided, belief: LengthBelief, row: int) -> Guided:
-        """`shortest` as a limit, from the length predicted at the prompt's end. belief, row: where
-        the request stands; a resumed one stands further on, and its prompt is read again."""
-        if guided.control is None or guided.control.shortest is None:
-            return guided
-        if guided.generated_token_ids:
-            probe = f"{request_id}/prompt"
-            prompt = replace(guided, generated_token_ids=())
-            belief, row = self.scorer.add({probe: list(self._prefix(prompt))}), 0
-            self.scorer.remove([probe])
-        limit = float(belief.quantile(guided.control.shortest)[row])
-        return replace(guided, control=guided.control.resolve(limit))
+    def _resolve(
+        self, requests: Mapping[str, Guided], belief: LengthBelief, rows: Mapping[str, int]
+    ) -> dict[str, Guided]:
+        """`shortest` as a limit, from the length predicted at the prompt's end. belief: where each
+        request stands, in its row; a resumed one stands further on, and its prompt is read again.
+        """
+        resolved = dict(requests)
+        quantiles: dict[float, list[float]] = {}
+        for request_id, guided in requests.items():
+            if guided.control is None or guided.control.shortest is None:
+                continue
+            share = guided.control.shortest
+            if guided.generated_token_ids:
+                limit = self._predict_quantile(guided, share)
+            else:
+                if share not in quantiles:
+                    quantiles[share] = belief.quantile(share).tolist()
+                limit = quantiles[share][rows[request_id]]
+            resolved[request_id] = replace(guided, control=guided.control.resolve(limit))
+        return resolved
+
+    def _predict_quantile(self, guided: Guided, share: float) -> float:
+        """Quantile of the length at the end of the prompt alone."""
+        probe = "\0prompt"  # no request's id
+        prompt = self._prefix(replace(guided, generated_token_ids=()))
+        belief = self.scorer.add({probe: list(prompt)})
+        self.scorer.remove([probe])
+        return float(belief.quantile(share)[0])
 
     def _try_add(self, request_id: str, token_ids: Sequence[int]) -> None:
         self.scorer.add({request_id: list(token_ids)})
