@@ -199,11 +199,9 @@ class LengthControl(BaseModel):
             raise ControlError(field, first["input"], allowed) from None
 
     def resolve(self, quantile: float) -> "LengthControl":
-        """`shortest` as a limit: at most `quantile` tokens, which is what was predicted for it. The
-        limit is the value model's, not a promise, unless `strict` says so."""
+        """`shortest` as a limit: at most `quantile` tokens, which is what was predicted for it."""
         limit = min(max(1, round(quantile)), MAX_LENGTH)
-        strict = bool(self.strict)
-        return self.model_copy(update={"shortest": None, "at_most": limit, "strict": strict})
+        return self.model_copy(update={"shortest": None, "at_most": limit})
 
     @property
     def counts_tokens(self) -> bool:
