@@ -252,6 +252,7 @@ def test_calibrated_quantiles_cover_what_they_say_and_have_a_flat_pit():
             "id": str(i),
             "domain": "any",
             "lengths": lengths,
+            "censored": [],
             "prediction": {
                 "value": -0.5,
                 "length": scale,
@@ -277,6 +278,28 @@ def test_pit_of_a_length_at_a_quantile_and_beyond_all():
     assert pit_values(None, [1]) is None
 
 
+@pytest.mark.parametrize("cap", [1500, 10_000])
+def test_answers_that_were_cut_off_do_not_make_intervals_look_wide(cap: int):
+    """Left out, they would: all of them are longer than what their interval says or unknown."""
+    rng = np.random.default_rng(1)
+    inside, without = [], []
+    for _ in range(2000):
+        scale = float(rng.uniform(100, 650))  # so that no interval ends past the lower cap
+        lengths = np.maximum(1, rng.exponential(scale, 10).round()).astype(int)
+        whole = lengths[lengths <= cap].tolist()
+        found = inside_intervals(exponential_quantiles(scale), whole, [cap] * (10 - len(whole)))
+        inside += found["80"]
+        without += inside_intervals(exponential_quantiles(scale), whole)["80"]
+    assert np.mean(inside) == pytest.approx(0.8, abs=0.01)
+    assert np.mean(without) >= np.mean(inside)
+
+
+def test_an_answer_cut_off_inside_an_interval_is_left_out():
+    quantiles = {"0.1": 10.0, "0.9": 20.0}
+    assert inside_intervals(quantiles, [15], [19])["80"] == [True]
+    assert inside_intervals(quantiles, [15], [20])["80"] == [True, False]
+
+
 def test_intervals_without_their_quantiles_are_absent():
     assert inside_intervals({"0.1": 5, "0.9": 9}, [4, 5, 9]) == {"80": [False, True, True]}
     assert inside_intervals(None, [4]) == {}
@@ -288,6 +311,7 @@ def test_a_distribution_head_answers_mean_and_median_with_its_own_numbers():
         "id": "a",
         "domain": "d",
         "lengths": [50, 70],
+        "censored": [],
         "prediction": {"value": value, "length": 55.0, "mean": 65.0},
         "positions": [],
     }

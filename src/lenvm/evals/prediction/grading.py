@@ -39,7 +39,7 @@ def grade_prompt(
         "relative_error": abs(predicted - truth) / truth,
         "baselines": dict(baselines),
         "pit": pit_values(belief.get("quantiles"), lengths),
-        "inside": inside_intervals(belief.get("quantiles"), lengths),
+        "inside": inside_intervals(belief.get("quantiles"), lengths, record["censored"]),
         "positions": [
             {"at": p["at"], "relative_error": abs(p["predicted"] - p["remaining"]) / p["remaining"]}
             for p in record["positions"]
@@ -68,15 +68,22 @@ def pit_values(quantiles: Mapping[str, float] | None, lengths: Sequence[int]) ->
 
 
 def inside_intervals(
-    quantiles: Mapping[str, float] | None, lengths: Sequence[int]
+    quantiles: Mapping[str, float] | None, lengths: Sequence[int], censored: Sequence[int] = ()
 ) -> dict[str, list[bool]]:
-    """Per central interval that the quantiles bound: which lengths lie inside it."""
+    """Per central interval that the quantiles bound: which lengths lie inside it.
+
+    censored: tokens seen of completions that were cut off. One seen up to the interval's end is
+    longer, so outside; of one cut off before that nobody knows, and it is left out.
+    """
     bounds = {
         name: (quantiles[str(low)], quantiles[str(high)])
         for name, (low, high) in INTERVALS.items()
         if quantiles is not None and str(low) in quantiles and str(high) in quantiles
     }
-    return {n: [low <= x <= high for x in lengths] for n, (low, high) in bounds.items()}
+    return {
+        name: [low <= x <= high for x in lengths] + [False for seen in censored if seen >= high]
+        for name, (low, high) in bounds.items()
+    }
 
 
 def summarise_domain(grades: Sequence[Grade], num_completions: int) -> dict[str, Any]:

@@ -25,8 +25,9 @@ class PromptGroup:
     """Token ids of the completions that ended by themselves."""
     images: list[str] = field(default_factory=list)
     """Image files of the prompt."""
-    num_censored: int = 0
-    """Completions that were cut off: their length is not known, they are left out and counted."""
+    censored: list[int] = field(default_factory=list)
+    """Tokens seen of each completion that was cut off: it is longer than that. Such completions
+    count where that decides (is it outside an interval?), and are left out of true lengths."""
 
     @property
     def lengths(self) -> list[int]:
@@ -104,4 +105,4 @@ def _add(groups: dict[str, PromptGroup], trajectory: Trajectory) -> None:
     if trajectory.is_complete:
         group.completions.append(trajectory.completion_token_ids)
     else:
-        group.num_censored += 1
+        group.censored.append(len(trajectory.completion_token_ids))

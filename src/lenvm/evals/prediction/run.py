@@ -154,7 +154,7 @@ def _to_record(
         "prompt_text": group.text[:500],
         "prompt_tokens": len(group.prompt_token_ids),
         "lengths": group.lengths,
-        "num_censored": group.num_censored,
+        "censored": group.censored,
         "prediction": prediction,
         "positions": points,
     }
@@ -176,7 +176,7 @@ def summarise(
     for domain in domains:
         rows = [g for g in grades if domain in ("all", g["domain"])]
         tables[domain] = summarise_domain(rows, sum(counts[g["id"]] for g in rows))
-    censored = sum(g.num_censored for g in groups.evaluated)
+    censored = sum(len(g.censored) for g in groups.evaluated)
     return write_results(
         folder,
         EVALUATION,
@@ -199,8 +199,9 @@ def summarise(
 
 def _notes(groups: Groups, num_censored: int) -> list[str]:
     found = {
-        f"{num_censored} completions were cut off; their lengths are not known, so they are left "
-        "out, which makes true lengths look shorter": num_censored,
+        f"{num_censored} completions were cut off; their lengths are not known, so true lengths "
+        "leave them out, which makes them look shorter; coverage counts those that were longer than "
+        "an interval when they were cut off": num_censored,
         f"{groups.num_guided} guided completions are left out": groups.num_guided,
         f"{groups.num_too_few} prompts have too few complete completions": groups.num_too_few,
     }
