@@ -11,8 +11,8 @@ time of a step goes.
 
 Truth runs on a real small generator (`--real`: a folder or a GGUF file). Speed runs on shapes
 (Qwen2.5's 0.5B, 1.5B, 7B) with made-up weights, under which all 15 candidates of every token are
-real: the most that a step can cost. Or on trained models (`--generator`, `--value`), whose text has
-fewer. All engines of a call start at once and then work one at a time. The JSON is written after
+real: the most that a step can cost (`--top-k`: as many as trained models leave). Or on trained
+models (`--generator`, `--value`), whose text has fewer. All engines of a call start at once and then work one at a time. The JSON is written after
 each point.
 
 What is compared (`kind`): `stock`, the engine alone with its default settings; `stock_v1`, vLLM
@@ -77,7 +77,7 @@ class Run:
         self.deadline = time.monotonic() + arguments.budget_s
         self.site = setup.write_site(self.work)
         self.prompts: list[list[int]] | None = None
-        self.control = TRAINED_CONTROL if arguments.generator else CONTROL
+        self.control = TRAINED_CONTROL if arguments.generator else CONTROL | self.top_k()
         self.results: dict[str, Any] = {
             "is_dry_run": self.is_dry,
             "command": " ".join(sys.argv),
@@ -91,6 +91,9 @@ class Run:
             "engines": {},
             "points": [],
         }
+
+    def top_k(self) -> dict[str, int]:
+        return {"top_k": self.arguments.top_k} if self.arguments.top_k else {}
 
     @property
     def left_s(self) -> float:
@@ -426,6 +429,7 @@ class Run:
         point = {
             "pair": pair,
             "trained": bool(self.prompts),
+            **self.top_k(),
             "kind": kind,
             "concurrency": concurrency,
             **answer,
@@ -463,6 +467,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", default=["1.5b_0.5b", "7b_1.5b", "0.5b_0.5b"])
     parser.add_argument("--concurrency", nargs="*", type=int, default=[64, 16, 1, 256])
     parser.add_argument("--num-tokens", type=int, default=512)
+    parser.add_argument("--top-k", type=int, help="candidates that made-up weights are to have")
     parser.add_argument("--with-v1", action="store_true", help="vLLM alone with its V1 runner, too")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()

@@ -15,6 +15,7 @@ def headline(engine: str, points: list[dict[str, Any]]) -> dict[str, float | Non
         if p["concurrency"] == 64
         and "tokens_per_s" in p
         and not p.get("trained")
+        and not p.get("top_k")
         and p.get("engine", engine) == engine
     }
 

@@ -44,13 +44,13 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from lenvm.data.dataset import Sequences  # noqa: E402
 from lenvm.data.packing import BatchPlan, PackedBatch, pack, pad  # noqa: E402
+from lenvm.model.loading import find_layers  # noqa: E402
 from lenvm.model.value_model import LengthValueModel  # noqa: E402
 from lenvm.training.model import (  # noqa: E402
     PackedModel,
     add_adapter,
     choose_parameters,
     compile_layers,
-    find_layers,
 )
 from lenvm.training.objective import Objective, States  # noqa: E402
 from training_inputs import (  # noqa: E402

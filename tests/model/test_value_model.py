@@ -87,6 +87,27 @@ def test_lora_checkpoint_merges_at_load(tmp_path: Path):
     torch.testing.assert_close(named.read(IDS)[0], model.read(IDS)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_first_layers_alone_are_a_model_of_their_own(tmp_path: Path, family: str):
+    """Cut, saved and read again: what the whole model's hidden states after those layers say."""
+    whole = tiny_generator(family, num_hidden_layers=3)
+    whole.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    config = LenVMConfig(gamma=0.99, num_layers=2)
+    model = LengthValueModel.build(str(tmp_path / "base"), config).eval()
+    model.save_pretrained(tmp_path / "m")
+    again = LengthValueModel.from_pretrained(tmp_path / "m")
+    assert again.backbone.config.num_hidden_layers == len(again.backbone.layers) == 2
+    ids = torch.tensor([IDS[0]])
+    backbone = whole.model
+    with torch.no_grad():
+        states = backbone(ids, output_hidden_states=True).hidden_states[2]
+        expected = model.head(backbone.norm(states))[0]
+    torch.testing.assert_close(again.read([IDS[0]])[0], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="num_layers is 4; the backbone has 3 layers"):
+        LengthValueModel.build(str(tmp_path / "base"), LenVMConfig(gamma=0.99, num_layers=4))
+
+
 def test_build_from_a_folder_records_generator_tokenizer_and_eos(tmp_path: Path):
     tiny_generator().save_pretrained(tmp_path / "g")
     tiny_tokenizer().save_pretrained(tmp_path / "g")

@@ -104,6 +104,16 @@ def test_training_learns_and_saves_what_it_learned(
         assert lengths[0] < 12 < lengths[1]
 
 
+@pytest.mark.parametrize("trainable", ["full", "last", "lora"])
+def test_the_first_layers_train_alone(tmp_path: Path, base: str, trainable: str):
+    fields: dict[str, object] = {"last_layers": 1} if trainable == "last" else {}
+    settings = config(tmp_path, base, trainable=trainable, num_layers=2, epochs=2, **fields)
+    result = train(settings)
+    model = LengthValueModel.from_pretrained(tmp_path / "model")
+    assert model.backbone.config.num_hidden_layers == len(model.backbone.layers) == 2
+    assert mean_loss(model, tmp_path / "t.jsonl") == pytest.approx(result.val_loss_last, rel=2e-2)
+
+
 def mean_loss(model: LengthValueModel, data: Path) -> float:
     """Of the validation split, one sequence at a time."""
     sequences = Sequences.select([TokenStore.load(data)], "validation")

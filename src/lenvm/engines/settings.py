@@ -101,7 +101,8 @@ class GuidanceSettings:
 
     @cached_property
     def _facts(self) -> "Facts":
-        from lenvm.model.value_model import read_vocab_size, split_name
+        from lenvm.model.loading import split_name
+        from lenvm.model.value_model import read_vocab_size
 
         try:
             vocab_size = read_vocab_size(self.model)

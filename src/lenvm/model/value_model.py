@@ -11,18 +11,18 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel
 
 from lenvm.errors import CheckpointError, InputError
 from lenvm.files import explaining, read_json, write_json
 from lenvm.model.bundled import resolve_model
 from lenvm.model.head import HeadName, LengthBelief, LengthBins, build_head
+from lenvm.model.loading import find_base, hidden_size, load_adapter, load_backbone, split_name
 from lenvm.model.tokenization import (
     describe_difference,
     encode_control,
@@ -57,6 +57,8 @@ class LenVMConfig(BaseModel):
     """The distribution head's bins (`LengthBins`)."""
     control_input: bool = False
     """A guided completion's control stands before its prompt, as `encode_control` writes it."""
+    num_layers: Annotated[int, Field(ge=1)] | None = None
+    """The backbone is the first `num_layers` layers of the model that it is named after."""
     base_model: str | None = None
     """Base of a LoRA checkpoint, where the folder holds an adapter."""
 
@@ -91,7 +93,7 @@ class LengthValueModel(nn.Module):
         if isinstance(backbone, nn.Module):
             return cls(backbone, config).to(device)
         path = resolve_model(backbone)
-        model = cls(_load_backbone(path, dtype), config)
+        model = cls(load_backbone(path, dtype, config.num_layers), config)
         model.tokenizer = load_tokenizer(path)
         model.images = ImageReader.load(path, model.backbone.config)
         config.generator = config.generator or backbone
@@ -256,10 +258,11 @@ class LengthValueModel(nn.Module):
         config = _load_config(folder, gamma)
         base = str(folder)
         if (folder / "adapter_config.json").exists():
-            base = _find_base(folder, config, base_model)
-            backbone = _load_adapter(folder, base, dtype, merge_adapter)
+            base = find_base(folder, base_model or config.base_model)
+            backbone = load_backbone(base, dtype, config.num_layers)
+            backbone = load_adapter(backbone, folder, base, merge=merge_adapter)
         else:
-            backbone = _load_backbone(base, dtype)
+            backbone = load_backbone(base, dtype, config.num_layers)
         model = cls(backbone, config)
         model._load_head(folder / HEAD_FILE)
         for place in (folder, Path(base)):  # an adapter may leave the tokenizer to its base
@@ -307,14 +310,6 @@ class LengthValueModel(nn.Module):
         )
 
 
-def split_name(name: str | Path) -> tuple[Path, str | None]:
-    """(folder, base) of `FOLDER@BASE`; a folder that is there is one, whatever its name."""
-    if Path(name).is_dir() or "@" not in str(name):
-        return Path(name), None
-    folder, _, base = str(name).rpartition("@")
-    return Path(folder), base
-
-
 def read_vocab_size(name: str | Path) -> int:
     """Tokens that a checkpoint's backbone knows, without its weights. CheckpointError where there
     is no checkpoint."""
@@ -326,17 +321,11 @@ def read_vocab_size(name: str | Path) -> int:
         if not (folder / "adapter_config.json").exists():
             raise CheckpointError(f"{name} is no checkpoint folder")
         gamma = None if (folder / CONFIG_FILE).exists() else 0.5  # no length is read here
-        place = _find_base(folder, _load_config(folder, gamma), base_model)
+        place = find_base(folder, base_model or _load_config(folder, gamma).base_model)
     if (Path(place) / "config.json").exists():
         data = read_json(Path(place) / "config.json")
         return int(data.get("text_config", data)["vocab_size"])
     return int(AutoConfig.from_pretrained(place).get_text_config().vocab_size)  # from a hub
-
-
-def hidden_size(backbone: nn.Module) -> int:
-    """Width H of the last hidden state, of decoders and VLMs alike."""
-    config: Any = backbone.config
-    return int(config.get_text_config().hidden_size)
 
 
 def _load_config(folder: Path, gamma: float | None) -> LenVMConfig:
@@ -366,38 +355,6 @@ def _load_config(folder: Path, gamma: float | None) -> LenVMConfig:
             f"{folder} was trained at gamma {config.gamma}; it cannot be read at {gamma}"
         )
     return config
-
-
-def _load_backbone(path: str, dtype: torch.dtype | str) -> nn.Module:
-    try:
-        model: nn.Module = AutoModel.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load a model from {path}: {error}") from error
-    return model
-
-
-def _find_base(folder: Path, config: LenVMConfig, base_model: str | None) -> str:
-    """Path or hub id of the model that the adapter goes on."""
-    base = base_model or config.base_model
-    if base is None:
-        base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
-    return resolve_model(base)
-
-
-def _load_adapter(folder: Path, base: str, dtype: torch.dtype | str, merge: bool) -> nn.Module:
-    from peft import PeftModel
-
-    backbone = _load_backbone(base, dtype)
-    try:
-        adapted: Any = PeftModel.from_pretrained(backbone, str(folder), is_trainable=not merge)
-    except RuntimeError as error:  # peft's list of every weight whose size differs
-        reason = str(error).partition("\n\t")[2].partition("\n")[0]
-        raise CheckpointError(
-            f"the adapter in {folder} does not fit {base}: {reason or error}; name the base that "
-            "it was trained on"
-        ) from error
-    merged: nn.Module = adapted.merge_and_unload() if merge else adapted
-    return merged
 
 
 def _check_images(

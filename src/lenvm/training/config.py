@@ -24,6 +24,9 @@ class TrainingConfig(BaseModel):
     """Folder of the checkpoint; `metrics.jsonl` and resumable states stand beside it."""
     backbone: str = "smollm2"
     """Model to start from: `smollm2`, folder, hub id, GGUF file."""
+    num_layers: Annotated[int, Field(ge=1)] | None = None
+    """Keep the backbone's first layers only, and its last norm: half of them are half the cost of
+    every guided token. None: all."""
     init_from: str | None = None
     """Value model to go on from (folder), instead of `backbone` with a fresh head. Its head and
     gamma are kept."""
@@ -104,7 +107,8 @@ class TrainingConfig(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.init_from is not None:
-            if given := {"backbone", "head", "gamma"} & self.model_fields_set:
+            own = {"backbone", "head", "gamma", "num_layers"}
+            if given := own & self.model_fields_set:
                 raise ValueError(f"init_from brings its own {', '.join(sorted(given))}")
             if self.trainable in ("lora", "dora"):
                 raise ValueError("init_from goes with trainable = 'full', 'last' or 'head'")

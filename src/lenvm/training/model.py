@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lenvm.data.packing import PackedBatch
 from lenvm.errors import InputError, TrainingError
+from lenvm.model.loading import find_layers, find_norm
 from lenvm.model.value_model import LengthValueModel
 from lenvm.model.vision import embed_images
 from lenvm.training.attention import use_packed_attention
@@ -56,23 +57,6 @@ class PackedModel(nn.Module):
         self.value_model.backbone.gradient_checkpointing_enable(**options)
 
 
-def find_layers(backbone: Any) -> nn.ModuleList:
-    """The decoder layers, under LoRA and in VLMs alike. Raises InputError where there are none."""
-    lists = [
-        module
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and name.rsplit(".", 1)[-1] == "layers"
-        and len(module)
-        and hasattr(module[0], "self_attn")
-        and "visual" not in name
-        and "vision" not in name
-    ]
-    if not lists:
-        raise InputError(f"{type(backbone).__name__} has no decoder layers that lenvm knows")
-    return max(lists, key=len)
-
-
 def choose_parameters(model: LengthValueModel, trainable: Trainable, last_layers: int) -> None:
     """Freeze all but what trains. The head always does."""
     if trainable == "full":
@@ -86,15 +70,6 @@ def choose_parameters(model: LengthValueModel, trainable: Trainable, last_layers
             )
         for module in (*layers[len(layers) - last_layers :], find_norm(model.backbone)):
             module.requires_grad_(True)
-
-
-def find_norm(backbone: Any) -> nn.Module:
-    """The norm after the last layer."""
-    norms = [m for name, m in backbone.named_modules() if name.rsplit(".", 1)[-1] == "norm"]
-    if not norms:
-        raise InputError(f"{type(backbone).__name__} has no final norm that lenvm knows")
-    norm: nn.Module = norms[-1]
-    return norm
 
 
 def add_adapter(

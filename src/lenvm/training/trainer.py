@@ -266,6 +266,7 @@ def _build_model(
             head=config.head,
             target=config.target,
             control_input=config.control_input,
+            num_layers=config.num_layers,
         ),
         dtype=torch.bfloat16 if low else torch.float32,
     )

@@ -200,7 +200,7 @@ def summarise(
 def _notes(groups: Groups, num_censored: int) -> list[str]:
     found = {
         f"{num_censored} completions were cut off; their lengths are not known, so true lengths "
-        "leave them out, which makes them look shorter; coverage counts those that were longer than "
+        "leave them out, which makes them look shorter; coverage counts those that had grown past "
         "an interval when they were cut off": num_censored,
         f"{groups.num_guided} guided completions are left out": groups.num_guided,
         f"{groups.num_too_few} prompts have too few complete completions": groups.num_too_few,
