@@ -12,8 +12,8 @@ time of a step goes.
 Truth runs on a real small generator (`--real`: a folder or a GGUF file). Speed runs on shapes
 (Qwen2.5's 0.5B, 1.5B, 7B) with made-up weights, under which all 15 candidates of every token are
 real: the most that a step can cost (`--top-k`: as many as trained models leave). Or on trained
-models (`--generator`, `--value`), whose text has fewer. All engines of a call start at once and then work one at a time. The JSON is written after
-each point.
+models (`--generator`, `--value`), whose text has fewer. All engines of a call start at once and
+then work one at a time. The JSON is written after each point.
 
 What is compared (`kind`): `stock`, the engine alone with its default settings; `stock_v1`, vLLM
 alone with its V1 model runner, which it falls back to where any logits processor is installed;

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lenvm.data.dataset import Sequences, TokenStore, mixing_weights
+from lenvm.data.dataset import Sequences, TokenStore, mixing_weights, repetition
 from lenvm.errors import DataError, InputError
 from training.test_trainer import trajectory, write_rows
 
@@ -83,6 +83,27 @@ def test_truncated_and_too_long_are_dropped_and_counted():
     assert found.dropped == {"truncated": 1, "too_long": 1}
     kept = Sequences.from_trajectories(rows, censoring="one_sided")
     assert kept.complete.tolist() == [True, False, True]
+
+
+def test_loops_are_found_and_kept():
+    loop, text = [7, 8, 9, 10] * 10, list(range(10, 50))
+    whole = [
+        trajectory(i, 40, "train", completion_token_ids=ids, finish_reason=reason)
+        for i, (ids, reason) in enumerate(
+            [(loop, "stop"), (loop, "length"), (text, "stop"), (text, "length")]
+        )
+    ]
+    found = Sequences.from_trajectories(whole, loops_above=0.5)
+    assert found.is_loop.tolist() == [True, True, False]
+    assert found.complete.tolist() == [False, False, True]
+    assert found.dropped == {"truncated": 1}
+    assert not Sequences.from_trajectories(whole).is_loop.any()
+
+
+def test_repetition_is_the_share_of_four_grams_that_stood_before():
+    assert repetition(np.arange(40)) == repetition(np.array([1, 1, 1])) == 0
+    assert repetition(np.array([1, 2, 3, 4] * 3)) == pytest.approx(1 - 4 / 9)
+    assert repetition(np.full(100, 5)) == pytest.approx(1 - 1 / 97)
 
 
 def test_a_smaller_sample_is_part_of_a_larger_one(tmp_path: Path):

@@ -56,6 +56,19 @@ def test_value_and_mean_are_exact_given_the_bins(gamma: float):
     torch.testing.assert_close(belief.mean().double(), dense @ n, rtol=1e-5, atol=0)
 
 
+def test_what_never_ends_lies_in_no_interval_and_in_no_mean():
+    bins = LengthBins(loops=True)
+    logits = torch.full((1, len(bins)), -20.0)
+    logits[0, 9], logits[0, -1] = 0.0, 0.0  # ten tokens, or for ever
+    belief = DistributionBelief(logits, GAMMA, bins)
+    one, far = torch.tensor(1.0), torch.tensor(torch.inf)
+    assert belief.log_interval(one, far).exp().item() == pytest.approx(0.5, abs=1e-4)
+    assert belief.mean().item() == pytest.approx(10, abs=0.1)
+    assert belief.value().item() == pytest.approx((GAMMA**10 - 1) / 2 - 0.5, abs=1e-3)
+    plain = DistributionBelief(logits, GAMMA, LengthBins())
+    assert plain.log_interval(one, far).exp().item() == pytest.approx(1, abs=1e-4)
+
+
 @given(st.integers(0, 50), st.floats(0.01, 0.99))
 def test_quantile_is_the_least_length_that_reaches_q(seed: int, q: float):
     belief = random_belief(seed)

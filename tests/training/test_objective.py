@@ -22,7 +22,9 @@ from lenvm.training.objective import (
 GAMMA = 0.9
 
 
-def states(lengths: list[int], complete: list[bool] | None = None) -> States:
+def states(
+    lengths: list[int], complete: list[bool] | None = None, loops: list[bool] | None = None
+) -> States:
     complete = complete or [True] * len(lengths)
     completion = torch.tensor([c for c, n in enumerate(lengths) for _ in range(n + 1)])
     steps = torch.tensor([t for n in lengths for t in range(n + 1)])
@@ -32,6 +34,7 @@ def states(lengths: list[int], complete: list[bool] | None = None) -> States:
         steps,
         torch.tensor(lengths),
         torch.tensor(complete),
+        torch.tensor(loops or [False] * len(lengths)),
         last,
         max(lengths),
         not all(complete),
@@ -175,6 +178,20 @@ def test_the_tail_of_the_distribution_is_the_sum_of_longer_lengths():
         assert found[n].item() == pytest.approx(
             1 - sum(p for m, p in per_length.items() if m <= n), abs=1e-5
         )
+
+
+def test_a_loop_is_an_answer_that_never_ends():
+    """Whatever was seen of it: the last bin of the distribution, u = 1 of the scalar head."""
+    head = DistributionHead(8, LengthBins(loops=True))
+    where = states([5, 3], [False, True], [True, False])
+    raw = torch.randn(10, len(head.bins))
+    terms = distribution_terms(head, raw, where, 0.0)
+    torch.testing.assert_close(terms[:5], -raw.log_softmax(-1)[:5, -1])
+    torch.testing.assert_close(terms[6], -raw.log_softmax(-1)[6, 2])
+    low, high = torch.full((10,), -2.0), torch.full((10,), 12.0)
+    one_sided = Objective(censoring="one_sided")
+    found = [one_sided.scalar_terms(z, where, GAMMA)[:5].sum().item() for z in (low, high)]
+    assert found[0] > 1 > 1e-4 > found[1]
 
 
 def test_distribution_terms_smooth_to_the_neighbours_and_censor():

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from tokenizers.models import WordLevel
@@ -102,6 +103,32 @@ def test_training_learns_and_saves_what_it_learned(
         raw = torch.stack([r[-1] for r in model.read([[4, 40, 40], [4, 41, 41]])])
         lengths = model.belief(raw).length()
         assert lengths[0] < 12 < lengths[1]
+
+
+def test_loops_are_learned_as_answers_that_never_end(tmp_path: Path, base: str):
+    rows = []
+    for i in range(250):
+        split = "validation" if i % 5 == 0 else "train"
+        ids = [12, 13] * 14 if i % 2 else [int(x) for x in np.random.default_rng(i).permutation(28)]
+        ids = [20 + x if not i % 2 else x for x in ids]
+        prompt = [4, 40 + i % 2, 40 + i % 2]
+        rows.append(
+            trajectory(i, 28, split, prompt_token_ids=prompt, completion_token_ids=[*ids, EOS])
+        )
+    write_rows(tmp_path / "t.jsonl", rows)
+    train(config(tmp_path, base, loops_above=0.5, epochs=8))
+    model = LengthValueModel.from_pretrained(tmp_path / "model")
+    assert model.config.loops
+    raw = torch.stack([r[-1] for r in model.read([[4, 40, 40], [4, 41, 41]])])
+    ends = model.belief(raw).log_interval(torch.tensor(1), torch.tensor(torch.inf)).exp()
+    assert ends[0] > 0.9
+    assert ends[1] < 0.1
+    plain = {"output": str(tmp_path / "plain"), "epochs": 0.1}
+    train(config(tmp_path, base, **plain))
+    more = {**plain, "output": str(tmp_path / "more"), "init_from": plain["output"]}
+    settings = {"data": [str(tmp_path / "t.jsonl")], "loops_above": 0.5, **more}
+    with pytest.raises(InputError, match="loops_above"):
+        train(TrainingConfig.parse(settings))
 
 
 @pytest.mark.parametrize("trainable", ["full", "last", "lora"])

@@ -242,6 +242,8 @@ class Sequences:
     """Entry of `domains`."""
     image_sets: Array
     """Entry of the store's `images`, -1 for none."""
+    is_loop: Array
+    """bool: repeats itself so much that it counts as an answer that never ends; not `complete`."""
     domains: tuple[str, ...]
     dropped: Counter[str] = field(default_factory=Counter)
     """What was left out, by reason."""
@@ -256,6 +258,7 @@ class Sequences:
         censoring: Censoring = "drop",
         max_prompts: int | None = None,
         max_per_prompt: int | None = None,
+        loops_above: float | None = None,
         seed: int = 0,
     ) -> "Sequences":
         """The sequences of `split` (None: of all) that can be used.
@@ -263,6 +266,7 @@ class Sequences:
         Sequences over `max_tokens` are dropped and counted, never cut; truncated completions too
         where `censoring` is "drop". Down-sampling keeps `max_prompts` prompts and `max_per_prompt`
         completions of each, chosen by hash and seed, so that a smaller choice is part of a larger.
+        Completions whose `repetition` is over `loops_above` are loops, kept whatever the censoring.
         """
         index = np.concatenate([np.asarray(store.index) for store in stores])
         source = np.repeat(np.arange(len(stores)), [len(store.index) for store in stores])
@@ -272,6 +276,12 @@ class Sequences:
         keep = np.ones(len(index), bool)
         if split is not None:
             keep &= index["split"] == SPLITS.index(split)
+        is_loop = np.zeros(len(index), bool)
+        if loops_above is not None:
+            for i in np.flatnonzero(keep):
+                first = int(index["start"][i]) + int(index["prompt_length"][i])
+                ids = stores[source[i]].tokens[first : first + int(index["length"][i])]
+                is_loop[i] = repetition(ids) > loops_above
         dropped: Counter[str] = Counter()
 
         def drop(reason: str, bad: Array) -> None:
@@ -280,7 +290,7 @@ class Sequences:
             keep = keep & ~bad
 
         if censoring == "drop":
-            drop("truncated", ~index["complete"])
+            drop("truncated", ~index["complete"] & ~is_loop)
         total = index["prompt_length"].astype(np.int64) + index["length"]
         drop("too_long", total > max_tokens)
         drop("not_sampled", ~_downsample(index["group"], keep, max_prompts, max_per_prompt, seed))
@@ -292,10 +302,11 @@ class Sequences:
             start=index["start"].astype(np.int64),
             prompt_lengths=index["prompt_length"].astype(np.int64),
             lengths=index["length"].astype(np.int64),
-            complete=index["complete"],
+            complete=index["complete"] & ~is_loop[rows],
             groups=index["group"],
             domain=domain[rows],
             image_sets=index["images"],
+            is_loop=is_loop[rows],
             domains=tuple(domains),
             dropped=+dropped,
         )
@@ -343,6 +354,15 @@ class Sequences:
                     f"but the backbone's vocabulary has {size}: it was sampled with another "
                     "tokenizer. Train on the backbone that sampled it, or sample again."
                 )
+
+
+def repetition(ids: Array) -> float:
+    """Share of the 4-grams of tokens that stood before in the same completion (rep-4)."""
+    count = len(ids) - 3
+    if count < 1:
+        return 0.0
+    different = len(np.unique(np.lib.stride_tricks.sliding_window_view(ids, 4), axis=0))
+    return 1.0 - different / count
 
 
 def mixing_weights(weights: Mapping[str, float], stores: Sequence[TokenStore]) -> Array:

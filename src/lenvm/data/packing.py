@@ -61,6 +61,8 @@ class PackedBatch:
     """[C] of the completions."""
     complete: Tensor
     """[C] bool; False: the length is a lower bound."""
+    is_loop: Tensor
+    """[C] bool: counts as never ending; not complete."""
     domain: Tensor
     """[C]"""
     groups: Tensor
@@ -317,6 +319,7 @@ def _describe(sequences: Sequences, rows: Array) -> dict[str, Any]:
         "state_offsets": torch.from_numpy(np.concatenate([[0], np.cumsum(lengths + 1)])),
         "lengths": torch.from_numpy(lengths),
         "complete": torch.from_numpy(sequences.complete[rows].copy()),
+        "is_loop": torch.from_numpy(sequences.is_loop[rows].copy()),
         "domain": torch.from_numpy(sequences.domain[rows]),
         "groups": torch.from_numpy(sequences.groups[rows].copy()),
         "sequences": torch.from_numpy(rows),

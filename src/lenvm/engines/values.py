@@ -32,7 +32,7 @@ def find_backbone(engine: str, model_type: str) -> str:
 def build_head_of(folder: str | Path, hidden_size: int) -> tuple[ValueHead, float]:
     """(head without its weights, gamma) of a checkpoint."""
     config = LenVMConfig.model_validate(read_json(Path(folder) / CONFIG_FILE))
-    bins = LengthBins(config.num_single_bins, config.bin_growth)
+    bins = LengthBins(config.num_single_bins, config.bin_growth, config.loops)
     return build_head(config.head, hidden_size, bins), config.gamma
 
 

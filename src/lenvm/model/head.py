@@ -130,9 +130,11 @@ class LengthBins:
 
     `lower` and `upper` [K] are the first and last length of each bin (inclusive, int64). Inside a
     bin the probability is uniform. Longer lengths count as MAX_REMAINING, which closes the last.
+    With `loops` the last bin is for answers that never end: it lies beyond the `longest` length, in
+    no interval, and does not count in a mean.
     """
 
-    def __init__(self, num_single: int = 32, growth: float = 1.07) -> None:
+    def __init__(self, num_single: int = 32, growth: float = 1.07, loops: bool = False) -> None:
         if num_single < 1 or growth <= 1.0:
             raise InputError(
                 f"bins need num_single >= 1 and growth > 1; got {num_single}, {growth}"
@@ -144,6 +146,9 @@ class LengthBins:
         self.lower = torch.tensor([1, *(e + 1 for e in edges[:-1])])
         self.upper = torch.tensor(edges)
         self.width = self.upper - self.lower + 1
+        self.num_lengths = len(edges) - loops
+        """Bins that are of lengths."""
+        self.longest = edges[self.num_lengths - 1]
         self._on: dict[torch.device, LengthBins] = {}
         self._values: dict[float, Tensor] = {}
 
@@ -225,9 +230,11 @@ class DistributionBelief:
         return self._median
 
     def mean(self) -> Tensor:
-        """E[remaining], exact given the bins: no Jensen bias."""
+        """E[remaining], exact given the bins: no Jensen bias. Of what ends, where some do not."""
         centre = ((self.bins.lower + self.bins.upper).double() / 2).float()
-        return self._mask(self._expect(centre))
+        count = self.bins.num_lengths
+        ends = self.logits[..., :count].softmax(-1)
+        return self._mask((ends * centre[:count]).sum(-1))
 
     def quantile(self, q: float) -> Tensor:
         if not 0.0 < q < 1.0:
@@ -250,6 +257,7 @@ class DistributionBelief:
         shape, device = self.logits.shape[:-1], self.logits.device
         given = (low, high) if peak is None else (low, high, peak.centre, peak.below, peak.above)
         numbers = [x.to(device, torch.float32) for x in given]
+        numbers[1] = numbers[1].clamp(max=self.bins.longest)
         if kernels := _kernels(self.logits):
             bins = self.bins
             found: Tensor = kernels.log_interval(

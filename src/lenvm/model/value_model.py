@@ -55,6 +55,8 @@ class LenVMConfig(BaseModel):
     num_single_bins: int = 32
     bin_growth: float = 1.07
     """The distribution head's bins (`LengthBins`)."""
+    loops: bool = False
+    """Its last bin is for answers that never end: it was trained with `loops_above`."""
     control_input: bool = False
     """A guided completion's control stands before its prompt, as `encode_control` writes it."""
     num_layers: Annotated[int, Field(ge=1)] | None = None
@@ -70,7 +72,7 @@ class LengthValueModel(nn.Module):
         super().__init__()
         self.backbone: Any = backbone
         self.config = config
-        bins = LengthBins(config.num_single_bins, config.bin_growth)
+        bins = LengthBins(config.num_single_bins, config.bin_growth, config.loops)
         self.head = build_head(config.head, hidden_size(backbone), bins)
         self.tokenizer: Any = None
         self.images: ImageReader | None = None

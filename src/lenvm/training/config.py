@@ -53,6 +53,9 @@ class TrainingConfig(BaseModel):
     control_input: bool = False
     """Put the control of a guided completion in front of its prompt, as tokens; guidance then does
     the same. Unguided ones stay as they are. For data sampled under controls (docs/training.md)."""
+    loops_above: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Completions with a larger share of repeated 4-grams of tokens are taught as answers that
+    never end, so that control keeps away from them. None: as long as they are."""
     trainable: Trainable = "full"
     last_layers: Annotated[int, Field(ge=1)] = 6
     """With trainable = "last": how many upper layers train. What lies below is computed once."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from lenvm import returns
 from lenvm.data.packing import PackedBatch
 from lenvm.errors import InputError
-from lenvm.model.head import DistributionHead, ValueHead
+from lenvm.model.head import MAX_REMAINING, DistributionHead, ValueHead
 from lenvm.model.value_model import TargetName
 
 LossName = Literal["mse", "huber", "bce"]
@@ -41,6 +41,8 @@ class States:
     """[C]"""
     complete: Tensor
     """[C] bool"""
+    is_loop: Tensor
+    """[C] bool: never ends."""
     last: Tensor
     """[C] place of s_L among the M."""
     longest: int
@@ -53,12 +55,23 @@ class States:
         completion = torch.repeat_interleave(lengths + 1, output_size=num_states)
         steps = torch.arange(num_states, device=lengths.device) - offsets[completion]
         last = offsets[1:] - 1
-        return cls(completion, steps, lengths, batch.complete, last, batch.longest, batch.any_cut)
+        return cls(
+            completion,
+            steps,
+            lengths,
+            batch.complete,
+            batch.is_loop,
+            last,
+            batch.longest,
+            batch.any_cut,
+        )
 
     @property
     def remaining(self) -> Tensor:
-        """[M] L - t: tokens still to come, or a lower bound less one where it was cut off."""
-        return self.lengths[self.completion] - self.steps
+        """[M] L - t: tokens still to come, or a lower bound less one where it was cut off; of a
+        loop, more than any length."""
+        lengths = self.lengths + MAX_REMAINING * self.is_loop
+        return lengths[self.completion] - self.steps
 
     @property
     def is_known(self) -> Tensor:
@@ -273,9 +286,9 @@ def log_probs_of(log_probs: Tensor, index: Tensor) -> Tensor:
 
 
 def log_tail(log_probs: Tensor, seen: Tensor, head: DistributionHead) -> Tensor:
-    """log P(remaining > seen): [M]. log_probs: [M, K]; seen: [M]."""
+    """log P(remaining > seen): [M]; of loops, P of their bin. log_probs: [M, K]; seen: [M]."""
     bins = head.bins.on(log_probs.device)
-    least = (seen + 1).clamp(max=int(bins.upper[-1]))
+    least = (seen + 1).clamp(max=min(bins.longest + 1, MAX_REMAINING))
     index = bins.index(least)
     # the bins beyond, and the part of the bin of `least` that lies at or above it
     beyond = log_probs.flip(-1).logcumsumexp(-1).flip(-1)

@@ -204,6 +204,7 @@ def _select(stores: list[TokenStore], config: TrainingConfig) -> Splits:
             name,
             max_tokens=config.max_tokens,
             censoring=config.censoring,
+            loops_above=config.loops_above,
             seed=config.seed,
             **sampling,
         )
@@ -253,7 +254,13 @@ def _build_model(
         # start from other random numbers than elsewhere
         unset_hf_deepspeed_config()
     if config.init_from is not None:
-        return LengthValueModel.from_pretrained(config.init_from, dtype=torch.float32).train()
+        model = LengthValueModel.from_pretrained(config.init_from, dtype=torch.float32)
+        if config.loops_above is not None and not model.config.loops:
+            raise InputError(
+                f"loops_above is {config.loops_above}, but {config.init_from} was trained without: "
+                "its head knows no answers that never end; train on a backbone"
+            )
+        return model.train()
     gamma = config.gamma
     if gamma == "auto":
         gamma = returns.compute_gamma(sequences.lengths.tolist())
@@ -267,10 +274,11 @@ def _build_model(
             target=config.target,
             control_input=config.control_input,
             num_layers=config.num_layers,
+            loops=config.loops_above is not None,
         ),
         dtype=torch.bfloat16 if low else torch.float32,
     )
-    start_from_marginal(model, sequences.lengths)
+    start_from_marginal(model, sequences.lengths[~sequences.is_loop])
     return model.train()
 
 
