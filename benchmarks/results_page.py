@@ -45,7 +45,11 @@ def main(results: Path, page: Path) -> None:
         for name, file in FILES.items()
     }
     images = page.parent / "images"
-    parts = [HEAD, *(section(found[name], images) for name, section in SECTIONS.items())]
+    parts = [HEAD]
+    for name, section in SECTIONS.items():
+        parts.append(section(found[name], images))
+        if name == "frontier":
+            parts.append(value_models(found["prediction"], found["frontier"]))
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(p.strip() for p in parts if p) + "\n", encoding="utf-8")
     readme = page.parents[1] / "README.md"
@@ -200,6 +204,67 @@ def frontier(found: Numbers | None, images: Path) -> str:
     )
 
 
+TRIED = {
+    "coder05-lora": "coder05-frontier",
+    "coder05-long": "coder05-long-frontier",
+    "coder05-half": "coder05-half-frontier",
+    "coder05-refined1": "coder05-refined1-frontier",
+    "coder05-clean": "coder05-clean-frontier",
+}
+"""Value models of one generator and the step in which each guided it."""
+TRIED_ARM = "conditional:2 tolerance=0.05"
+
+
+def value_models(prediction: Numbers | None, frontier: Numbers | None) -> str:
+    """Value models of Qwen2.5-Coder-0.5B side by side: what they know, and what control costs."""
+    rows = []
+    for name, step in TRIED.items():
+        training = look_up(prediction, "training", name)
+        if training is None:
+            continue
+        domains = look_up(prediction, "models", name, "domains")
+        run = look_up(frontier, "runs", step) or {"arms": []}
+        arm = next((a["equal_to"] for a in run["arms"] if a["arm"] == TRIED_ARM), None)
+        quality = look_up(arm, "quality")
+        rows.append(
+            [
+                f"{name.removeprefix('coder05-')}, {training['epochs']:g} epochs of "
+                f"{training['training_tokens'] / training['epochs'] / 1e6:.1f} M tokens",
+                f"{training['val_loss_last']:.3f}",
+                *(percent(look_up(domains, d, "mre"), short=True) for d in DOMAINS),
+                " / ".join(
+                    percent(look_up(domains, d, "coverage", "80"), short=True)
+                    for d in (*DOMAINS, "all")
+                ),
+                interval(look_up(arm, "score"), 1),
+                interval(look_up(quality, "log_prob_loss"), 2),
+                percent(look_up(quality, "natural_end"), short=True),
+                percent(look_up(quality, "rep_4"), short=True),
+            ]
+        )
+    if not rows:
+        return ""
+    columns = [
+        *("value model", "validation loss", *(f"MRE {d}" for d in DOMAINS)),
+        *("in 80% (math / code / instructions / all)", "Equal-To score", "nats lost"),
+        *("natural ends", "repetition"),
+    ]
+    return join(
+        "## Other ways to train the value model",
+        "One generator, Qwen2.5-Coder-0.5B, and LoRA value models on its own 0.5B backbone. `lora` "
+        "is the one of the headlines. `long`: three epochs instead of 1.8. `half`: the first 12 of "
+        "the 24 layers alone (`num_layers`), half the work of every guided token. `refined1`: the "
+        "guided answers of `lora` among the training data (on-policy refinement), three epochs. "
+        f"Equal-To as above with `{TRIED_ARM}`; validation losses of other data are not "
+        "comparable.",
+        table(columns, rows),
+        "What it says: half the layers guide as well (same score and endings, a little more lost), "
+        "though they predict a little worse. Three epochs overfit by the loss and are better "
+        "calibrated at the prompt. Refinement gains nothing here: guided answers end where they "
+        "were told to, so a model that reads them forgets how long answers are by themselves.",
+    )
+
+
 def _by_target(found: Numbers | None) -> str:
     tables = []
     for name, run in ((found or {}).get("runs", {})).items():
@@ -216,9 +281,17 @@ def _by_target(found: Numbers | None) -> str:
             [a["label"], *(_loss_and_repetition(t) for t in a["equal_to"]["by_target"])]
             for a in arms
         ]
+        alike = [t.get("unguided_as_long") for t in arms[0]["equal_to"]["by_target"]]
+        rows.append(
+            [
+                "unguided answers as long as that (how many)",
+                *("-" if a is None else f"({a['rep_4']['value']:.0%}) {a['num']}" for a in alike),
+            ]
+        )
         tables.append(
             f"{title(name)}, nats lost by target (repeated 4-grams): a long answer repeats itself, "
-            "and what repeats is likely, so that the loss falls below 0:\n\n"
+            "and what repeats is likely, so that the loss falls below 0. The last row is the "
+            "generator left alone, where it wrote an answer within a quarter of that length:\n\n"
             + table(["arm", *targets], rows)
         )
     return "\n\n".join(tables)

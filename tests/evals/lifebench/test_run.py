@@ -69,6 +69,17 @@ def test_guided_arms_meet_their_targets_and_the_prompt_arm_is_scored_by_its_own(
     assert unguided["quality"]["natural_end"]["value"] == 1
 
 
+def test_unguided_answers_as_long_as_the_target_stand_beside_the_guided_ones(file, tmp_path):
+    with running(Stub()) as stub:  # which says 40 tokens whatever is asked for
+        settings = config(file, "prompt", "soft:30", targets=(20, 50))
+        summary = run_lifebench(settings, connect(stub.url), tmp_path / "out")
+    for name in ("prompt", "soft:30"):
+        far, near = (t["unguided_as_long"] for t in arm(summary, name)["equal_to"]["by_target"])
+        assert far is None
+        assert near["num"] == 2 * 3
+        assert near["log_prob"]["value"] == pytest.approx(-1)
+
+
 def test_each_constraint_has_its_own_phrase_control_and_rule(file, tmp_path):
     with running(Stub()) as stub:
         summary = run_lifebench(

@@ -88,12 +88,27 @@ def _summarise_constraint(rows: list[Grade], reference: list[Grade], r: Resample
                 "num": len(group),
                 **{name: estimate.to_json() for name, estimate in columns[target].items()},
                 "quality": summarise_quality(group, reference_by_target.get(target, []), r),
+                "unguided_as_long": _as_long(reference, target, r),
             }
             for target, group in by_target.items()
         ],
         "by_category": _by(rows, "category", r),
         "by_type": _by(rows, "type", r),
         "by_language": _by(rows, "language", r),
+    }
+
+
+def _as_long(reference: list[Grade], target: int, r: Resampler) -> Numbers | None:
+    """What unguided answers of about the target's length are like, whatever they were asked for:
+    long text repeats itself more, and what repeats is likely. None where there are none."""
+    alike = [g for g in reference if abs(g["length"] - target) <= target / 4 and not g["failed"]]
+    alike = [g for g in alike if g["log_prob"] is not None]
+    if not alike:
+        return None
+    items = [g["item"] for g in alike]
+    return {
+        "num": len(alike),
+        **{k: r.mean([g[k] for g in alike], items).to_json() for k in ("log_prob", "rep_4")},
     }
 
 
