@@ -8,13 +8,13 @@ import engines_setup as setup
 
 
 def headline(engine: str, points: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Ratios at concurrency 64 to the stock engine with its default settings."""
+    """Ratios at concurrency 64 to the stock engine with its default settings, of trained models
+    where there are some."""
     rate = {
         (p["pair"], p["kind"]): p["tokens_per_s"]
-        for p in points
+        for p in sorted(points, key=lambda p: bool(p.get("trained")))
         if p["concurrency"] == 64
         and "tokens_per_s" in p
-        and not p.get("trained")
         and not p.get("top_k")
         and p.get("engine", engine) == engine
     }
