@@ -134,7 +134,10 @@ def write_trajectories(model: Path, source: Path | None, path: Path, num_tokens:
     tokenizer = load_tokenizer(str(model))
     end = find_eos_token_ids(str(model), tokenizer)[0]
     rows = [
-        {"question": f"Count to {i}.", "answer": " ".join(map(str, range(i % 40)))}
+        {  # in words of the tests' tokenizer
+            "question": " ".join(f"w{10 + int(digit)}" for digit in str(i)),
+            "answer": " ".join(f"w{20 + n}" for n in range(1 + i % 40)),
+        }
         for i in range(1, 400)
     ]
     if source is not None:
@@ -235,21 +238,30 @@ def read_losses(call: Call, name: str) -> dict[str, list[float]]:
     }
 
 
+def relative_differences(left: list[float], right: list[float]) -> list[float]:
+    """Of two runs' losses, step by step."""
+    return [(b - a) / abs(a) for a, b in zip(left, right, strict=True)]
+
+
 def worst_difference(left: list[float], right: list[float]) -> float:
-    """Largest relative difference of two runs' losses, step by step."""
-    return max(abs(a - b) / abs(a) for a, b in zip(left, right, strict=True))
+    return max(map(abs, relative_differences(left, right)))
 
 
 def train(call: Call) -> None:
     settings = {**prepare_training(call), "evals": 1}
-    layouts = [None, "ddp", "fsdp2"] if call.is_dry else [None, "ddp", "fsdp2", "zero3"]
+    otherwise = {"batch_tokens": settings["batch_tokens"] // 2, "accumulation": 8}
+    runs: dict[str, tuple[str | None, dict[str, Any]]] = {
+        "one": (None, {}),
+        "one_otherwise": (None, otherwise),  # how far one GPU is from itself: other micro batches
+        **{name: (name, {}) for name in ("ddp", "fsdp2", "zero3")[: 2 if call.is_dry else 3]},
+    }
     call.found |= {"settings": settings, "runs": {}}
     one: dict[str, Any] = {}
-    for layout in layouts:
-        name = layout or "one"
+    for name, (layout, own) in runs.items():
         began = time.monotonic()
         try:
-            finish_training(*start_training(call, name, settings, layout), timeout_s=240.0)
+            started = start_training(call, name, settings | own, layout)
+            finish_training(*started, timeout_s=240.0)
         except RuntimeError as error:  # one layout that breaks must not hide the others
             call.found["runs"][name] = {"error": str(error)[-4000:]}
             call.say(f"{name}: {error}")
@@ -262,12 +274,14 @@ def train(call: Call) -> None:
             "num_processes": 2 if layout else 1,
             "seconds_with_start": time.monotonic() - began,
         }
-        if layout is None:
+        if name == "one":
             one = run
         elif one:
             run["worst_loss_difference"] = worst_difference(one["loss"], run["loss"])
             run["worst_eval_difference"] = worst_difference(one["eval_loss"], run["eval_loss"])
-            run["per_gpu_ratio"] = run["tokens_per_s"] / 2 / one["tokens_per_s"]
+            differences = relative_differences(one["loss"], run["loss"])
+            run["mean_loss_difference"] = sum(differences) / len(differences)
+            run["per_gpu_ratio"] = run["tokens_per_s"] / run["num_processes"] / one["tokens_per_s"]
         call.found["runs"][name] = run
         call.say(f"{name}: " + json.dumps({k: v for k, v in run.items() if k != "loss"}))
         call.save()
