@@ -6,8 +6,12 @@
 # job ends or SECONDS are over; with `pack` it brings back logs, small results and what is new in the lab.
 #
 # The machine goes back 30 s after a call, with all that is on it: send the calls of a lease in one row, most
-# with `pack`, and think before it or after it.
+# with `pack`, and think before it or after it. A call carries 64 MiB, the working tree counted: move what is tracked
+# and large (checkpoints/, docs/, src/lenvm/model/checkpoints/) out of it before the lease.
 day=$HOME/day
+if [ ! -d /tmp/site ] && [ ! -d .gpu/whl ]; then # the machine was given back in between: this is another one
+  echo "BARE MACHINE: carry .gpu/whl and .gpu/data first" && exit 3
+fi
 mkdir -p "$day"/{jobs,logs,done,out,back}
 install="python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target"
 [ -d .gpu/data ] && [ ! -d "$day/data" ] && cp -r .gpu/data "$day/data"
