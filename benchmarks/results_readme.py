@@ -1,6 +1,7 @@
 """The README's results, from the same files as docs/results.md."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from results_cells import Numbers, percent, table, value_of
@@ -80,9 +81,39 @@ def _equal_to(found: Numbers, limits: Numbers) -> str:
         + table(["", *columns], rows)
         + f"\n\nWith `{OTHER.split(maxsplit=1)[1]}` and evidence 2 on 0.5B: score "
         f"{value_of(other['score']):.1f}, {_loss(other)} nats, "
-        f"{value_of(other['quality']['natural_end']):.0%} natural endings. At-Most "
+        f"{value_of(other['quality']['natural_end']):.0%} natural endings. "
+        + _half(found)
+        + "At-Most "
         f"{head['at_most_score']:.1f}, At-Least {head['at_least_score']:.1f} "
-        "([file](benchmarks/results/lifebench_h200.json))."
+        "([file](benchmarks/results/lifebench_h200.json)). " + _repetition(runs)
+    )
+
+
+def _repetition(runs: Mapping[str, Numbers]) -> str:
+    """Where the text is worse than the generator's own of that length."""
+    parts = []
+    for size, run in runs.items():
+        for target in _arm(run, ARMS[2])["by_target"][-2:]:
+            own, alike = target["quality"]["rep_4"], target["unguided_as_long"]["rep_4"]
+            parts.append(
+                f"{value_of(own):.0%} for {value_of(alike):.0%} at {target['target']:,} ({size})"
+            )
+    return (
+        "What is weak: the longest answers repeat themselves more than the generator's own of "
+        f"that length (4-grams seen before: {', '.join(parts)})."
+    )
+
+
+def _half(found: Numbers) -> str:
+    """The value model of half the layers, with the rule of the table."""
+    run = found["runs"].get("coder05-half-frontier")
+    if run is None:
+        return ""
+    arm = _arm(run, ARMS[2])
+    return (
+        "A value model of the backbone's first 12 of 24 layers, half the work of every guided "
+        f"token, guides as well: score {value_of(arm['score']):.1f}, {_loss(arm)} nats, "
+        f"{value_of(arm['quality']['natural_end']):.0%} natural endings. "
     )
 
 
