@@ -287,7 +287,8 @@ def combinations(found: dict[str, dict[Any, float]]) -> Iterator[Choices]:
     }
     attention = best.pop("attention") or AttentionChoice()
     for picked in itertools.product((True, False), repeat=len(best)):
-        tiles = {p: t if use else None for (p, t), use in zip(best.items(), picked, strict=True)}
+        chosen = zip(best.items(), picked, strict=True)
+        tiles: dict[str, Any] = {place: tile if use else None for (place, tile), use in chosen}
         for pdl in (True, False):
             yield Choices(**tiles, attention=attention, pdl=pdl)
 
@@ -323,7 +324,7 @@ def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict
         if not runner._forward.can_run(choices, sum(steady.counts)):
             continue
         runner._steps.clear()
-        runner.choose = lambda num_tokens, choices=choices: choices
+        runner.choose = lambda *_, choices=choices: choices
         try:
             out = peek(steady).double()
             repeats = bool(torch.equal(out, peek(steady).double()))

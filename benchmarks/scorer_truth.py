@@ -89,7 +89,7 @@ def _check(
         record["fused"] = getattr(runner, "is_fused", False)
         if choices is not None:
             assert runner._forward.can_run(choices, 64)
-            runner.choose = lambda num_tokens: choices
+            runner.choose = lambda *_: choices
         run_random_history(history, 1, num_calls, VOCAB)
         record |= {"ok": True, "compared": history.num_compared, "worst": history.worst}
     except Exception as error:  # a case that fails must not hide the others
@@ -141,7 +141,7 @@ def check_model(
         for row, request_id in enumerate(ids):
             prompts[request_id].append(int(candidates[row, step]))
     runner = decoder._runner
-    fused = runner.choose(runner._last[1].num_tokens) if hasattr(runner, "choose") else None
+    fused = runner.choose(runner._last[1].num_tokens, False) if hasattr(runner, "choose") else None
     decoder.remove(ids)
     ours, plain_z_N, exact_z = torch.tensor(found, dtype=torch.float64).T
     return {

@@ -6,22 +6,32 @@ import pytest
 import torch
 
 from lenvm.model import kernel_choices
-from lenvm.model.kernel_choices import PLAIN, AttentionChoice, Choices, LayerShape, Tile, choose
+from lenvm.model.kernel_choices import (
+    PLAIN,
+    AttentionChoice,
+    Choices,
+    LayerShape,
+    Tile,
+    TrimHint,
+    choose,
+)
 
 SHAPE = LayerShape(hidden=64, inner=96, num_heads=4, num_kv_heads=2, head_size=16)
 CPU = torch.device("cpu")
 FEW = Choices(out=Tile(64, 64, splits=2), pdl=True)
 MANY = Choices(attention=AttentionChoice(waves=4, merges=True))
+EVERY = dict.fromkeys(("qkv", "out", "gate_up", "down"), Tile(64, 32))
+TRIMMED = Choices(**EVERY, trims=True)
 
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    records = [
+    few, many, trimmed = (
         {"device_kind": "cpu", "shape": vars(SHAPE), "num_tokens": n, "choices": c.to_json()}
-        for n, c in ((16, FEW), (256, MANY))
-    ]
+        for n, c in ((16, FEW), (256, MANY), (256, TRIMMED))
+    )
     path = tmp_path / "choices.json"
-    path.write_text(json.dumps({"records": records}))
+    path.write_text(json.dumps({"records": [few, many], "trimmed_records": [trimmed]}))
     monkeypatch.setattr(kernel_choices, "PATH", path)
     kernel_choices._records.cache_clear()
     yield
@@ -34,6 +44,26 @@ def measured(tmp_path, monkeypatch):
 )
 def test_the_nearest_measurement_within_twice_counts(measured, num_tokens, expected):
     assert choose(CPU, SHAPE, num_tokens) == expected
+
+
+@pytest.mark.parametrize(("num_tokens", "expected"), [(16, PLAIN), (128, TRIMMED), (512, TRIMMED)])
+def test_trimmed_kernels_have_records_of_their_own(measured, num_tokens, expected):
+    assert choose(CPU, SHAPE, num_tokens, trims=True) == expected
+
+
+def test_a_trimmed_step_fuses_all_products():
+    with pytest.raises(ValueError, match=r"trims needs .* got \('qkv', 'gate_up', 'down'\)"):
+        Choices(**{**EVERY, "out": None}, trims=True)
+
+
+def test_the_hint_follows_lasting_shares_and_does_not_flip_between_its_bounds():
+    hint = TrimHint()
+    said = []
+    for share in (0.1, 1.0, 0.3, 0.7, 0.9, 0.7):
+        for _ in range(1 if share == 0.1 else 40):  # one odd step is no change
+            hint.note(share)
+        said.append(hint.trims)
+    assert said == [False, False, True, True, False, False]
 
 
 def test_another_shape_or_device_runs_plain_kernels(measured):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lenvm.errors import InputError
+from lenvm.model.kernel_choices import PLAIN
 from lenvm.model.ragged import RaggedDecoder
 from model.families import FAMILIES, FUSED, VOCAB, build, last_hidden
 from model.ragged_machine import History, run_random_history
@@ -40,7 +41,7 @@ def test_fused_products(family, pdl):
     runner = history.decoder._runner
     choices = dataclasses.replace(FUSED, pdl=pdl)
     assert runner._forward.can_run(choices, 64)
-    runner.choose = lambda num_tokens: choices
+    runner.choose = lambda *_: choices
     run_random_history(history, 5, 60, VOCAB)
 
 
@@ -86,6 +87,44 @@ def test_a_step_makes_no_host_sync():
     out = decoder.peek(ids, candidates)[0, 0].float()
     expected = last_hidden(model, [*tokens, int(candidates[0, 0])]).float()
     assert (out - expected).norm() <= 4e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+def test_a_trimmed_step_equals_the_plain_one_without_a_host_sync(pdl):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs the tensor copy engine")
+    model = build("qwen2", dtype=torch.bfloat16, hidden_size=128).cuda()
+    decoder = RaggedDecoder(model, **BUDGET)
+    runner = decoder._runner
+    trimmed = dataclasses.replace(FUSED, pdl=pdl, trims=True)
+    assert runner._forward.can_run(trimmed, 72)
+    runner.choose = lambda _, trims: trimmed if trims else PLAIN
+    ids = [f"r{i}" for i in range(8)]
+    decoder.add({r: [1 + i] * (20 + i) for i, r in enumerate(ids)})
+    decoder.warm_up(8, 9)
+    assert runner.num_graphs == 2
+    candidates = torch.randint(VOCAB, (8, 9), device="cuda")
+    candidates[:, 3:] = -1  # 24 of 72: the second tile of 64 is padding
+    plain = decoder.peek(ids, candidates).float()
+    assert not runner._last[1].trims
+    for _ in range(20):
+        decoder.peek(ids, candidates)
+        torch.cuda.synchronize()  # the test's own: the hint takes what has come by then
+    decoder.peek(ids, candidates)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outs = [decoder.peek(ids, candidates) for _ in range(6)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert runner._last[1].trims
+    assert runner.num_graphs == 2
+    for out in outs:
+        assert not out[:, 3:].any()
+        assert (out.float() - plain).norm() <= 4e-2 * plain.norm()
+    decoder.peek(ids, candidates, num_candidates=24)  # who counts needs no trimming
+    assert not runner._last[1].trims
 
 
 def test_steady_steps_allocate_no_device_memory():

@@ -19,6 +19,8 @@ class CudaPlan(Protocol):
 
     choices: Choices
     """Kernels of the layers around the attention."""
+    total: Tensor | None
+    """[1] int32: packed tokens from there on are padding. None: compute all."""
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Where the keys and values of the packed tokens go: k, v [*, Hkv, D], index [N] int64."""
@@ -57,6 +59,7 @@ class CudaExtend(_StoreFirst):
     blocks: Tensor
     """[B, 4] int32, as `kernels.causal_attention` reads them."""
     choices: Choices = PLAIN
+    total: Tensor | None = None
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         k, v = self.data[layer].flatten(1, 2)
@@ -91,6 +94,7 @@ class CudaCandidates(_StoreFirst):
     count: Tensor
     """int32 of `kernels.count_size`, 0 between kernels."""
     choices: Choices = PLAIN
+    total: Tensor | None = None
     _scratch: tuple[Tensor, Tensor, Tensor] | None = None
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:

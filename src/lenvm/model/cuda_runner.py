@@ -3,14 +3,16 @@
 A step is: one small copy to the device (rows, lengths, slots), one kernel that packs the
 candidates, one graph, one gather. Whatever changes between steps is read from device memory, so a
 graph serves every batch of its bucket (rows, packed candidates, candidates a row); graphs are
-captured when a bucket is first met, or by `warm_up`.
+captured when a bucket is first met, or by `warm_up`. Where nobody counted the candidates, a bucket
+has room for all slots; once steps gone by say that few of them are real, kernels are chosen that
+end where the packed candidates do (`TrimHint`).
 
 Shape legend: R requests of a call, K candidates each, N packed tokens, H hidden size, E outputs.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from lenvm.model.backbone import run_backbone
 from lenvm.model.cuda_plans import CudaCandidates, CudaExtend
 from lenvm.model.device import pin, upload
 from lenvm.model.fused_layers import fuse_layers
-from lenvm.model.kernel_choices import PLAIN, Choices
+from lenvm.model.kernel_choices import PLAIN, Choices, TrimHint
 from lenvm.model.kernels import CAUSAL_BLOCK, NO_ROW
 from lenvm.model.kv_pages import KVPages
 from lenvm.model.torch_runner import Head
@@ -39,9 +41,11 @@ class Bucket:
     width: int
     single: bool
     """One candidate a row: its key and value go to the store at once."""
+    trims: bool
+    """Kernels end where the packed candidates do, if such are known for the bucket."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Step:
     out: Tensor
     """[N + 1, E]; the last row is 0 and stands for padding."""
@@ -50,12 +54,15 @@ class _Step:
 
 @dataclass
 class _Watch:
-    """A defect flag on its way to the host."""
+    """What a step found, on its way to the host."""
 
     is_done: Callable[[], bool]
-    flag: Tensor
+    found: Tensor
+    """[3] int32: packed candidates, and the two of `_defect`."""
     request_ids: list[str]
     what: str
+    num_slots: int
+    """Slots of a peek whose candidates nobody had counted; else 0."""
 
 
 class CudaRunner:
@@ -73,8 +80,9 @@ class CudaRunner:
         self._forward: Callable[[Tensor, Tensor, Any], Tensor]
         fused = fuse_layers(backbone)
         self.is_fused = fused is not None
-        self.choose: Callable[[int], Choices] = fused.choose if fused else lambda _: PLAIN
-        """Kernels for a step of so many packed tokens."""
+        self.choose: Callable[[int, bool], Choices] = fused.choose if fused else lambda *_: PLAIN
+        """Kernels for a bucket of so many packed tokens, trimmed or not."""
+        self.hint = TrimHint()
         self._forward = fused or (lambda *args: run_backbone(backbone, *args))
         most = cache.max_requests * max_candidates
         num_layers, _, _, _, num_kv, head_size = cache.data.shape
@@ -85,8 +93,10 @@ class CudaRunner:
         self._meta = torch.zeros(  # table rows, lengths, next slots
             3, cache.max_requests, dtype=torch.int32, device=self.device
         )
-        self._first = self._meta.new_zeros(cache.max_requests + 1)
-        self._defect = self._meta.new_full((2,), NO_ROW)
+        found = self._meta.new_full((cache.max_requests + 3,), NO_ROW)
+        self._first, self._defect = found[:-2].zero_(), found[-2:]
+        self._found = found[-3:]
+        """Packed candidates (the last of `_first`), and defects."""
         shape = (num_layers, 2, most if max_candidates > 1 else 1, num_kv, head_size)
         self._stash = torch.zeros(shape, dtype=cache.data.dtype, device=self.device)
         most_queries = kernels.next_power_of_2(max_candidates) * self._group
@@ -129,7 +139,8 @@ class CudaRunner:
         num_rows, width = candidates_RK.shape
         count = num_candidates or num_rows * width
         on_device = candidates_RK.device.type == self.device.type
-        bucket = self._bucket(num_rows, min(count, num_rows * width), width)
+        trims = num_candidates is None and self.hint.trims
+        bucket = self._bucket(num_rows, min(count, num_rows * width), width, trims)
         cache = self.cache
         meta = [
             [cache.row(r) for r in request_ids],
@@ -160,7 +171,8 @@ class CudaRunner:
         step.run()
         self._last = list(request_ids), bucket
         if on_device:
-            self._watch("a candidate is not a token, or is over num_candidates")
+            num_slots = num_rows * width if num_candidates is None else 0
+            self._watch("a candidate is not a token, or is over num_candidates", num_slots)
         out = step.out.index_select(0, packed_RK.view(-1))
         return out.view(num_rows, width, -1)
 
@@ -191,7 +203,10 @@ class CudaRunner:
     def find_defect(self) -> str | None:
         while self._watches and self._watches[0].is_done():
             watch = self._watches.popleft()
-            row = int(watch.flag.min())
+            total, *rows = watch.found.tolist()
+            if watch.num_slots:
+                self.hint.note(total / watch.num_slots)
+            row = min(rows)
             if row < len(watch.request_ids):
                 return f"request {watch.request_ids[row]!r}: {watch.what}"
         return None
@@ -199,21 +214,24 @@ class CudaRunner:
     # -- buckets and graphs -----------------------------------------------------------------------
 
     def warm_up(self, num_requests: int, num_candidates: int) -> None:
-        """Capture the graph of that many requests with that many candidates each."""
+        """Capture the graphs of that many requests with that many candidates each."""
         self.cache.table()
-        self._step(self._bucket(num_requests, num_requests * num_candidates, num_candidates))
+        num_slots = num_requests * num_candidates
+        for trims in (False, True):
+            self._step(self._bucket(num_requests, num_slots, num_candidates, trims))
 
     @property
     def num_graphs(self) -> int:
-        return len(self._steps)
+        return len(set(self._steps.values()))
 
-    def _bucket(self, num_rows: int, num_tokens: int, width: int) -> Bucket:
+    def _bucket(self, num_rows: int, num_tokens: int, width: int, trims: bool) -> Bucket:
         most = self._tokens.shape[0]
         return Bucket(
             num_rows=min(kernels.next_power_of_2(num_rows), self.cache.max_requests),
             num_tokens=min(round_up(num_tokens), most),
             width=kernels.next_power_of_2(width),
             single=width == 1,
+            trims=trims,
         )
 
     def _step(self, bucket: Bucket) -> _Step:
@@ -222,10 +240,13 @@ class CudaRunner:
         return self._steps[bucket]
 
     def _build_step(self, bucket: Bucket) -> _Step:
+        choices = self.choose(bucket.num_tokens, bucket.trims)
+        if bucket.trims and not choices.trims:
+            return self._step(replace(bucket, trims=False))
         outs: list[Tensor] = []
 
         def run() -> None:
-            packed = self._run_packed(bucket)
+            packed = self._run_packed(bucket, choices)
             if not outs:
                 outs.append(packed.new_zeros(bucket.num_tokens + 1, packed.shape[-1]))
             outs[0][:-1].copy_(packed)
@@ -238,9 +259,9 @@ class CudaRunner:
             return _Step(outs[0], graph.replay)
         return _Step(outs[0], run)
 
-    def _run_packed(self, bucket: Bucket) -> Tensor:
+    def _run_packed(self, bucket: Bucket, choices: Choices) -> Tensor:
         """Outputs of the packed candidates in the static buffers: [N, E]."""
-        count, choices = bucket.num_tokens, self.choose(bucket.num_tokens)
+        count = bucket.num_tokens
         plan = CudaCandidates(
             data=self.cache.data,
             table=self.cache.table(),
@@ -253,6 +274,7 @@ class CudaRunner:
             num_splits=self._choose_splits(bucket, choices.attention.waves),
             count=self._count,
             choices=choices,
+            total=self._first[-1:] if choices.trims else None,
         )
         hidden = self._forward(self._tokens[:count], self._positions[:count], plan)
         return hidden if self.head is None else self.head(hidden)
@@ -269,15 +291,15 @@ class CudaRunner:
         numbers: Tensor = upload(values, dtype, self.device)
         return numbers
 
-    def _watch(self, what: str) -> None:
+    def _watch(self, what: str, num_slots: int = 0) -> None:
         assert self._last is not None
         if self.device.type != "cuda":
             return
-        flag = torch.empty(2, dtype=torch.int32, pin_memory=True)
-        flag.copy_(self._defect, non_blocking=True)
+        found = torch.empty(3, dtype=torch.int32, pin_memory=True)
+        found.copy_(self._found, non_blocking=True)
         done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        self._watches.append(_Watch(done.query, flag, self._last[0], what))
+        self._watches.append(_Watch(done.query, found, self._last[0], what, num_slots))
 
 
 def round_up(n: int) -> int:

@@ -74,12 +74,13 @@ class FusedLayers:
             head_size=self.head_size,
         )
 
-    def choose(self, num_tokens: int) -> Choices:
-        """What was measured to be fastest for that many packed tokens, if it can run here."""
+    def choose(self, num_tokens: int, trims: bool = False) -> Choices:
+        """What was measured to be fastest for a bucket of that many packed tokens, trimmed or not,
+        if it can run here."""
         weight = self.layers[0].out[0]
         if weight.dtype != torch.bfloat16:
             return PLAIN
-        found = choose(weight.device, self.shape, num_tokens)
+        found = choose(weight.device, self.shape, num_tokens, trims)
         return found if self.can_run(found, num_tokens) else PLAIN
 
     def can_run(self, choices: Choices, num_tokens: int) -> bool:
@@ -99,8 +100,9 @@ class FusedLayers:
         return turns or "qkv" not in tiles
 
     def __call__(self, tokens_N: Tensor, positions_N: Tensor, plan: CudaPlan) -> Tensor:
-        """Final hidden states [N, H]."""
-        choices, eps, pdl = plan.choices, self.eps, plan.choices.pdl
+        """Final hidden states [N, H]; those of rows from `plan.total` on mean nothing."""
+        choices, eps, total = plan.choices, self.eps, plan.total
+        pdl = choices.pdl
         embedded = self.backbone.embed_tokens(tokens_N)
         # fp32: rounded at each of 50 additions, it was most of what a forward in bf16 loses
         residual, dtype = embedded.float(), embedded.dtype
@@ -108,7 +110,7 @@ class FusedLayers:
         cos, sin = cos[0].contiguous(), sin[0].contiguous()
         q = embedded.new_empty(residual.shape[0], self.num_heads, self.head_size)
         rows = Rows(torch.empty_like(residual, dtype=dtype))
-        kernels.add_norm(None, residual, self.layers[0].input_norm, eps, rows.x)
+        kernels.add_norm(None, residual, self.layers[0].input_norm, eps, rows.x, total=total)
         final: Tensor = self.backbone.norm.weight
         norms = [*(layer.input_norm for layer in self.layers[1:]), final]
         for layer, next_norm in zip(self.layers, norms, strict=True):
@@ -116,7 +118,7 @@ class FusedLayers:
             to = q, k_to, v_to, index
             if choices.qkv is not None:
                 products.project_qkv(
-                    rows, *layer.qkv, cos, sin, eps, *to, tile=choices.qkv, pdl=pdl
+                    rows, *layer.qkv, cos, sin, eps, *to, tile=choices.qkv, pdl=pdl, total=total
                 )
             else:
                 weight, bias = layer.qkv
@@ -135,17 +137,19 @@ class FusedLayers:
                     pdl,
                 )
             attended = plan.attend_stored(layer.index, q, layer.scale, layer.window).flatten(1)
-            rows = self._add(attended, layer.out, residual, layer.mlp_norm, choices.out, pdl)
+            rows = self._add(attended, layer.out, residual, layer.mlp_norm, choices.out, pdl, total)
             activated = rows.x.new_empty(rows.x.shape[0], layer.down[0].shape[1])
             weight, bias = layer.gate_up
             if choices.gate_up is not None:
-                products.gate_and_up(rows, weight, eps, activated, tile=choices.gate_up, pdl=pdl)
+                products.gate_and_up(
+                    rows, weight, eps, activated, tile=choices.gate_up, pdl=pdl, total=total
+                )
             else:
                 gate_up = F.linear(rows.x, weight, bias)
                 kernels.silu_mul(gate_up, activated, rows.squares, eps, rows.x.shape[1], pdl)
-            rows = self._add(activated, layer.down, residual, next_norm, choices.down, pdl)
+            rows = self._add(activated, layer.down, residual, next_norm, choices.down, pdl, total)
         if rows.squares is not None:
-            kernels.add_norm(None, residual, final, eps, rows.x, pdl)
+            kernels.add_norm(None, residual, final, eps, rows.x, pdl, total)
         return rows.x
 
     def _add(
@@ -156,6 +160,7 @@ class FusedLayers:
         norm: Tensor,
         tile: Tile | None,
         pdl: bool,
+        total: Tensor | None,
     ) -> Rows:
         """residual (fp32) += linear(x), in place; the rows that the next product takes."""
         if tile is None:
@@ -166,7 +171,9 @@ class FusedLayers:
         parts = (size // tile.BN, num_tokens)
         squares = torch.empty(parts, dtype=torch.float32, device=x.device)
         rows = Rows(torch.empty_like(residual, dtype=x.dtype), squares)
-        products.project_out(x, linear[0], residual, norm, rows, self._count, tile=tile, pdl=pdl)
+        products.project_out(
+            x, linear[0], residual, norm, rows, self._count, tile=tile, pdl=pdl, total=total
+        )
         return rows
 
 

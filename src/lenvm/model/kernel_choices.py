@@ -2,6 +2,8 @@
 
 `kernel_choices.json` is what `benchmarks/scorer_kernels.py --tune` found fastest, and right, on a
 GPU. Shapes and devices that were not measured run cuBLAS with small kernels between (`PLAIN`).
+Its "trimmed_records" are for steps whose packed candidates fill little of their bucket (`trims`):
+tiles of 64 rows that did well alone at 512 tokens; whole steps with them were not timed yet.
 """
 
 import json
@@ -52,6 +54,13 @@ class Choices:
     attention: AttentionChoice = AttentionChoice()
     pdl: bool = False
     """A kernel is launched while the one before it still ends (Hopper and later)."""
+    trims: bool = False
+    """Kernels end where the packed candidates do, which they read on the device. cuBLAS would
+    compute the rest of the bucket, so all four products are fused ones."""
+
+    def __post_init__(self) -> None:
+        if self.trims and len(self.tiles) < len(_PRODUCTS):
+            raise ValueError(f"trims needs tiles of {_PRODUCTS}; got {tuple(self.tiles)}")
 
     @property
     def tiles(self) -> dict[str, Tile]:
@@ -65,7 +74,8 @@ class Choices:
     def from_json(cls, values: dict[str, Any]) -> "Choices":
         tiles = {k: Tile(**v) if v else None for k, v in values.items() if k in _PRODUCTS}
         attention = AttentionChoice(**values["attention"])
-        return cls(**tiles, attention=attention, pdl=values["pdl"])
+        trims = values.get("trims", False)
+        return cls(**tiles, attention=attention, pdl=values["pdl"], trims=trims)
 
 
 _PRODUCTS = ("qkv", "out", "gate_up", "down")
@@ -91,10 +101,12 @@ def device_kind(device: torch.device) -> str:
     return f"sm_{found.major}{found.minor} x{found.multi_processor_count}"
 
 
-def choose(device: torch.device, shape: LayerShape, num_tokens: int) -> Choices:
-    """What was fastest for that many packed tokens; up to twice as many or half as many count as
-    measured too. `PLAIN` where nothing was."""
-    records = _records().get((device_kind(device), shape), {})
+def choose(
+    device: torch.device, shape: LayerShape, num_tokens: int, trims: bool = False
+) -> Choices:
+    """What was fastest for a bucket of that many packed tokens, trimmed or not; up to twice as many
+    or half as many count as measured too. `PLAIN` where nothing was."""
+    records = _records().get((device_kind(device), shape, trims), {})
     near = [n for n in records if n <= 2 * num_tokens and num_tokens <= 2 * n]
     if not near:
         return PLAIN
@@ -102,9 +114,31 @@ def choose(device: torch.device, shape: LayerShape, num_tokens: int) -> Choices:
 
 
 @cache
-def _records() -> dict[tuple[str, LayerShape], dict[int, Choices]]:
-    found: dict[tuple[str, LayerShape], dict[int, Choices]] = {}
-    for record in json.loads(PATH.read_text())["records"]:
-        key = record["device_kind"], LayerShape(**record["shape"])
-        found.setdefault(key, {})[record["num_tokens"]] = Choices.from_json(record["choices"])
+def _records() -> dict[tuple[str, LayerShape, bool], dict[int, Choices]]:
+    found: dict[tuple[str, LayerShape, bool], dict[int, Choices]] = {}
+    told = json.loads(PATH.read_text())
+    for record in [*told["records"], *told["trimmed_records"]]:
+        choices = Choices.from_json(record["choices"])
+        key = record["device_kind"], LayerShape(**record["shape"]), choices.trims
+        found.setdefault(key, {})[record["num_tokens"]] = choices
     return found
+
+
+class TrimHint:
+    """Whether the next step should be trimmed: from what steps gone by were filled to.
+
+    About speed alone; results are right either way."""
+
+    BEGIN = 0.6
+    """Trim when less than this share of the slots was real lately ..."""
+    END = 0.75
+    """... and until this share is, so that shares between the two change nothing."""
+
+    def __init__(self) -> None:
+        self.trims = False
+        self._share = 1.0
+
+    def note(self, share: float) -> None:
+        """share: real candidates of a step / its slots, 0 to 1. A step counts for an eighth."""
+        self._share += (share - self._share) / 8
+        self.trims = self._share < (self.END if self.trims else self.BEGIN)

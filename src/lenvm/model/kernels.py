@@ -647,6 +647,7 @@ def _add_norm_kernel(
     weight_ptr,
     out_ptr,
     eps,
+    total_ptr,
     H: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_X: tl.constexpr,
@@ -655,6 +656,10 @@ def _add_norm_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    if total_ptr is not None:
+        end = tl.load(total_ptr)
+        if tl.program_id(0) >= end:
+            return
     row = tl.program_id(0).to(tl.int64) * H
     offs = tl.arange(0, BLOCK)
     mask = offs < H
@@ -676,8 +681,11 @@ def add_norm(
     eps: float,
     out: Tensor,
     pdl: bool = False,
+    total: Tensor | None = None,
 ) -> None:
-    """residual += x (where given), out = RMSNorm(residual) * weight; all [N, H], residual fp32."""
+    """residual += x (where given), out = RMSNorm(residual) * weight; all [N, H], residual fp32.
+
+    total [1] int32: rows from there on are left as they are; None: there are N."""
     num_tokens, size = residual.shape
     _add_norm_kernel[(num_tokens,)](
         residual if x is None else x,
@@ -685,6 +693,7 @@ def add_norm(
         weight,
         out,
         eps,
+        total,
         H=size,
         BLOCK=next_power_of_2(size),
         HAS_X=x is not None,

@@ -6,7 +6,9 @@ split along K, the last part to arrive adds up), `gate_and_up` (SiLU x up). No n
 `project_out` leaves x * weight unnormalised with sums of squares, and the next product multiplies
 its result by 1 / rms. Tiles come in by the tensor copy engine (host-made descriptors).
 
-Where one of these is faster than cuBLAS and a small kernel is for `kernel_choices.py` to say.
+Where one of these is faster than cuBLAS and a small kernel is for `kernel_choices.py` to say. Each
+may be given a `total` [1] int32, read on the device: rows from there on are padding, whose tiles
+end at once. What is left in those rows means nothing, and no other row depends on it.
 
 Shape legend: N packed tokens, H hidden size, I MLP size, O outputs, Hq query heads, Hkv key heads,
 D head size, T column tiles of a `project_out`.
@@ -58,6 +60,7 @@ def _qkv_kernel(
     v_ptr,
     index_ptr,
     num_tokens,
+    total_ptr,
     eps,
     K: tl.constexpr,
     Hq: tl.constexpr,
@@ -75,6 +78,10 @@ def _qkv_kernel(
         gdc_launch_dependents()
     HALF: tl.constexpr = D // 2
     tile = tl.program_id(0)
+    if total_ptr is not None:
+        end = tl.load(total_ptr)
+        if tile * BM >= end:
+            return
     head = tl.program_id(1)
     acc = tl.zeros([BM, D], tl.float32)
     for k in tl.range(0, K, BK, num_stages=STAGES):
@@ -127,6 +134,7 @@ def project_qkv(
     *,
     tile: Tile,
     pdl: bool,
+    total: Tensor | None = None,
 ) -> None:
     """q [N, Hq, D], and k, v [*, Hkv, D] at `index` [N], rotated, from rows [N, H].
 
@@ -148,6 +156,7 @@ def project_qkv(
         v,
         index,
         num_tokens,
+        total,
         eps,
         K=size,
         Hq=num_heads,
@@ -174,6 +183,7 @@ def _gate_up_kernel(
     squares_ptr,
     out_ptr,
     num_tokens,
+    total_ptr,
     eps,
     K: tl.constexpr,
     SIZE: tl.constexpr,
@@ -188,6 +198,10 @@ def _gate_up_kernel(
         gdc_wait()
         gdc_launch_dependents()
     tile = tl.program_id(0)
+    if total_ptr is not None:
+        end = tl.load(total_ptr)
+        if tile * BM >= end:
+            return
     column = tl.program_id(1) * BN
     gate = tl.zeros([BM, BN], tl.float32)
     up = tl.zeros([BM, BN], tl.float32)
@@ -207,7 +221,14 @@ def _gate_up_kernel(
 
 
 def gate_and_up(
-    rows: Rows, weight: Tensor, eps: float, out: Tensor, *, tile: Tile, pdl: bool
+    rows: Rows,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    *,
+    tile: Tile,
+    pdl: bool,
+    total: Tensor | None = None,
 ) -> None:
     """out [N, I] = SiLU(gate) * up of rows [N, H]; weight [2 I, H]: gate's rows, then up's."""
     num_tokens, hidden = rows.x.shape
@@ -218,6 +239,7 @@ def gate_and_up(
         rows.x if rows.squares is None else rows.squares,
         out,
         num_tokens,
+        total,
         eps,
         K=hidden,
         SIZE=size,
@@ -269,6 +291,7 @@ def _out_kernel(
     part_ptr,
     count_ptr,
     num_tokens,
+    total_ptr,
     K: tl.constexpr,
     SIZE: tl.constexpr,
     BM: tl.constexpr,
@@ -282,6 +305,10 @@ def _out_kernel(
         gdc_wait()
         gdc_launch_dependents()
     tile = tl.program_id(0)
+    if total_ptr is not None:
+        end = tl.load(total_ptr)
+        if tile * BM >= end:
+            return
     column = tl.program_id(1)
     split = tl.program_id(2)
     SHARE: tl.constexpr = (K + BK * SPLITS - 1) // (BK * SPLITS) * BK
@@ -341,6 +368,7 @@ def project_out(
     *,
     tile: Tile,
     pdl: bool,
+    total: Tensor | None = None,
 ) -> None:
     """residual [N, H] fp32 += x [N, K] @ weight [H, K]^T; out.x = residual * norm [H], not yet
     divided by the rms of the rows, whose sums of squares go to out.squares [H / BN, N].
@@ -362,6 +390,7 @@ def project_out(
         part,
         count,
         num_tokens,
+        total,
         K=inner,
         SIZE=size,
         BM=tile.BM,
