@@ -3,10 +3,14 @@
     python benchmarks/scorer.py                                   # GPU, about 5 minutes
     python benchmarks/scorer.py --headline --tune --truth qwen.gguf --merge    # GPU, 150 s
     python benchmarks/scorer.py --device cpu                      # 2 CPU cores, 3 minutes
+    python benchmarks/scorer.py --real-share 0.33 --batches 64 --candidates 5 --prefixes 1024 \
+        --no-baselines --out benchmarks/results/scorer_trimmed_h100.json       # GPU, 60 s
 
 `--headline` measures the headline's point alone, `--truth` holds real weights against plain
 forwards, `--tune` finds the fastest kernels first (`scorer_kernels.py`), and `--merge` keeps the
-rows of the result file that this run does not measure anew.
+rows of the result file that this run does not measure anew. `--real-share` gives every row more
+slots than candidates, and measures beside the counted step the one inside an engine, which knows no
+count: over all slots, and trimmed.
 
 Models are random weights of a shape (`--shapes 0.5b 1.5b`: Qwen2.5's) or real ones. Ceilings (copy
 bandwidth, matrix product) are measured in the same run. The floor of a step is the larger of
@@ -27,6 +31,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -71,8 +76,6 @@ class BenchmarkModel(nn.Module):
 
     def __init__(self, backbone: Any) -> None:
         super().__init__()
-        from types import SimpleNamespace
-
         self.backbone = backbone
         self.config = SimpleNamespace(gamma=0.997, head="scalar")
         like = next(backbone.parameters())
@@ -204,9 +207,13 @@ def compute_floors(
 
 
 class Steady:
-    """`batch` requests with random keys and values of `prefix` tokens, stepped over and over."""
+    """`batch` requests with random keys and values of `prefix` tokens, stepped over and over.
 
-    def __init__(self, scorer: CandidateScorer, batch: int, prefix: int, mean: int) -> None:
+    Rows have at least `width` slots; those without a candidate hold -1."""
+
+    def __init__(
+        self, scorer: CandidateScorer, batch: int, prefix: int, mean: int, width: int = 1
+    ) -> None:
         self.scorer, self.decoder = scorer, scorer.decoder
         self.batch, self.prefix = batch, prefix
         cache = self.decoder._cache
@@ -216,7 +223,8 @@ class Steady:
             cache.reserve(request_id, prefix)
             cache.advance(request_id, prefix)
         self.counts = draw_counts(batch, mean)
-        width = max(self.counts)
+        self.num_candidates: int | None = sum(self.counts)
+        width = max(width, *self.counts)
         device = self.decoder.device
         ids = torch.randint(self.decoder.vocab_size, (8, batch, width), device=device)
         columns = torch.arange(width, device=device)
@@ -227,7 +235,7 @@ class Steady:
 
     def step(self) -> None:
         i = self.num_steps % len(self.candidates)
-        self.decoder.peek(self.ids, self.candidates[i], num_candidates=sum(self.counts))
+        self.decoder.peek(self.ids, self.candidates[i], num_candidates=self.num_candidates)
         self.decoder.commit(self.ids, self.chosen[i], peeked=True)
         self.num_steps += 1
 
@@ -294,7 +302,8 @@ def measure_point(
     device, model = arguments.device, scorer.model
     point: dict[str, Any] = {"model": name, "batch": batch, "candidates": mean, "prefix": prefix}
     point |= {"device": arguments.card, "commit": arguments.commit, "ceilings": ceilings}
-    steady = Steady(scorer, batch, prefix, mean)
+    width = round(mean / (arguments.real_share or 1))
+    steady = Steady(scorer, batch, prefix, mean, width)
     try:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -311,10 +320,12 @@ def measure_point(
         point |= compute_floors(model, [prefix] * batch, steady.counts, ceilings)
         runner: Any = scorer.decoder._runner
         if hasattr(runner, "choose"):
-            choices = runner.choose(runner._last[1].num_tokens)
+            choices = runner.choose(runner._last[1].num_tokens, False)
             point["kernels"] = {"pdl": choices.pdl, "fused": list(choices.tiles)}
         point["ratio"] = point["step_ms"] / point["floor_ms"]
         point["ratio_serial"] = point["step_ms"] / point["floor_serial_ms"]
+        if arguments.real_share is not None:
+            point |= measure_uncounted(scorer, steady)
     finally:
         steady.close()
     if not arguments.no_baselines and mean > 1:
@@ -333,6 +344,32 @@ def measure_point(
             "speedup_over_naive": ms / point["step_ms"],
         }
     return point
+
+
+@torch.inference_mode()
+def measure_uncounted(scorer: CandidateScorer, steady: Steady) -> dict[str, Any]:
+    """The step where nobody has counted the candidates, over all slots and trimmed: times, and how
+    far the outputs of the two are apart."""
+    runner: Any = scorer.decoder._runner
+    steady.num_candidates = None
+    candidates = steady.candidates[0]
+    found: dict[str, Any] = {"slots": candidates.numel(), "real": sum(steady.counts)}
+    hints = {
+        name: SimpleNamespace(trims=trims, note=lambda share: None)
+        for name, trims in (("uncounted", False), ("trimmed", True))
+    }
+    outs = []
+    for hint in hints.values():
+        runner.hint = hint
+        outs.append(steady.decoder.peek(steady.ids, candidates).double())
+    found["trimmed_error"] = float((outs[1] - outs[0]).norm() / outs[0].norm())
+    for name, hint in hints.items():
+        runner.hint = hint
+        found[f"{name}_ms"] = time_ms(steady.step, "cuda", 20)
+        found[f"{name}_graph_ms"] = time_graph(scorer)
+    choices = runner.choose(runner._last[1].num_tokens, True)
+    found["trimmed_kernels"] = choices.to_json() if choices.trims else None
+    return found
 
 
 def time_graph(scorer: CandidateScorer) -> float:
@@ -409,6 +446,8 @@ def show(result: dict[str, Any]) -> None:
         "step_ms",
         "step_with_sync_ms",
         "graph_ms",
+        "uncounted_ms",
+        "trimmed_ms",
         "floor_ms",
         "ratio",
         "ratio_serial",
@@ -448,7 +487,7 @@ def run_model(
         model,
         max_tokens=max(room, 33_000),
         max_requests=max(arguments.batches),
-        max_candidates=2 * max(arguments.candidates),
+        max_candidates=round(max(arguments.candidates) * max(2, 1 / (arguments.real_share or 1))),
         cuda_graphs=not arguments.no_graphs,
         kernels=arguments.kernels,
     )
@@ -667,6 +706,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--candidates", type=int, nargs="+", default=[2, 8, 16])
     parser.add_argument("--prefixes", type=int, nargs="+", default=[1024, 256, 4096])
+    parser.add_argument("--real-share", type=float, default=None, help="candidates / slots")
     parser.add_argument("--check", action="store_true", help="truth of every family first")
     parser.add_argument("--truth", nargs="*", default=[], help="GGUF files, folders, or bundled")
     parser.add_argument("--headline", action="store_true", help="the headline's point alone")
@@ -679,6 +719,8 @@ def main() -> None:
     parser.add_argument("--commit", default=None)
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
+    if arguments.real_share is not None and arguments.device != "cuda":
+        parser.error("--real-share is about CUDA graphs: it needs a GPU")
     if arguments.out is None:
         name = "scorer_h200.json" if arguments.device == "cuda" else "scorer_cpu.json"
         arguments.out = ROOT / "benchmarks" / "results" / name
