@@ -3,7 +3,7 @@
     python benchmarks/scorer.py                                   # GPU, about 5 minutes
     python benchmarks/scorer.py --headline --tune --truth qwen.gguf --merge    # GPU, 150 s
     python benchmarks/scorer.py --device cpu                      # 2 CPU cores, 3 minutes
-    python benchmarks/scorer.py --real-share 0.33 --batches 64 --candidates 5 --prefixes 1024 \
+    LENVM_TRY_KERNELS=1 python benchmarks/scorer.py --real-share 0.33 --batches 64 --candidates 5 --prefixes 1024 \
         --no-baselines --out benchmarks/results/scorer_trimmed_h100.json       # GPU, 60 s
 
 `--headline` measures the headline's point alone, `--truth` holds real weights against plain

@@ -27,7 +27,13 @@ TRIMMED = Choices(**EVERY, trims=True)
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     few, many, trimmed = (
-        {"device_kind": "cpu", "shape": vars(SHAPE), "num_tokens": n, "choices": c.to_json()}
+        {
+            "device_kind": "cpu",
+            "shape": vars(SHAPE),
+            "num_tokens": n,
+            "choices": c.to_json(),
+            "step_us": 1.0,
+        }
         for n, c in ((16, FEW), (256, MANY), (256, TRIMMED))
     )
     path = tmp_path / "choices.json"
@@ -49,6 +55,16 @@ def test_the_nearest_measurement_within_twice_counts(measured, num_tokens, expec
 @pytest.mark.parametrize(("num_tokens", "expected"), [(16, PLAIN), (128, TRIMMED), (512, TRIMMED)])
 def test_trimmed_kernels_have_records_of_their_own(measured, num_tokens, expected):
     assert choose(CPU, SHAPE, num_tokens, trims=True) == expected
+
+
+def test_a_proposal_is_taken_to_be_measured_only(measured, monkeypatch):
+    told = json.loads(kernel_choices.PATH.read_text())
+    del told["trimmed_records"][0]["step_us"]
+    kernel_choices.PATH.write_text(json.dumps(told))
+    for setting, expected in (("0", PLAIN), ("1", TRIMMED)):
+        monkeypatch.setenv("LENVM_TRY_KERNELS", setting)
+        kernel_choices._records.cache_clear()
+        assert choose(CPU, SHAPE, 256, trims=True) == expected
 
 
 def test_a_trimmed_step_fuses_all_products():

@@ -2,11 +2,14 @@
 
 `kernel_choices.json` is what `benchmarks/scorer_kernels.py --tune` found fastest, and right, on a
 GPU. Shapes and devices that were not measured run cuBLAS with small kernels between (`PLAIN`).
-Its "trimmed_records" are for steps whose packed candidates fill little of their bucket (`trims`):
-tiles of 64 rows that did well alone at 512 tokens; whole steps with them were not timed yet.
+Its "trimmed_records" are for steps whose packed candidates fill little of their bucket (`trims`).
+A record without the time of a whole step (`step_us`) is a proposal, here tiles of 64 rows that did
+well alone at 512 tokens: it is taken where LENVM_TRY_KERNELS=1 stands in the environment, which is
+for measuring it.
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -117,7 +120,10 @@ def choose(
 def _records() -> dict[tuple[str, LayerShape, bool], dict[int, Choices]]:
     found: dict[tuple[str, LayerShape, bool], dict[int, Choices]] = {}
     told = json.loads(PATH.read_text())
+    proposed = os.environ.get("LENVM_TRY_KERNELS") == "1"
     for record in [*told["records"], *told["trimmed_records"]]:
+        if "step_us" not in record and not proposed:
+            continue
         choices = Choices.from_json(record["choices"])
         key = record["device_kind"], LayerShape(**record["shape"]), choices.trims
         found.setdefault(key, {})[record["num_tokens"]] = choices
