@@ -3,8 +3,8 @@
     python benchmarks/scorer.py                                   # GPU, about 5 minutes
     python benchmarks/scorer.py --headline --tune --truth qwen.gguf --merge    # GPU, 150 s
     python benchmarks/scorer.py --device cpu                      # 2 CPU cores, 3 minutes
-    LENVM_TRY_KERNELS=1 python benchmarks/scorer.py --real-share 0.33 --batches 64 --candidates 5 --prefixes 1024 \
-        --no-baselines --out benchmarks/results/scorer_trimmed_h100.json       # GPU, 60 s
+    LENVM_TRY_KERNELS=1 python benchmarks/scorer.py --real-share 0.33 --batches 64 --candidates 5 \
+        --prefixes 1024 --no-baselines --out scorer_trimmed_h100.json          # GPU, 60 s
 
 `--headline` measures the headline's point alone, `--truth` holds real weights against plain
 forwards, `--tune` finds the fastest kernels first (`scorer_kernels.py`), and `--merge` keeps the
