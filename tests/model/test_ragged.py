@@ -357,6 +357,15 @@ def test_steady_steps_allocate_no_memory_for_keys_and_values(family):
     assert decoder.length("a") == 203
 
 
+def test_a_model_that_was_read_from_a_gguf_file_has_packed_layers_too():
+    """transformers then forbids its `float`, though its weights are plain."""
+    backbone = build("qwen2")
+    backbone.is_quantized = True
+    with pytest.raises(ValueError, match="quantized"):
+        backbone.float()
+    assert RaggedDecoder(backbone, **BUDGET)._runner.is_packed
+
+
 def test_packed_layers_run_on_the_cpu():
     for family in ("qwen2", "qwen3", "llama", "mistral"):
         assert RaggedDecoder(build(family), **BUDGET)._runner.is_packed

@@ -63,7 +63,7 @@ def _copy_first_layers(backbone: Any, tokens: Tensor, num_layers: int = 2) -> An
     copied.layers = nn.ModuleList(copy_of(layer) for layer in backbone.layers[:num_layers])
     rows = backbone.embed_tokens(tokens)
     copied.embed_tokens = nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows)
-    return copied.float()
+    return nn.Module.float(copied)  # a model read from a GGUF file forbids its own `float`
 
 
 class _Probe:
