@@ -400,9 +400,9 @@ def serve(call: Call) -> None:
     generator = AutoModelForCausalLM.from_pretrained(real, dtype=dtype).to(device)
     checks.use_vocabulary(generator.config.vocab_size)
     ours = LengthValueModel.from_pretrained(value, dtype=dtype, device=device)
-    session = GuidanceSession(
-        CandidateScorer(ours, max_tokens=8192, max_requests=4), eos_token_ids=()
-    )
+    scorer = CandidateScorer(ours, max_tokens=8192, max_requests=4)
+    session = GuidanceSession(scorer, eos_token_ids=())
+    rules = ("hard", "soft", "conditional") if scorer.has_distribution else ("hard", "soft")
     dialect = checks.Dialect("vllm")
     answers: dict[str, Any] = {}
     for layout in layouts:
@@ -412,7 +412,7 @@ def serve(call: Call) -> None:
         record: dict[str, Any] = {}
         call.found["checks"][layout] = record
         try:
-            record["lengths"] = checks.check_lengths(ask, dialect)
+            record["lengths"] = checks.check_lengths(ask, dialect, rules)
             record["rule"] = checks.check_rule(ask, dialect, generator, session)
             record["distribution"] = checks.check_distribution(ask, dialect, generator, session)
             for kind, control in (("greedy", None), ("hard", HARD)):

@@ -60,6 +60,7 @@ class AsyncWorker(engines_worker.VllmWorker):
                 "tokens": list(o.token_ids),
                 "finish_reason": o.finish_reason,
                 "stop_reason": o.stop_reason,
+                "first": {i: x.logprob for i, x in o.logprobs[0].items()} if o.logprobs else {},
             }
             for o in last.outputs
         ]

@@ -35,6 +35,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     thinking_token_budget: int | None = None
     extra_args: dict[str, Any] | None = None
+    logprobs: int | None = None
     _eos_token_id: int | None = None
 
     @property
