@@ -122,6 +122,11 @@ def _loss(arm: Numbers) -> str:
     return "-" if loss is None or loss == 0 else f"{loss:.2f}"
 
 
+def _point(domain: Numbers) -> Numbers:
+    """Errors of the distribution's geometric mean."""
+    return domain.get("geometric") or domain
+
+
 def _prediction(found: Numbers) -> str:
     domains = found["models"][MODEL]["domains"]
     names = ("math", "code", "instructions")
@@ -130,8 +135,8 @@ def _prediction(found: Numbers) -> str:
     rows = [
         [
             "LenVM 0.5B",
-            *(f"**{percent(domains[d]['mre'], **short)}**" for d in names),
-            f"**{percent(domains['all']['median_re'], **short)}**",
+            *(f"**{percent(_point(domains[d])['mre'], **short)}**" for d in names),
+            f"**{percent(_point(domains['all'])['median_re'], **short)}**",
         ],
         [
             "a constant for each domain",
@@ -142,7 +147,8 @@ def _prediction(found: Numbers) -> str:
     ]
     return (
         f"Length before the first token, Qwen2.5-Coder-0.5B, {domains['all']['num_prompts']} "
-        "held-out prompts with 64 answers each, mean relative error (a few instructions answered "
+        "held-out prompts with 64 answers each, mean relative error of the distribution's "
+        "geometric mean (a few instructions answered "
         "in a handful of tokens make their mean; the median is over all) "
         "([file](benchmarks/results/prediction_h200.json)):\n\n"
         + table(["", *names, "median"], rows)

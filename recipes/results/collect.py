@@ -105,10 +105,16 @@ def _prediction(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
             models[path.parent.name] = {"held_out": held_out} | {k: summary[k] for k in kept}
     main = models.get(plan.headline["prediction"])
     headline = {
-        f"mre_{domain}": _value(main and main["domains"].get(domain, {}).get("mre"))
+        f"mre_{domain}": _value(main and _point(main["domains"].get(domain, {})))
         for domain in ("math", "code", "instructions")
     }
     return {"headline": headline, "models": models}
+
+
+def _point(domain: Numbers) -> Numbers | None:
+    """Error of a head's best point prediction: the geometric mean where it knows one."""
+    found: Numbers | None = (domain.get("geometric") or domain).get("mre")
+    return found
 
 
 def _coverage_80(plan: Plan, lab: Path) -> float | None:

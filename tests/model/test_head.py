@@ -54,6 +54,8 @@ def test_value_and_mean_are_exact_given_the_bins(gamma: float):
     expected = dense @ torch.expm1(n * math.log(gamma))
     torch.testing.assert_close(belief.value(gamma).double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(belief.mean().double(), dense @ n, rtol=1e-5, atol=0)
+    geometric = (dense @ n.log()).exp()
+    torch.testing.assert_close(belief.geometric_mean().double(), geometric, rtol=1e-5, atol=0)
 
 
 def test_what_never_ends_lies_in_no_interval_and_in_no_mean():

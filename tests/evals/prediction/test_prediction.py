@@ -318,6 +318,10 @@ def test_a_distribution_head_answers_mean_and_median_with_its_own_numbers():
     grade = grade_prompt(record, {}, GAMMA, "distribution")
     assert grade["predicted"] == pytest.approx(60)
     assert (grade["predicted_mean"], grade["predicted_median"]) == (65.0, 55.0)
+    assert summarise_domain([grade], 2)["geometric"] is None  # a server that does not tell it
+    record["prediction"]["geometric_mean"] = 1.1 * grade["length_true"]
+    again = summarise_domain([grade_prompt(record, {}, GAMMA, "distribution")], 2)
+    assert again["geometric"]["mre"]["value"] == pytest.approx(0.1)
 
 
 # -- predictors -----------------------------------------------------------------------------------
@@ -339,7 +343,8 @@ def test_a_value_model_predicts_in_process(tmp_path, head):
     path = write(tmp_path / "t.jsonl", [(i, "m", "test", 30, "stop") for i in range(5)] * 2)
     summary = run_prediction(PredictionConfig((path,)), predictor, tmp_path / "out")
     assert summary["head"] == head
-    assert (summary["domains"]["all"]["coverage"] is None) == (head == "scalar")
+    for told in ("coverage", "geometric"):
+        assert (summary["domains"]["all"][told] is None) == (head == "scalar")
 
 
 def test_a_server_predicts_over_http(tmp_path):

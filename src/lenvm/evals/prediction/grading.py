@@ -36,6 +36,7 @@ def grade_prompt(
         "predicted": predicted,
         "predicted_mean": belief.get("mean", belief["length"]),
         "predicted_median": belief["length"],
+        "predicted_geometric": belief.get("geometric_mean"),
         "relative_error": abs(predicted - truth) / truth,
         "baselines": dict(baselines),
         "pit": pit_values(belief.get("quantiles"), lengths),
@@ -120,6 +121,13 @@ def summarise_domain(grades: Sequence[Grade], num_completions: int) -> dict[str,
         )
         if name in ORDERLESS and len({g["domain"] for g in grades}) < ORDERLESS[name]:
             baselines[name] |= {"spearman": None, "kendall": None}
+    geometric = None
+    if all(g["predicted_geometric"] is not None for g in grades):
+        wrong = errors(column("predicted_geometric"), "length_true")
+        geometric = {
+            "mre": r.mean(wrong, names).to_json(),
+            "median_re": r.quantile(wrong, names).to_json(),
+        }
     own = {
         "length_true": column("predicted"),
         "length_mean": column("predicted_mean"),
@@ -129,6 +137,7 @@ def summarise_domain(grades: Sequence[Grade], num_completions: int) -> dict[str,
         "num_prompts": len(grades),
         "num_completions": num_completions,
         **measure(own),
+        "geometric": geometric,
         "baselines": baselines,
         "calibration": _calibration(grades),
         "coverage": _coverage(grades, r),

@@ -2,7 +2,7 @@
 
 A `Predictor` reads token sequences and says what it believes at some of their positions. Beliefs
 are plain numbers: `value` (V), `length` (the point prediction in tokens), and, where the head knows
-them, `mean` and `quantiles` ({"0.025": tokens, ...}).
+them, `mean`, `geometric_mean` and `quantiles` ({"0.025": tokens, ...}).
 """
 
 import asyncio
@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from lenvm.errors import EndpointError, InputError
+from lenvm.model.head import DistributionBelief
 from lenvm.model.value_model import LengthValueModel
 
 Belief = dict[str, Any]
+KEPT = ("value", "length", "mean", "geometric_mean")
 LEVELS = tuple(round(0.025 * i, 3) for i in range(1, 40))
 
 
@@ -86,10 +88,11 @@ class ValueModelPredictor:
         ]
         if not belief.has_distribution or not self.levels:
             return rows
-        means = belief.mean().tolist()  # type: ignore[attr-defined]
+        assert isinstance(belief, DistributionBelief)
+        means = torch.stack([belief.mean(), belief.geometric_mean()], -1).tolist()
         table = torch.stack([belief.quantile(q) for q in self.levels], -1).tolist()
-        for row, mean, quantiles in zip(rows, means, table, strict=True):
-            row["mean"] = mean
+        for row, (mean, geometric), quantiles in zip(rows, means, table, strict=True):
+            row |= {"mean": mean, "geometric_mean": geometric}
             row["quantiles"] = {str(q): n for q, n in zip(self.levels, quantiles, strict=True)}
         return rows
 
@@ -143,7 +146,7 @@ class EndpointPredictor:
 
 def to_belief(numbers: dict[str, Any]) -> Belief:
     """Belief of a server's numbers: `p10`, `p50`, `p90` become quantiles."""
-    belief: Belief = {k: numbers[k] for k in ("value", "length", "mean") if k in numbers}
+    belief: Belief = {k: numbers[k] for k in KEPT if k in numbers}
     quantiles = {
         str(int(k[1:]) / 100): v for k, v in numbers.items() if k[:1] == "p" and k[1:].isdigit()
     }
