@@ -141,8 +141,26 @@ def prediction(found: Numbers | None, images: Path) -> str:
         else "",
         "What the value at gamma says, and the baselines:",
         table([*columns, "in 50%", "in 80%", "in 95%"], rows),
+        _against_scalar(found),
         image(images, "prediction.png", "Mean relative error by domain"),
         about(found),
+    )
+
+
+def _against_scalar(found: Numbers | None) -> str:
+    """The same prompts by both heads at one gamma."""
+    if not found or not found.get("against_scalar"):
+        return ""
+    pairs, models = found["against_scalar"], found["models"]
+    rows = [
+        [f"{models[name]['gamma']:.4g}", *(percent(pair.get(d)) for d in DOMAINS)]
+        for name, pair in pairs.items()
+    ]
+    return join(
+        "One distribution head, asked at three discounts, against a scalar head trained for each on "
+        "the same data: its relative error less theirs, prompt by prompt (percentage points; below "
+        "0: the distribution head is better).",
+        table(["gamma", *DOMAINS], rows),
     )
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from recipes.results.plan import Plan
 
+from lenvm.evals.bootstrap import Resampler
 from lenvm.evals.lifebench.run import EVALUATION as LIFEBENCH
 from lenvm.evals.lifebench.run import summarise as summarise_lifebench
 from lenvm.evals.runner import Record, load_config, load_records
 from lenvm.evals.tradeoff.arms import OWN
 from lenvm.evals.tradeoff.run import EVALUATION as TRADEOFF
 from lenvm.evals.tradeoff.run import summarise as summarise_tradeoff
-from lenvm.files import read_json, write_json
+from lenvm.files import read_json, read_jsonl, write_json
 
 Numbers = dict[str, Any]
 BASELINES = ("budget", "budget_answer", "concise", "eos_bias")
@@ -108,7 +109,29 @@ def _prediction(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
         f"mre_{domain}": _value(main and _point(main["domains"].get(domain, {})))
         for domain in ("math", "code", "instructions")
     }
-    return {"headline": headline, "models": models}
+    pairs = _paired(lab, plan.headline["prediction"], models)
+    return {"headline": headline, "models": models, "against_scalar": pairs}
+
+
+def _paired(lab: Path, main: str, models: Numbers) -> Numbers:
+    """The distribution head's relative error less a scalar head's at the same gamma, prompt by
+    prompt: {scalar model: {domain: estimate}}."""
+    found: Numbers = {}
+    folders = {path.name: path for path in lab.glob("prediction/*/*")}
+    for name, model in models.items():
+        own = folders.get(f"{main}@{model['gamma']:g}")
+        if model["head"] != "scalar" or own is None:
+            continue
+        ours, theirs = (
+            {row["id"]: row for _, row in read_jsonl(folder / "grades.jsonl")}
+            for folder in (own, folders[name])
+        )
+        found[name] = {}
+        for domain in sorted({grade["domain"] for grade in ours.values()}):
+            ids = [i for i, grade in ours.items() if grade["domain"] == domain]
+            less = [ours[i]["relative_error"] - theirs[i]["relative_error"] for i in ids]
+            found[name][domain] = Resampler(ids).mean(less, ids).to_json()
+    return found
 
 
 def _point(domain: Numbers) -> Numbers | None:

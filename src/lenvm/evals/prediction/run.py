@@ -138,7 +138,7 @@ def _trace(sample: int, length: int, beliefs: Sequence[dict[str, Any]]) -> list[
             "at": at,
             "step": int(at * length),
             "remaining": length - int(at * length),
-            "predicted": belief["length"],
+            "predicted": belief.get("geometric_mean", belief["length"]),
         }
         for at, belief in zip(POSITIONS, beliefs, strict=True)
     ]
