@@ -157,9 +157,9 @@ def _against_scalar(found: Numbers | None) -> str:
         for name, pair in pairs.items()
     ]
     return join(
-        "One distribution head, asked at three discounts, against a scalar head trained for each on "
-        "the same data: its relative error less theirs, prompt by prompt (percentage points; below "
-        "0: the distribution head is better).",
+        "One distribution head, asked at three discounts, against a scalar head trained for each "
+        "on the same data: its relative error less theirs, prompt by prompt (percentage points; "
+        "below 0: the distribution head is better).",
         table(["gamma", *DOMAINS], rows),
     )
 
