@@ -24,7 +24,7 @@ def predict_lengths(
 
     prompts: token ids, chat template applied; images: the image files of each. Returns for each:
     `value` (V at the prompt boundary) and `length` (tokens); a distribution head adds `mean`,
-    `p10`, `p50`, `p90` and, for a `budget`, `p_within_budget` = P(length <= budget).
+    `geometric_mean` (least wrong in proportion), `p10`, `p50`, `p90` and, for a `budget`, `p_within_budget` = P(length <= budget).
     """
     import torch
 
@@ -46,7 +46,7 @@ def belief_numbers(
     belief = model.belief(raw)
     columns = {"value": belief.value(), "length": belief.length()}
     if isinstance(belief, DistributionBelief):
-        columns["mean"] = belief.mean()
+        columns |= {"mean": belief.mean(), "geometric_mean": belief.geometric_mean()}
         for q in QUANTILES:
             columns[f"p{round(q * 100)}"] = belief.quantile(q)
         if budget is not None:
