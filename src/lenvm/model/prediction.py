@@ -24,7 +24,8 @@ def predict_lengths(
 
     prompts: token ids, chat template applied; images: the image files of each. Returns for each:
     `value` (V at the prompt boundary) and `length` (tokens); a distribution head adds `mean`,
-    `geometric_mean` (least wrong in proportion), `p10`, `p50`, `p90` and, for a `budget`, `p_within_budget` = P(length <= budget).
+    `geometric_mean` (least wrong in proportion), `p10`, `p50`, `p90` and, for a `budget`,
+    `p_within_budget` = P(length <= budget).
     """
     import torch
 

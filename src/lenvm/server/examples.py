@@ -11,14 +11,6 @@ _BELIEF = {
     "p50": 37.0,
     "p90": 157.0,
 }
-    "value": -0.217,
-    "length": 37.0,
-    "mean": 76.1,
-    "geometric_mean": 38.4,
-    "p10": 8.0,
-    "p50": 37.0,
-    "p90": 157.0,
-}
 _ABOUT = {"object": "list", "model": "smollm2", "gamma": 0.9955, "head": "distribution"}
 _USAGE = {
     "prompt_tokens": 36,
