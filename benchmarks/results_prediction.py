@@ -1,0 +1,132 @@
+"""The results page: length before the first token, and while decoding."""
+
+from pathlib import Path
+
+from results_cells import (
+    MISSING,
+    Numbers,
+    about,
+    image,
+    join,
+    look_up,
+    percent,
+    table,
+    title,
+)
+
+PAPER_MRE = {"1.5B": (17.0, 29.0, 33.0), "7B": (11.0, 19.5, 23.0), "32B": (9.8, 14.9, 17.1)}
+
+
+DOMAINS = ("math", "code", "instructions")
+
+
+def prediction(found: Numbers | None, images: Path) -> str:
+    models = (found or {}).get("models", {})
+    rows: list[list[str]] = []
+    points = [
+        [
+            f"**{title(name)}**",
+            *(percent(look_up(model, "domains", d, "geometric", "mre")) for d in DOMAINS),
+            *(percent(look_up(model, "domains", d, "mre"), short=True) for d in DOMAINS),
+        ]
+        for name, model in models.items()
+        if "@" not in name and look_up(model, "domains", "all", "geometric") is not None
+    ]
+    for name, model in models.items():
+        domains = model["domains"]
+        rows.append(
+            [
+                f"**{title(name)}**, {model['head']} head, gamma {model['gamma']:.4g}",
+                *(percent(look_up(domains, d, "mre")) for d in DOMAINS),
+                *(percent(look_up(domains, d, "median_re"), short=True) for d in DOMAINS),
+                *(
+                    percent(look_up(domains, "all", "coverage", c), short=True)
+                    for c in ("50", "80", "95")
+                ),
+            ]
+        )
+    for held_out in dict.fromkeys(m["held_out"] for m in models.values()):
+        first = next(m for m in models.values() if m["held_out"] == held_out)
+        for baseline in ("constant", "constant_per_domain", "prompt_length", "ridge"):
+            own = [look_up(first, "domains", d, "baselines", baseline) or {} for d in DOMAINS]
+            rows.append(
+                [
+                    f"{baseline.replace('_', ' ')}, {held_out}",
+                    *(percent(b.get("mre")) for b in own),
+                    *(percent(b.get("median_re"), short=True) for b in own),
+                    *["-"] * 3,
+                ]
+            )
+    if not rows:
+        rows = [["ours", *[MISSING] * 3, *["-"] * 6]]
+    rows += [
+        [f"paper, {size}", *(f"{v:.1f}%" for v in row), *["-"] * 6]
+        for size, row in PAPER_MRE.items()
+    ]
+    columns = ["predictor", *(f"MRE {d}" for d in DOMAINS), *(f"median {d}" for d in DOMAINS)]
+    return join(
+        "## Length before the first token",
+        "Relative error of the predicted length at the end of the prompt, against Eq. 14's length "
+        "of 64 completions a prompt, on held-out prompts; and how many single lengths fall inside "
+        "the 50, 80 and 95% intervals. A few instructions that are answered in a handful of tokens "
+        "dominate their mean, so the median stands beside it.",
+        "The headline's point prediction is the distribution's geometric mean, exp(E[log length]): "
+        "a relative error is one of the logarithm, and where the model holds a short answer likely "
+        "and a very long one possible, the value at gamma lies in between and is wrong in both "
+        "cases. (Of six predictions tried on these prompts it was the only one good everywhere.)",
+        table(
+            [
+                "mean relative error",
+                *(f"{d}, geometric mean" for d in DOMAINS),
+                *(f"{d}, value at gamma" for d in DOMAINS),
+            ],
+            points,
+        )
+        if points
+        else "",
+        "What the value at gamma says, and the baselines:",
+        table([*columns, "in 50%", "in 80%", "in 95%"], rows),
+        _against_scalar(found),
+        image(images, "prediction.png", "Mean relative error by domain"),
+        about(found),
+    )
+
+
+def _against_scalar(found: Numbers | None) -> str:
+    """The same prompts by both heads at one gamma."""
+    if not found or not found.get("against_scalar"):
+        return ""
+    pairs, models = found["against_scalar"], found["models"]
+    rows = [
+        [f"{models[name]['gamma']:.4g}", *(percent(pair.get(d)) for d in DOMAINS)]
+        for name, pair in pairs.items()
+    ]
+    return join(
+        "One distribution head, asked at three discounts, against a scalar head trained for each "
+        "on the same data: its relative error less theirs, prompt by prompt (percentage points; "
+        "below 0: the distribution head is better).",
+        table(["gamma", *DOMAINS], rows),
+    )
+
+
+def positions(found: Numbers | None, images: Path) -> str:
+    rows = [
+        [
+            title(name),
+            f"{model['gamma']:.4g}",
+            *(
+                percent(p["median_re"], short=True)
+                for p in look_up(model, "domains", "all", "positions") or []
+            ),
+        ]
+        for name, model in ((found or {}).get("models", {})).items()
+    ]
+    return join(
+        "## While decoding: the heads at three discounts",
+        "Median relative error of the remaining length after 0, 25, 50 and 75% of an answer. A "
+        "distribution head answers for every gamma, a scalar head for the one it was trained with.",
+        table(
+            ["model", "gamma", "at 0%", "25%", "50%", "75%"],
+            rows or [["ours", "-", *[MISSING] * 4]],
+        ),
+    )
