@@ -1,6 +1,7 @@
 """Two GPUs against one: training under the shipped layouts, guided vLLM, sampling.
 
     python benchmarks/multi_gpu.py train  --model model.gguf --data gsm8k/train.jsonl
+    python benchmarks/multi_gpu.py profile --model ... --data ...    (three layouts, 20 s each)
     python benchmarks/multi_gpu.py resume --model ... --data ...     (after train)
     python benchmarks/multi_gpu.py serve  --model ...
     python benchmarks/multi_gpu.py sample --model ...
@@ -192,9 +193,14 @@ def prepare_training(call: Call) -> dict[str, Any]:
 
 
 def start_training(
-    call: Call, name: str, settings: dict[str, Any], layout: str | None
+    call: Call,
+    name: str,
+    settings: dict[str, Any],
+    layout: str | None,
+    profile: Path | None = None,
 ) -> tuple[subprocess.Popen[bytes], Path]:
-    """`lenvm train` in processes of its own, under a shipped layout where one is named."""
+    """`lenvm train` in processes of its own, under a shipped layout where one is named; `profile`:
+    looked at for a few steps, then ended."""
     log = call.work / f"{name}.log"
     settings = {**settings, "output": str(call.work / name)}
     config = call.work / f"{name}.json"
@@ -204,6 +210,8 @@ def start_training(
         what += ["--set", f"{key}={json.dumps(value)}"]
     if call.is_dry:  # accelerate knows FSDP on GPUs alone; the tests' script lets it have CPUs
         what = [str(ROOT / "tests/training/run_training.py"), str(config)]
+    if profile is not None:
+        what = [str(ROOT / "benchmarks/multi_gpu_profile.py"), str(config), str(profile)]
     launcher = []
     if layout is not None:
         port = str(20_000 + os.getpid() % 20_000 + len(name))
@@ -284,6 +292,24 @@ def train(call: Call) -> None:
             run["per_gpu_ratio"] = run["tokens_per_s"] / run["num_processes"] / one["tokens_per_s"]
         call.found["runs"][name] = run
         call.say(f"{name}: " + json.dumps({k: v for k, v in run.items() if k != "loss"}))
+        call.save()
+
+
+def profile(call: Call) -> None:
+    """Where a step's time goes on one GPU, under DDP and under FSDP2."""
+    settings = {**prepare_training(call), "evals": 1}
+    call.found |= {"settings": settings, "runs": {}}
+    for layout in (None, "ddp", "fsdp2"):
+        name = f"profile_{layout or 'one'}"
+        out = call.work / f"{name}_steps.json"
+        try:
+            started = start_training(call, name, settings, layout, profile=out)
+            finish_training(*started, timeout_s=150.0)
+            found = read_json(out)
+        except (RuntimeError, OSError) as error:
+            found = {"error": str(error)[-2000:]}
+        call.found["runs"][layout or "one"] = found
+        call.say(f"{name}: " + json.dumps(found)[:1500])
         call.save()
 
 
@@ -555,7 +581,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = {"train": train, "resume": resume, "serve": serve, "sample": sample}
+    parts = {"train": train, "profile": profile, "resume": resume, "serve": serve, "sample": sample}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--model", default="smollm2", help="generator and backbone")
     parser.add_argument("--data", type=Path, help="JSON lines with question and answer")

@@ -1,0 +1,89 @@
+"""Where an optimizer step's time goes, under any layout: a training that is looked at, then ended.
+
+    accelerate launch --config_file configs/fsdp2.yaml --num_processes 2 \\
+        benchmarks/multi_gpu_profile.py CONFIG.json OUT.json
+
+CONFIG.json holds the settings of `lenvm train`. Process 0 writes: wall time of a step, what the
+device was busy with (all of it, and communication), what the host did longest. `multi_gpu.py
+profile` runs it for one GPU and for each layout.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+SKIP, LOOK = 5, 3
+"""Steps before the profile, and inside it."""
+
+
+def watch(out: Path) -> None:
+    """Profile some steps of the training that follows, then end it."""
+    from lenvm.training.loop import LenVMTrainer
+
+    original = LenVMTrainer.training_step
+    state: dict[str, Any] = {"number": 0}
+
+    def training_step(self: Any, *args: Any) -> Any:
+        number = state["number"]
+        if number in (SKIP, SKIP + LOOK):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            state[number] = time.perf_counter()
+        if number == SKIP:
+            activities = [ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(ProfilerActivity.CUDA)
+            state["profile"] = profile(activities=activities)
+            state["profile"].__enter__()
+        if number == SKIP + LOOK:
+            state["profile"].__exit__(None, None, None)
+            if self.args.process_index == 0:
+                wall = (state[number] - state[SKIP]) / LOOK
+                out.write_text(json.dumps(describe(state["profile"], wall), indent=1))
+            self.control.should_training_stop = True
+        state["number"] += 1
+        return original(self, *args)
+
+    LenVMTrainer.training_step = training_step  # type: ignore[method-assign]
+
+
+def describe(seen: Any, wall_s: float) -> dict[str, Any]:
+    """Milliseconds a step, each."""
+    rows = seen.key_averages()
+    kernels = [e for e in seen.events() if str(e.device_type).endswith("CUDA")]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in kernels)
+    busy, end = 0.0, 0.0
+    for start, stop in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    nccl = sum(e.time_range.elapsed_us() for e in kernels if "nccl" in e.name.lower())
+    longest = sorted(rows, key=lambda r: -r.self_cpu_time_total)[:20]
+    heaviest = sorted(rows, key=lambda r: -r.self_device_time_total)[:20]
+    return {
+        "wall_ms": 1e3 * wall_s,
+        "device_busy_ms": busy / 1e3 / LOOK,
+        "communication_ms": nccl / 1e3 / LOOK,
+        "host_ms": {r.key[:60]: r.self_cpu_time_total / 1e3 / LOOK for r in longest},
+        "host_calls": {r.key[:60]: r.count / LOOK for r in longest},
+        "device_ms": {r.key[:60]: r.self_device_time_total / 1e3 / LOOK for r in heaviest},
+    }
+
+
+if __name__ == "__main__":
+    root = Path(__file__).parents[1]
+    sys.path[:0] = [str(root / "src"), str(root / "tests/training")]
+    if not torch.cuda.is_available():
+        from cpu_layouts import allow_cpu_layouts
+
+        allow_cpu_layouts()
+    from lenvm.training.config import TrainingConfig
+    from lenvm.training.trainer import train
+
+    settings, target = (Path(a) for a in sys.argv[1:])
+    watch(target)
+    train(TrainingConfig.parse(json.loads(settings.read_text())))
