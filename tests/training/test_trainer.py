@@ -116,7 +116,11 @@ def test_loops_are_learned_as_answers_that_never_end(tmp_path: Path, base: str):
             trajectory(i, 28, split, prompt_token_ids=prompt, completion_token_ids=[*ids, EOS])
         )
     write_rows(tmp_path / "t.jsonl", rows)
-    train(config(tmp_path, base, loops_above=0.5, epochs=8))
+    result = train(config(tmp_path, base, loops_above=0.5, epochs=8))
+    assert result.num_loops == 100
+    only = write_rows(tmp_path / "loops.jsonl", rows[1::2])
+    with pytest.raises(DataError, match="every train sequence repeats more of itself"):
+        train(config(tmp_path, base, loops_above=0.5, data=[only], output=str(tmp_path / "none")))
     model = LengthValueModel.from_pretrained(tmp_path / "model")
     assert model.config.loops
     raw = torch.stack([r[-1] for r in model.read([[4, 40, 40], [4, 41, 41]])])

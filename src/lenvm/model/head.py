@@ -146,6 +146,11 @@ class LengthBins:
         self.lower = torch.tensor([1, *(e + 1 for e in edges[:-1])])
         self.upper = torch.tensor(edges)
         self.width = self.upper - self.lower + 1
+        lower, upper = self.lower.double(), self.upper.double()
+        self.middle = ((lower + upper) / 2).float()
+        self.mean_log = ((torch.lgamma(upper + 1) - torch.lgamma(lower)) / self.width).float()
+        """E[log length] in each bin."""
+        self.loops = loops
         self.num_lengths = len(edges) - loops
         """Bins that are of lengths."""
         self.longest = edges[self.num_lengths - 1]
@@ -164,7 +169,7 @@ class LengthBins:
             bins = copy.copy(self)
             bins._values = {}
             with torch.inference_mode(False):  # what is kept must serve training too
-                for name in ("lower", "upper", "width"):
+                for name in ("lower", "upper", "width", "middle", "mean_log"):
                     setattr(bins, name, getattr(self, name).to(device))
             self._on[device] = bins
         return self._on[device]
@@ -231,15 +236,12 @@ class DistributionBelief:
 
     def mean(self) -> Tensor:
         """E[remaining], exact given the bins: no Jensen bias. Of what ends, where some do not."""
-        centre = ((self.bins.lower + self.bins.upper).double() / 2).float()
-        return self._mask(self._expect_length(centre))
+        return self._mask(self._expect_length(self.bins.middle))
 
     def geometric_mean(self) -> Tensor:
         """exp(E[log remaining]), exact given the bins, of what ends: least wrong in proportion,
         where a small chance of a very long answer draws the mean away."""
-        lower, upper = self.bins.lower.double(), self.bins.upper.double()
-        logs = (torch.lgamma(upper + 1) - torch.lgamma(lower)) / self.bins.width
-        return self._mask(self._expect_length(logs.float()).exp())
+        return self._mask(self._expect_length(self.bins.mean_log).exp())
 
     def quantile(self, q: float) -> Tensor:
         if not 0.0 < q < 1.0:
@@ -262,7 +264,8 @@ class DistributionBelief:
         shape, device = self.logits.shape[:-1], self.logits.device
         given = (low, high) if peak is None else (low, high, peak.centre, peak.below, peak.above)
         numbers = [x.to(device, torch.float32) for x in given]
-        numbers[1] = numbers[1].clamp(max=self.bins.longest)
+        if self.bins.loops:
+            numbers[1] = numbers[1].clamp(max=self.bins.longest)
         if kernels := _kernels(self.logits):
             bins = self.bins
             found: Tensor = kernels.log_interval(

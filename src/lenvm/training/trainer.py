@@ -57,6 +57,8 @@ class TrainingResult:
     val_loss_last: float
     gamma: float
     seconds: float
+    num_loops: int = 0
+    """Sequences taught as answers that never end (`loops_above`)."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
         val_loss_last=trainer.val_losses[-1],
         gamma=model.config.gamma,
         seconds=seconds,
+        num_loops=int(splits.train.is_loop.sum()),
     )
     _save(trainer, model, config)
     if is_first:
@@ -212,6 +215,11 @@ def _select(stores: list[TokenStore], config: TrainingConfig) -> Splits:
             raise DataError(
                 f"no usable {name} sequence in {', '.join(config.data)}; dropped: "
                 f"{dict(found.dropped) or 'none'}"
+            )
+        if found.is_loop.all():
+            raise DataError(
+                f"loops_above is {config.loops_above}, and every {name} sequence repeats more of "
+                "itself: no answer is left that ends; raise it"
             )
         splits[name] = found
     weights = mixing_weights(config.weights, stores) if config.weights else None

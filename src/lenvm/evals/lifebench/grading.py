@@ -101,8 +101,11 @@ def _summarise_constraint(rows: list[Grade], reference: list[Grade], r: Resample
 def _as_long(reference: list[Grade], target: int, r: Resampler) -> Numbers | None:
     """What unguided answers of about the target's length are like, whatever they were asked for:
     long text repeats itself more, and what repeats is likely. None where there are none."""
-    alike = [g for g in reference if abs(g["length"] - target) <= target / 4 and not g["failed"]]
-    alike = [g for g in alike if g["log_prob"] is not None]
+    alike = [
+        g
+        for g in reference
+        if abs(g["length"] - target) <= target / 4 and g["log_prob"] is not None
+    ]
     if not alike:
         return None
     items = [g["item"] for g in alike]

@@ -14,7 +14,8 @@ from lenvm.model.head import DistributionBelief
 from lenvm.model.value_model import LengthValueModel
 
 Belief = dict[str, Any]
-KEPT = ("value", "length", "mean", "geometric_mean")
+NUMBERS = ("value", "length", "mean", "geometric_mean")
+"""Of a belief, besides its quantiles."""
 LEVELS = tuple(round(0.025 * i, 3) for i in range(1, 40))
 
 
@@ -146,7 +147,7 @@ class EndpointPredictor:
 
 def to_belief(numbers: dict[str, Any]) -> Belief:
     """Belief of a server's numbers: `p10`, `p50`, `p90` become quantiles."""
-    belief: Belief = {k: numbers[k] for k in KEPT if k in numbers}
+    belief: Belief = {k: numbers[k] for k in NUMBERS if k in numbers}
     quantiles = {
         str(int(k[1:]) / 100): v for k, v in numbers.items() if k[:1] == "p" and k[1:].isdigit()
     }

@@ -167,7 +167,12 @@ def summarise(
     gamma, head = manifest["gamma"], manifest["head"]
     baselines, fitted_on = predict_baselines(groups.evaluated, groups.training, gamma)
     grades = [
-        grade_prompt(records[group.id], {n: float(b[i]) for n, b in baselines.items()}, gamma, head)
+        grade_prompt(
+            {"censored": group.censored, **records[group.id]},  # older records do not tell
+            {n: float(b[i]) for n, b in baselines.items()},
+            gamma,
+            head,
+        )
         for i, group in enumerate(groups.evaluated)
     ]
     counts = {g.id: len(g.completions) for g in groups.evaluated}
