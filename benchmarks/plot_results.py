@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lenvm.reports.clouds import draw_cloud
-from results_cells import NAMES
+from results_cells import NAMES, point_of
 
 Numbers = Mapping[str, Any]
 COLOURS = {
@@ -164,8 +164,11 @@ def _square(x: Any) -> Any:
 
 
 def prediction(found: Numbers, images: Path) -> Iterator[Path]:
-    """Relative error before the first token by domain: ours, a constant, the paper's."""
-    models = {n: m for n, m in found["models"].items() if "@" not in n}
+    """Relative error before the first token by domain: ours (distribution heads, at their own
+    gamma), a constant, the paper's."""
+    models = {
+        n: m for n, m in found["models"].items() if "@" not in n and m["head"] == "distribution"
+    }
     if not models:
         return
     figure, axis = plt.subplots(figsize=(7.2, 3.8), dpi=150)
@@ -174,7 +177,9 @@ def prediction(found: Numbers, images: Path) -> Iterator[Path]:
         "constant length": [
             _mre(first["domains"].get(d, {}).get("baselines", {}).get("constant")) for d in DOMAINS
         ],
-        **{n: [_mre(m["domains"].get(d)) for d in DOMAINS] for n, m in models.items()},
+        **{
+            n: [_mre(point_of(m["domains"].get(d, {}))) for d in DOMAINS] for n, m in models.items()
+        },
         **{f"paper, {n}": [(v, v, v) for v in row] for n, row in PAPER_MRE.items()},
     }
     width = 0.84 / len(series)
@@ -229,8 +234,8 @@ def tradeoffs(found: Numbers, images: Path) -> Iterator[Path]:
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=8, frameon=False)
         title = (
-            f"{run['model']}, {run['benchmark']}: {run['num_items']} questions, up to "
-            f"{run['num_samples']} answers each"
+            f"{run['model']}, {run['benchmark']}: {run['num_items']} questions, "
+            f"{max(a['num_requests'] for a in run['arms']):,} answers an arm"
         )
         yield _save(figure, axis, title, images / f"tradeoff_{name.replace('-', '_')}.png")
 

@@ -26,6 +26,11 @@ def title(name: str) -> str:
     return f"{NAMES.get(first, first)} {rest}".strip()
 
 
+def point_of(domain: Numbers) -> Numbers:
+    """Errors of a head's best point prediction: the geometric mean, where it knows one."""
+    return domain.get("geometric") or domain
+
+
 def value_of(estimate: Numbers | None) -> float | None:
     return None if estimate is None else float(estimate["value"])
 

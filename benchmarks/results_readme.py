@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from results_cells import Numbers, percent, table, value_of
+from results_cells import Numbers, percent, point_of, table, value_of
 
 BEGIN, END = "<!-- made by benchmarks/results_page.py: {} -->\n", "<!-- end -->"
 GENERATORS = {"coder05-frontier": "0.5B", "coder15-frontier": "1.5B"}
@@ -94,10 +94,15 @@ def _repetition(runs: Mapping[str, Numbers]) -> str:
     parts = []
     for size, run in runs.items():
         for target in _arm(run, ARMS[2])["by_target"][-2:]:
-            own, alike = target["quality"]["rep_4"], target["unguided_as_long"]["rep_4"]
+            own, alike = target["quality"]["rep_4"], target["unguided_as_long"]
+            if alike is None:
+                continue
             parts.append(
-                f"{value_of(own):.0%} for {value_of(alike):.0%} at {target['target']:,} ({size})"
+                f"{value_of(own):.0%} for {value_of(alike['rep_4']):.0%} at "
+                f"{target['target']:,} ({size})"
             )
+    if not parts:
+        return ""
     return (
         "What is weak: the longest answers repeat themselves more than the generator's own of "
         f"that length (4-grams seen before: {', '.join(parts)})."
@@ -122,11 +127,6 @@ def _loss(arm: Numbers) -> str:
     return "-" if loss is None or loss == 0 else f"{loss:.2f}"
 
 
-def _point(domain: Numbers) -> Numbers:
-    """Errors of the distribution's geometric mean."""
-    return domain.get("geometric") or domain
-
-
 def _prediction(found: Numbers) -> str:
     domains = found["models"][MODEL]["domains"]
     names = ("math", "code", "instructions")
@@ -135,8 +135,8 @@ def _prediction(found: Numbers) -> str:
     rows = [
         [
             "LenVM 0.5B",
-            *(f"**{percent(_point(domains[d])['mre'], **short)}**" for d in names),
-            f"**{percent(_point(domains['all'])['median_re'], **short)}**",
+            *(f"**{percent(point_of(domains[d])['mre'], **short)}**" for d in names),
+            f"**{percent(point_of(domains['all'])['median_re'], **short)}**",
         ],
         [
             "a constant for each domain",
