@@ -95,7 +95,7 @@ def main() -> None:
         {
             "command": " ".join(["python", *sys.argv]),
             "commit": arguments.commit,
-            "hardware": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+            "hardware": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
             "torch": torch.__version__,
             "generator": Path(arguments.generator).name,
             "top_k": TOP_K,
