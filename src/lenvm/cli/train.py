@@ -10,7 +10,9 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def train(
         data: Annotated[list[Path] | None, typer.Argument(help="Trajectory files (JSONL).")] = None,
-        output: Annotated[Path | None, typer.Option(help="Folder of the checkpoint.")] = None,
+        output: Annotated[
+            Path | None, typer.Option("--output", "-o", help="Folder of the checkpoint.")
+        ] = None,
         config: Annotated[Path | None, typer.Option(help="A TOML file of options.")] = None,
         override: Annotated[
             list[str] | None, typer.Option("--set", help="key=value, e.g. --set epochs=3")
