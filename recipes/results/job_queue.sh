@@ -5,8 +5,8 @@
 # a copy of the tree, DAY/tree-ID, so that the next call's tree does not change under them. The call returns when a
 # job ends or SECONDS are over; with `pack` it brings back logs, small results and what is new in the lab.
 #
-# The machine goes back 30 s after a call, with all that is on it: send the calls of a lease in one row, most
-# with `pack`, and think before it or after it. A call carries 64 MiB, the working tree counted: move what is tracked
+# The machine goes back 30 s after a call, with all that is on it: send the calls of a lease in rows of at most a
+# dozen (a longer row takes 30 s to write), and think before it or after it. A call carries 64 MiB, the working tree counted: move what is tracked
 # and large (checkpoints/, docs/, src/lenvm/model/checkpoints/) out of it before the lease.
 day=$HOME/day
 if [ ! -d /tmp/site ] && [ ! -d .gpu/whl ]; then # the machine was given back in between: this is another one
@@ -26,7 +26,7 @@ export PYTHONPATH=/tmp/site:$tree/src:$tree
 for parts in .gpu/lab*/; do
   [ -e "$parts/lab.tar.0" ] && python3 -m recipes.results unpack "$parts" "$day/lab" && rm -r "$parts"
 done
-cp -n .gpu/jobs/*.json "$day/jobs/" 2>/dev/null
+cp .gpu/jobs/*.json "$day/jobs/" 2>/dev/null # a job that waits may be changed
 if ! pgrep -f "[q]ueue.py serve" >/dev/null; then
   nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
   mkdir -p "$day/bin" && cp recipes/results/job_queue.py "$day/bin/job_queue.py"

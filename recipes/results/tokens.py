@@ -11,6 +11,7 @@ Texts are left out: the tokenizer gives them back.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ class TokenFolder:
         if path.exists() and path.stat().st_mtime_ns > index.stat().st_mtime_ns:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several runs may export it at once
         with part.open("w", encoding="utf-8") as file:
             for row in self.trajectories():
                 file.write(json.dumps(row, separators=(",", ":")) + "\n")
