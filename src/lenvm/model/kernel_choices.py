@@ -3,9 +3,8 @@
 `kernel_choices.json` is what `benchmarks/scorer_kernels.py --tune` found fastest, and right, on a
 GPU. Shapes and devices that were not measured run cuBLAS with small kernels between (`PLAIN`).
 Its "trimmed_records" are for steps whose packed candidates fill little of their bucket (`trims`).
-A record without the time of a whole step (`step_us`) is a proposal, here tiles of 64 rows that did
-well alone at 512 tokens: it is taken where LENVM_TRY_KERNELS=1 stands in the environment, which is
-for measuring it.
+A record without the time of a whole step (`step_us`) is a proposal, taken where LENVM_TRY_KERNELS=1
+stands in the environment, which is for measuring it.
 """
 
 import json
