@@ -110,7 +110,7 @@ class TokenFolder:
         if path.exists() and path.stat().st_mtime_ns > index.stat().st_mtime_ns:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several runs may export it at once
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several may export it at once
         with part.open("w", encoding="utf-8") as file:
             for row in self.trajectories():
                 file.write(json.dumps(row, separators=(",", ":")) + "\n")
