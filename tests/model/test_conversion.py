@@ -112,3 +112,28 @@ def test_a_file_that_is_no_gguf(source, tmp_path):
         convert_gguf(source, tmp_path / "model")
     with pytest.raises(InputError, match="no file"):
         convert_gguf(tmp_path / "none.gguf", tmp_path / "model")
+
+
+def test_a_conversion_parses_the_file_once_and_leaves_gguf_as_it_was(tmp_path, monkeypatch):
+    """What transformers reads four times; its own result is the reference, byte for byte."""
+    import gguf
+    import numpy
+
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_array("tokenizer.ggml.tokens", ["<s>", "</s>", *(f"w{i}" for i in range(300))])
+    writer.add_tensor("blk.0.attn_q.weight", numpy.arange(64, dtype=numpy.float32).reshape(8, 8))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    own = gguf.GGUFReader, gguf.get_tensor_name_map
+    plain = gguf.GGUFReader(tmp_path / "tiny.gguf")
+    with bundled._read_once():
+        reader = gguf.GGUFReader(str(tmp_path / "tiny.gguf"))
+        assert gguf.GGUFReader(str(tmp_path / "tiny.gguf")) is reader
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
+    for name, field in plain.fields.items():
+        assert reader.fields[name].contents() == field.contents()
+    for ours, theirs in zip(reader.tensors, plain.tensors, strict=True):
+        assert ours.name == theirs.name
+        numpy.testing.assert_array_equal(ours.data, theirs.data)
