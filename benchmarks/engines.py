@@ -11,14 +11,15 @@ time of a step goes.
 
 Truth runs on a real small generator (`--real`: a folder or a GGUF file). Speed runs on shapes
 (Qwen2.5's 0.5B, 1.5B, 7B) with made-up weights, under which all 15 candidates of every token are
-real: the most that a step can cost (`--top-k`: as many as trained models leave). Or on trained
-models (`--generator`, `--value`), whose text has fewer. All engines of a call start at once and
-then work one at a time. The JSON is written after each point.
+real: the most that a step can cost (`--top-k 6`: also with as many as trained models leave). Or on
+trained models (`--generator`, `--value`), whose text has fewer. All engines of a call start at once
+and then work one at a time. The JSON is written after each point.
 
 What is compared (`kind`): `stock`, the engine alone with its default settings; `stock_v1`, vLLM
 alone with its V1 model runner, which it falls back to where any logits processor is installed;
 `unguided`, lenvm's plugin loaded and no request with a control; `guided`, every request with one;
-`guided_counted`, the same with LENVM_COUNT_CANDIDATES.
+`guided_counted`, the same with LENVM_COUNT_CANDIDATES; `guided_half` and `guided_NAME`, the same
+with another value model (`--half`, a further `--value`).
 
 `--dry-run` plays it all on a CPU with tiny models and tests/engines/machine.py for an engine.
 """
@@ -77,7 +78,7 @@ class Run:
         self.deadline = time.monotonic() + arguments.budget_s
         self.site = setup.write_site(self.work)
         self.prompts: list[list[int]] | None = None
-        self.control = TRAINED_CONTROL if arguments.generator else CONTROL | self.top_k()
+        self.control = TRAINED_CONTROL if arguments.generator else CONTROL
         self.results: dict[str, Any] = {
             "is_dry_run": self.is_dry,
             "command": " ".join(sys.argv),
@@ -91,9 +92,6 @@ class Run:
             "engines": {},
             "points": [],
         }
-
-    def top_k(self) -> dict[str, int]:
-        return {"top_k": self.arguments.top_k} if self.arguments.top_k else {}
 
     @property
     def left_s(self) -> float:
@@ -326,17 +324,23 @@ class Run:
             return call(f"http://127.0.0.1:{PORTS['vllm'][1]}/pooling", body)
         return call(f"http://127.0.0.1:{PORTS['sglang'][1]}/encode", {"input_ids": ids})
 
-    def find_pair(self, generator: str, value: str) -> tuple[Path, Path | str]:
-        """A generator and its value model: the trained ones that are named, or made up."""
+    def find_pair(self, generator: str, value: str) -> tuple[Path, dict[str, Path | str]]:
+        """A generator and its value models by kind: the trained ones that are named, or made up."""
         from lenvm.model.bundled import resolve_model
 
+        first, *more = self.arguments.value or [None]
         if self.arguments.generator:
-            return Path(resolve_model(self.arguments.generator)), self.arguments.value
+            others = {f"guided_{Path(v.partition('@')[0]).name}": v for v in more}
+            return Path(resolve_model(self.arguments.generator)), {"guided": first, **others}
         folder = setup.write_generator(generator, self.work, is_tiny=self.is_dry)
-        checkpoint = setup.write_value_model(value, self.work, is_tiny=self.is_dry)
+        models: dict[str, Path | str] = {
+            kind: setup.write_value_model(value, self.work, is_tiny=self.is_dry, share=share)
+            for kind, share in (("guided", 1.0), ("guided_half", 0.5))
+            if share == 1.0 or self.arguments.half
+        }
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return folder, checkpoint
+        return folder, models
 
     def read_prompts(self, generator: Path) -> list[list[int]] | None:
         """Questions of a file as chat prompts; None where none are named."""
@@ -352,15 +356,13 @@ class Run:
     def start_speed(self, pairs: list[tuple[str, str]]) -> dict[str, Engine]:
         engines: dict[str, Engine] = {}
         for generator, value in pairs:
-            folder, checkpoint = self.find_pair(generator, value)
-            kinds: list[tuple[str, Path | str | None, dict[str, Any]]] = [
-                ("stock", None, {}),
-                ("plugin", checkpoint, {}),
-            ]
-            if self.arguments.generator:
+            folder, models = self.find_pair(generator, value)
+            kinds: list[tuple[str, Path | str | None, dict[str, Any]]] = [("stock", None, {})]
+            kinds += [(kind, model, {}) for kind, model in models.items()]
+            if self.arguments.counted:
                 env = {"LENVM_COUNT_CANDIDATES": "1"}
-                kinds.append(("counted", checkpoint, {"env": env}))
-                self.prompts = self.read_prompts(folder)
+                kinds.append(("guided_counted", models["guided"], {"env": env}))
+            self.prompts = self.read_prompts(folder)
             if self.engine == "vllm" and self.arguments.with_v1:
                 kinds.append(("stock_v1", None, self.v1()))
             for kind, model, more in kinds:
@@ -373,17 +375,22 @@ class Run:
         for concurrency in self.arguments.concurrency:
             for generator, value in pairs:
                 pair = f"{generator}_{value}"
-                for kind, name, control in (
-                    ("stock", f"{pair}_stock", None),
-                    ("stock_v1", f"{pair}_stock_v1", None),
-                    ("unguided", f"{pair}_plugin", None),
-                    ("guided", f"{pair}_plugin", self.control),
-                    ("guided_counted", f"{pair}_counted", self.control),
-                ):
+                own = [name for name in engines if name.startswith(f"{pair}_")]
+                todo: list[tuple[str, str, dict[str, int]]] = []
+                for name in own:
+                    kind = name.removeprefix(f"{pair}_")
+                    todo.append((name, kind, {}))
+                    if kind.startswith("guided"):
+                        todo += [(name, kind, {"top_k": k}) for k in self.arguments.top_k]
+                if f"{pair}_guided" in own:
+                    todo.append((f"{pair}_guided", "unguided", {}))
+                for name, kind, top_k in todo:
+                    control = self.control | top_k if kind.startswith("guided") else None
+                    told = {"pair": pair, "kind": kind, "concurrency": concurrency, **top_k}
                     if (
                         name in engines
                         and self.left_s > 15
-                        and not self.point(engines[name], pair, kind, concurrency, control)
+                        and not self.point(engines[name], told, control)
                     ):
                         del engines[name]
         for engine in engines.values():
@@ -415,25 +422,18 @@ class Run:
             self.save()
             engine.stop()
 
-    def point(self, engine: Engine, pair: str, kind: str, concurrency: int, control: Any) -> bool:
+    def point(self, engine: Engine, told: dict[str, Any], control: Any) -> bool:
         """Measure one point; False where the engine gave no answer (it is stopped)."""
         command = {
             "do": "rate",
-            "concurrency": concurrency,
+            "concurrency": told["concurrency"],
             "num_tokens": self.arguments.num_tokens,
             "control": control,
         }
         if self.prompts:
             command |= {"prompts": self.prompts, "warm_up": 8 if self.is_dry else 192}
         answer = engine.ask(command, min(60.0, self.left_s))
-        point = {
-            "pair": pair,
-            "trained": bool(self.prompts),
-            **self.top_k(),
-            "kind": kind,
-            "concurrency": concurrency,
-            **answer,
-        }
+        point = {**told, "trained": bool(self.prompts), **answer}
         self.results["points"].append(point)
         self.say(json.dumps(point))
         self.headline()
@@ -457,7 +457,11 @@ def main() -> None:
     parser.add_argument("engine", choices=["vllm", "sglang"])
     parser.add_argument("part", choices=["truth", "speed", "profile"])
     parser.add_argument("--generator", help="speed of a trained generator instead of made-up ones")
-    parser.add_argument("--value", help="its value model, FOLDER or FOLDER@BASE")
+    parser.add_argument("--value", nargs="+", help="its value models, FOLDER or FOLDER@BASE each")
+    parser.add_argument(
+        "--half", action="store_true", help="made-up value models of half the layers, too"
+    )
+    parser.add_argument("--counted", action="store_true", help="LENVM_COUNT_CANDIDATES, too")
     parser.add_argument("--questions", type=Path, help="JSON lines with `question`: its prompts")
     parser.add_argument("--real", default="smollm2", help="a real small generator")
     parser.add_argument("--out", required=True)
@@ -467,7 +471,9 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", default=["1.5b_0.5b", "7b_1.5b", "0.5b_0.5b"])
     parser.add_argument("--concurrency", nargs="*", type=int, default=[64, 16, 1, 256])
     parser.add_argument("--num-tokens", type=int, default=512)
-    parser.add_argument("--top-k", type=int, help="candidates that made-up weights are to have")
+    parser.add_argument(
+        "--top-k", nargs="*", type=int, default=[], help="guided with so many candidates, too"
+    )
     parser.add_argument("--with-v1", action="store_true", help="vLLM alone with its V1 runner, too")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()

@@ -25,7 +25,9 @@ def headline(engine: str, points: list[dict[str, Any]]) -> dict[str, float | Non
 
     return {
         f"{engine}_ratio_1p5b_0p5b": ratio("1.5b_0.5b", "guided"),
+        f"{engine}_ratio_1p5b_0p5b_half": ratio("1.5b_0.5b", "guided_half"),
         f"{engine}_ratio_7b_1p5b": ratio("7b_1.5b", "guided"),
+        f"{engine}_ratio_7b_1p5b_half": ratio("7b_1.5b", "guided_half"),
         f"{engine}_ratio_0p5b_0p5b": ratio("0.5b_0.5b", "guided"),
         f"{engine}_unguided_ratio": ratio("1.5b_0.5b", "unguided"),
         f"{engine}_unguided_ratio_to_v1": _over(rate, "unguided", "stock_v1"),

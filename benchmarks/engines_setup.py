@@ -32,7 +32,8 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build_config(name: str, *, is_tiny: bool = False) -> Any:
+def build_config(name: str, *, is_tiny: bool = False, share: float = 1.0) -> Any:
+    """share: of the layers."""
     from transformers import Qwen2Config
 
     hidden, intermediate, layers, heads, kv_heads, tied = TINY if is_tiny else SHAPES[name]
@@ -40,7 +41,7 @@ def build_config(name: str, *, is_tiny: bool = False) -> Any:
         vocab_size=TINY_VOCABULARY if is_tiny else 151_936,
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_hidden_layers=layers,
+        num_hidden_layers=max(1, round(layers * share)),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=32_768,
@@ -78,15 +79,20 @@ def write_generator(name: str, folder: Path, *, is_tiny: bool = False) -> Path:
 
 
 def write_value_model(
-    name: str, folder: Path, backbone: str | None = None, *, is_tiny: bool = False
+    name: str,
+    folder: Path,
+    backbone: str | None = None,
+    *,
+    is_tiny: bool = False,
+    share: float = 1.0,
 ) -> Path:
-    """A checkpoint with a random head whose z spreads by 2; random weights of a shape, or on top of
-    a real backbone."""
+    """A checkpoint with a random head whose z spreads by 2; random weights of a shape (of `share`
+    of its layers), or on top of a real backbone."""
     from transformers import AutoModel
 
     from lenvm.model.value_model import LengthValueModel, LenVMConfig
 
-    target = folder / f"value-{name}"
+    target = folder / (f"value-{name}" if share == 1.0 else f"value-{name}-{share:g}")
     if target.exists():
         return target
     torch.manual_seed(0)
@@ -95,7 +101,7 @@ def write_value_model(
         dtype = torch.bfloat16 if device() == "cuda" else torch.float32
         model = LengthValueModel.build(backbone, config, dtype=dtype, device=device())
     else:
-        shape = build_config(name, is_tiny=is_tiny)
+        shape = build_config(name, is_tiny=is_tiny, share=share)
         with torch.device(device()):
             network = AutoModel.from_config(shape, dtype=shape.dtype)
         model = LengthValueModel(network, config).to(device())
