@@ -16,7 +16,8 @@ def register(group: typer.Typer) -> None:
         lenvm: o.ValueModel = None,
         split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
         limit: Annotated[
-            int | None, typer.Option(min=1, help="Only this many completions.")
+            int | None,
+            typer.Option(min=1, help="Only this many completions, evenly over the files."),
         ] = None,
         threshold: Annotated[float, typer.Option(min=0, help="|gain| of an event.")] = 0.01,
         merge: Annotated[

@@ -216,6 +216,15 @@ def test_a_run_continues_and_counts_again_without_reading(tmp_path):
     assert json.loads(grades[0])["token"] == "w7"
 
 
+def test_a_limit_is_spread_over_the_file(tmp_path):
+    """Samplers append what ends first: the first completions are the short ones."""
+    path = write(tmp_path / "t.jsonl", [(i, "m", "test", i + 2, "stop") for i in range(9)])
+    config = LengthTokensConfig((path,), limit=3)
+    run_length_tokens(config, Oracle([5] * 12), tiny_tokenizer(), tmp_path / "o")
+    rows = map(json.loads, (tmp_path / "o" / "records.jsonl").read_text().splitlines())
+    assert [len(row["token_ids"]) for row in rows] == [2, 5, 8]
+
+
 def test_nothing_to_read_and_nonsense_are_refused(tmp_path):
     path = write(tmp_path / "t.jsonl", [(0, "m", "train", 5, "stop")])
     with pytest.raises(DataError, match="no unguided completion"):

@@ -33,7 +33,7 @@ class LengthTokensConfig:
     files: tuple[Path, ...]
     split: str = "test"
     limit: int | None = None
-    """Completions that are read."""
+    """This many completions, spread evenly over the files; None = all."""
     chunk: int = 8
 
     threshold: float = 0.01
@@ -185,9 +185,10 @@ def _select(config: LengthTokensConfig) -> list[Trajectory]:
     for trajectory in read_with_images(*config.files):
         if config.split not in ("all", trajectory.split) or trajectory.length_control is not None:
             continue
-        if config.limit is not None and len(found) >= config.limit:
-            break
         found.append(trajectory)
     if not found:
         raise DataError(f"the files hold no unguided completion of split {config.split!r}")
+    if config.limit is not None and config.limit < len(found):
+        # evenly over the files: samplers append what ends first, so the first ones are short
+        found = [found[i * len(found) // config.limit] for i in range(config.limit)]
     return found
