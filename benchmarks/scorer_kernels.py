@@ -2,6 +2,7 @@
 
     python benchmarks/scorer_kernels.py --shapes 0.5b --points 64x8            # about 80 s
     python benchmarks/scorer_kernels.py --shapes 0.5b 1.5b --points 64x8 16x8 1x8 64x16
+    python benchmarks/scorer_kernels.py --shapes 0.5b --points 64x5 --trimmed  # about 100 s
     python benchmarks/scorer_kernels.py --keep FILE     # an --out of another machine
 
 1. Each place of a layer (q/k/v, output, gate and up, down; attention) alone: cuBLAS with its small
@@ -12,6 +13,9 @@
    of the same weights as the plain kernels are. The fastest is kept.
 
 Kernels are compiled beforehand by several processes at once (`--compile-part`).
+
+`--trimmed`: the kernels of trimmed steps, a third of whose 15 slots a row are real. From the ones
+in the file on, one choice after the other is changed and kept where the whole step is faster.
 """
 
 import argparse
@@ -24,7 +28,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -358,10 +364,87 @@ def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict
     }
 
 
-def peek(steady: Any) -> torch.Tensor:
+SLOTS = 15
+
+
+@torch.inference_mode()
+def tune_trimmed(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict[str, Any]:
+    """Record of the fastest choices for a trimmed step of `mean` real candidates in SLOTS a row."""
+    from lenvm.guidance.scorer import CandidateScorer
+    from scorer import Steady, load, time_graph
+
+    model = load(name, "cuda", torch.bfloat16)
+    scorer = CandidateScorer(
+        model, max_tokens=batch * (prefix + 2048), max_requests=batch, max_candidates=SLOTS
+    )
+    scorer.decoder._cache.data.normal_(std=0.5)
+    steady = Steady(scorer, batch, prefix, mean, SLOTS)
+    runner: Any = scorer.decoder._runner
+
+    def attempt(choices: Choices) -> tuple[float, torch.Tensor]:
+        runner._steps.clear()
+        runner.choose = lambda _, trims=False: choices if trims == choices.trims else PLAIN_STEP
+        runner.hint = SimpleNamespace(trims=choices.trims, note=lambda share: None)
+        out = peek(steady, counted=False).double()
+        if not torch.equal(out, peek(steady, counted=False).double()):
+            raise RuntimeError("a second call gives something else")
+        return time_graph(scorer) * 1e3, out
+
+    plain_us, truth = attempt(PLAIN_STEP)
+    num_tokens = runner._last[1].num_tokens
+    shape = runner._forward.shape
+    best = kernel_choices.choose(torch.device("cuda"), shape, num_tokens, True)
+    if not best.trims:
+        raise SystemExit("no trimmed kernels for that size in the file: LENVM_TRY_KERNELS=1?")
+    us, out = attempt(best)
+    errors = {"plain_error": 0.0, "error": float((out - truth).norm() / truth.norm())}
+    limit = 1.2 * errors["error"] + 1e-3
+    print(
+        f"{plain_us:9.1f} us plain, {us:9.1f} us, {errors['error']:.2e} apart: {best}", flush=True
+    )
+    changes: list[dict[str, Any]] = [{"pdl": True}]
+    for place in ("gate_up", "down", "out", "qkv"):
+        changes += [{place: tile} for tile in tiles_of(place, num_tokens, shape.head_size)]
+    changes += [{"attention": choice} for choice in ATTENTION if not choice.merges]
+    tried = {str(best): us}
+    for change in changes:
+        choices = replace(best, **change)
+        if time.monotonic() > deadline:
+            break
+        if str(choices) in tried or not runner._forward.can_run(choices, num_tokens):
+            continue
+        try:
+            tried[str(choices)], out = attempt(choices)
+        except Exception as error:  # it may not fit the shared memory
+            print(f"{change}: {error!r}"[:300], flush=True)
+            continue
+        error = float((out - truth).norm() / truth.norm())
+        print(f"{tried[str(choices)]:9.1f} us, {error:.2e} apart: {change}", flush=True)
+        if tried[str(choices)] < us and error <= limit:
+            best, us = choices, tried[str(choices)]
+            errors["error"] = error
+    runner._steps.clear()
+    return {
+        "device_kind": kernel_choices.device_kind(torch.device("cuda")),
+        "device": torch.cuda.get_device_name(),
+        "shape": vars(shape),
+        "num_tokens": num_tokens,
+        "choices": best.to_json(),
+        "step_us": round(us, 1),
+        "plain_step_us": round(plain_us, 1),
+        **errors,
+        "places_us": tried,
+    }
+
+
+PLAIN_STEP = Choices()
+
+
+def peek(steady: Any, counted: bool = True) -> torch.Tensor:
     """Outputs of the first candidates of a steady state, which stays where it is."""
     candidates = steady.candidates[0]
-    out = steady.decoder.peek(steady.ids, candidates, num_candidates=sum(steady.counts))
+    count = sum(steady.counts) if counted else None
+    out = steady.decoder.peek(steady.ids, candidates, num_candidates=count)
     torch.cuda.synchronize()
     return out[candidates >= 0]
 
@@ -370,7 +453,8 @@ def keep_record(record: dict[str, Any], path: Path = kernel_choices.PATH) -> Non
     """Replace what the file says of that device, shape and number of tokens."""
     told = json.loads(path.read_text())
     key = ("device_kind", "shape", "num_tokens")
-    told["records"] = [r for r in told["records"] if any(r[k] != record[k] for k in key)] + [
+    part = "trimmed_records" if record["choices"].get("trims") else "records"
+    told[part] = [r for r in told[part] if any(r[k] != record[k] for k in key)] + [
         {k: v for k, v in record.items() if k != "places_us"}
     ]
     path.write_text(json.dumps(told, indent=1) + "\n")
@@ -384,6 +468,7 @@ def main() -> None:
     parser.add_argument("--prefix", type=int, default=1024)
     parser.add_argument("--budget-s", type=float, default=85.0)
     parser.add_argument("--compile-part", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--trimmed", action="store_true", help="kernels of trimmed steps")
     parser.add_argument("--out", type=Path, default=None, help="all timings, as JSON")
     parser.add_argument("--keep", type=Path, default=None, help="take over an --out of elsewhere")
     arguments = parser.parse_args()
@@ -396,11 +481,15 @@ def main() -> None:
         compile_part(arguments.shapes, points, arguments.compile_part)
         return
     deadline = time.monotonic() + arguments.budget_s
-    precompile(arguments.shapes, arguments.points, arguments.budget_s / 2)
-    print(f"compiled, {deadline - time.monotonic():.0f} s left", flush=True)
+    if not arguments.trimmed:
+        precompile(arguments.shapes, arguments.points, arguments.budget_s / 2)
+        print(f"compiled, {deadline - time.monotonic():.0f} s left", flush=True)
     records = []
-    for name, (batch, mean) in itertools.product(arguments.shapes, points):
-        record = tune(name, batch, mean, arguments.prefix, deadline)
+    todo = list(itertools.product(arguments.shapes, points))
+    for number, (name, (batch, mean)) in enumerate(todo):
+        find = tune_trimmed if arguments.trimmed else tune
+        left = (deadline - time.monotonic()) / (len(todo) - number)
+        record = find(name, batch, mean, arguments.prefix, time.monotonic() + left)
         keep_record(record)
         records.append(record)
         if arguments.out is not None:
