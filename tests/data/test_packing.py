@@ -67,6 +67,33 @@ def test_an_epoch_sees_every_sequence_once_whatever_the_number_of_processes(
         assert all(POOL.totals[rows].sum() <= budget for rows in steps)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 5), st.booleans(), st.integers(60, 300), st.sampled_from([2, 4]))
+def test_a_step_fits_its_micro_batches_which_are_the_same_for_several_processes(
+    seed: int, share_prompts: bool, budget: int, count: int
+):
+    """Filled to the last token, four micro batches would be five, and six on two processes."""
+    plans = [
+        BatchPlan(
+            POOL, budget, step_tokens=budget * count, seed=seed, world_size=n,
+            grouped=share_prompts, share_prompts=share_prompts,
+        )
+        for n in (1, 2, count)
+    ]  # fmt: skip
+    sizes = []
+    for number in range(plans[0].num_steps()):
+        rows = plans[0].step(0, number)
+        shared_out = [plan.micro_batches(rows) for plan in plans]
+        if len(rows) < 2 * count:
+            continue
+        assert sum(map(len, shared_out[0])) <= count
+        if len(shared_out[0][0]) == count:
+            sets = [sorted(sorted(b.tolist()) for rank in s for b in rank) for s in shared_out]
+            assert sets[0] == sets[1] == sets[2]
+            sizes.append(POOL.totals[rows].sum() / (budget * count))
+    assert share_prompts or not sizes or np.median(sizes[:-1] or sizes) > 0.7
+
+
 def test_epochs_and_seeds_shuffle_differently():
     plan = BatchPlan(POOL, 100)
     orders = {

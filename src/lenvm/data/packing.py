@@ -1,7 +1,8 @@
 """Which sequences go into which batch, and a batch's tensors.
 
 `BatchPlan` is a pure function of the sequences, a seed and the number of processes: the sequences
-of an optimizer step never depend on the number of processes, only how they are shared out does. A
+of an optimizer step never depend on the number of processes, only how they are shared out does (nor
+do its micro batches, where that number divides theirs). A
 `PackedBatch` holds whole sequences side by side, positions restarting, without a padding token.
 With shared prompts, a prompt stands once and its completions after it, each attending to the prompt
 and itself.
@@ -159,10 +160,19 @@ class BatchPlan:
             return np.append(np.arange(0, len(order), self.step_sequences), len(order))
         ends = np.concatenate([[0], np.cumsum(self.sequences.totals[order])])
         borders, limit = [0], self.step_tokens or self.batch_tokens
-        while borders[-1] < len(order):
-            last = int(np.searchsorted(ends, ends[borders[-1]] + limit, side="right")) - 1
-            borders.append(max(last, borders[-1] + 1))
+        while (first := borders[-1]) < len(order):
+            last = int(np.searchsorted(ends, ends[first] + limit, side="right")) - 1
+            last = max(last, first + 1)
+            while last - first > 1 and not self._fits(order[first:last], limit):
+                last -= 1 + (last - first) // 64
+            borders.append(last)
         return np.array(borders)
+
+    def _fits(self, rows: Array, limit: int) -> bool:
+        """Whether as many micro batches as `limit` tokens would fill hold these. A step filled to
+        the last token needs one more: emptier ones, other ones for every number of processes."""
+        count = max(1, limit // self.batch_tokens)
+        return len(balance(self._units(rows)[1], 1, self.batch_tokens)[0]) <= count
 
     def num_steps(self, epoch: int = 0) -> int:
         return len(self._steps(epoch)[1]) - 1
