@@ -297,7 +297,7 @@ def test_memory_does_not_grow_with_the_records(tmp_path: Path):
 
     peaks = []
     with stub_server(keep_requests=False, min_length=30, max_length=30) as stub:
-        for name, n in (("warm", 8), ("small", 8), ("large", 128)):
+        for name, n in (("warm", 8), ("small", 32), ("large", 128)):  # 32: garbage levels off
             tracemalloc.start()
             values = {"prompts": PROMPTS[:8], "n": n, "per_request": 4, "concurrency": 4}
             sample(tmp_path / f"{name}.jsonl", stub, **values)
