@@ -1,7 +1,7 @@
 """Two GPUs against one: training under the shipped layouts, guided vLLM, sampling.
 
     python benchmarks/multi_gpu.py train  --model model.gguf --data gsm8k/train.jsonl
-    python benchmarks/multi_gpu.py profile --model ... --data ...    (three layouts, 20 s each)
+    python benchmarks/multi_gpu.py profile --model ... --data ...    (four layouts, 20 s each)
     python benchmarks/multi_gpu.py resume --model ... --data ...     (after train)
     python benchmarks/multi_gpu.py serve  --model ...
     python benchmarks/multi_gpu.py sample --model ...
@@ -216,7 +216,7 @@ def start_training(
     if layout is not None:
         port = str(20_000 + os.getpid() % 20_000 + len(name))
         launcher = ["-m", "accelerate.commands.launch", "--main_process_port", port]
-        launcher += ["--config_file", f"configs/{layout}.yaml", "--num_processes", "2"]
+        launcher += ["--config_file", find_layout(call, layout), "--num_processes", "2"]
     env = call.env("0,1" if layout else "0")
     with log.open("a") as file:
         child = subprocess.Popen(
@@ -224,6 +224,17 @@ def start_training(
             env=env, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     return child, log
+
+
+def find_layout(call: Call, name: str) -> str:
+    """The shipped file; `fsdp2_kept`: FSDP2 that keeps the weights gathered until the backward."""
+    if name != "fsdp2_kept":
+        return f"configs/{name}.yaml"
+    key, path = "fsdp_reshard_after_forward", call.work / f"{name}.yaml"
+    text = (ROOT / "configs/fsdp2.yaml").read_text()
+    assert f"{key}: true" in text
+    path.write_text(text.replace(f"{key}: true", f"{key}: false"))
+    return str(path)
 
 
 def finish_training(child: subprocess.Popen[bytes], log: Path, timeout_s: float) -> None:
@@ -261,8 +272,10 @@ def train(call: Call) -> None:
     runs: dict[str, tuple[str | None, dict[str, Any]]] = {
         "one": (None, {}),
         "one_otherwise": (None, otherwise),  # how far one GPU is from itself: other micro batches
-        **{name: (name, {}) for name in ("ddp", "fsdp2", "zero3")[: 2 if call.is_dry else 3]},
+        **{name: (name, {}) for name in ("ddp", "fsdp2", "fsdp2_kept", "zero3")},
     }
+    wanted = call.arguments.runs or [n for n in runs if n != "zero3" or not call.is_dry]
+    runs = {name: run for name, run in runs.items() if name in wanted}
     call.found |= {"settings": settings, "runs": {}}
     one: dict[str, Any] = {}
     for name, (layout, own) in runs.items():
@@ -296,10 +309,10 @@ def train(call: Call) -> None:
 
 
 def profile(call: Call) -> None:
-    """Where a step's time goes on one GPU, under DDP and under FSDP2."""
+    """Where a step's time goes on one GPU, under DDP and under FSDP2 (twice)."""
     settings = {**prepare_training(call), "evals": 1}
     call.found |= {"settings": settings, "runs": {}}
-    for layout in (None, "ddp", "fsdp2"):
+    for layout in (None, "ddp", "fsdp2", "fsdp2_kept"):
         name = f"profile_{layout or 'one'}"
         out = call.work / f"{name}_steps.json"
         try:
@@ -588,6 +601,9 @@ def main() -> None:
     parser.add_argument("--out", default=ROOT / "benchmarks/results/multi_gpu.json")
     parser.add_argument("--work", default="/dev/shm/multi_gpu")
     parser.add_argument("--commit", default="unknown")
+    parser.add_argument(
+        "--runs", nargs="*", help="of `train`: one, one_otherwise, ddp, fsdp2, fsdp2_kept, zero3"
+    )
     parser.add_argument("--steps", type=int, default=52)
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--batch-tokens", type=int, default=16_384)
