@@ -90,7 +90,7 @@ def _answer(lab: Lab, o: Options, run: Callable[[TimedGenerator], Any]) -> Found
 
 def lifebench(lab: Lab, name: str, o: Options) -> Found:
     """LIFEBench: {generator, value_model, arms, constraints, targets, samples, limit, max_tokens,
-    sampling, batch, seconds}."""
+    sampling, batch, seconds}. `sampling`: fields of `Sampling`, over those of the defaults."""
     from lenvm.evals.lifebench.arms import KINDS
     from lenvm.evals.lifebench.run import LifebenchConfig, run_lifebench
 

@@ -72,6 +72,15 @@ def test_what_the_engine_lacks_is_said(generator):
     assert "no value model" in bare.lacks("control")
 
 
+def test_penalties_act_as_in_a_server(generator):
+    long = {"max_tokens": 40, "eos_bias": -50.0}
+    cold = {"a": Sampling(temperature=0), "b": Sampling(temperature=0, frequency_penalty=2.0)}
+    made = [request(name, sampling=sampling, **long) for name, sampling in cold.items()]
+    found = answers(generator, *made)
+    repeated, varied = (len(set(found[name].text.split())) for name in "ab")
+    assert varied > repeated
+
+
 def test_a_bias_on_the_ending_token_makes_answers_shorter_and_a_decay_ends_them(generator):
     names = [str(i) for i in range(8)]
 

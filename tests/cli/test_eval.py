@@ -57,6 +57,23 @@ def test_lifebench_over_http(items, tmp_path):
     assert "LenVM hard" in again
 
 
+@pytest.mark.parametrize("name", ["lifebench", "tradeoff"])
+def test_penalties_reach_the_server(name, items, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question": "1 + 2?", "answer": "#### 3"}) + "\n")
+    flags = ["--frequency-penalty", 0.3, "--presence-penalty", -1, "--repetition-penalty", 1.05]
+    with running(Stub()) as stub:
+        call(
+            *(name, items if name == "lifebench" else questions, "-o", tmp_path / "out"),
+            *("--endpoint", stub.url, "--arm", "prompt", *flags),
+        )
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    wanted = {"frequency_penalty": 0.3, "presence_penalty": -1.0, "repetition_penalty": 1.05}
+    assert wanted.items() <= summary["config"]["sampling"].items()
+    assert stub.bodies
+    assert all(wanted.items() <= body.items() for body in stub.bodies)
+
+
 def test_options_that_contradict_are_refused(items, tmp_path):
     with running(Stub()) as stub, pytest.raises(InputError, match="in-process"):
         call(

@@ -38,6 +38,20 @@ def test_an_answer_is_the_same_streamed_as_lines_and_in_a_batch(generator, monke
     assert "generate: 2/2" in progress
 
 
+def test_penalties_are_asked_for_and_checked(generator, monkeypatch, capsys):
+    def run(*arguments: str) -> str:
+        command = ["generate", "--model", generator, "--temperature", "0", "--max-tokens", "30"]
+        monkeypatch.setattr(sys, "argv", ["lenvm", *command, *arguments, "w7"])
+        main()
+        return capsys.readouterr().out
+
+    plain, varied = (set(run(*more).split()) for more in ((), ("--frequency-penalty", "2")))
+    assert len(varied) > len(plain)
+    with pytest.raises(SystemExit):
+        run("--repetition-penalty", "0")
+    assert "repetition_penalty is 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("control", "given", "limit"),
     [

@@ -198,6 +198,7 @@ def test_tokens_do_not_depend_on_what_the_scheduler_does(is_async, data):
         if control is not None:
             assert job.tokens == plain_loop(job, control)
     assert not guidance.scorer.requests
+    assert not guidance._rows.batch._penalties
 
 
 @settings(max_examples=6, deadline=None)

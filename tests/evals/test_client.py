@@ -9,7 +9,7 @@ from lenvm.errors import EndpointError, InputError
 from lenvm.evals.client import connect
 from lenvm.evals.generator import GenerationRequest, Sampling
 from lenvm.evals.probe import describe, probe
-from lenvm.evals.wire import build_body, parse_completion
+from lenvm.evals.wire import build_body, parse_completion, reports_generator
 from lenvm.guidance.request import LengthControl
 
 
@@ -186,6 +186,12 @@ def test_bodies_hold_what_was_asked_for_and_nothing_else():
     assert full["continue_final_message"] is True
     assert full["add_generation_prompt"] is False
     assert (full["top_k"], full["min_p"], full["seed"]) == (15, 0.01, 3)
+    penalties = {"frequency_penalty": 0.3, "presence_penalty": -0.5, "repetition_penalty": 1.05}
+    for name, value in penalties.items():
+        own = request(sampling=Sampling(**{name: value}))
+        assert build_body(own, "openai", "m", ()) == plain | {name: value}
+        assert reports_generator(own, "lenvm")
+        assert not reports_generator(own, "sglang")
 
 
 def test_a_completion_without_log_probabilities_has_none():

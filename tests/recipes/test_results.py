@@ -23,6 +23,7 @@ from tiny import tiny_generator, tiny_tokenizer
 
 PLAN = Path(__file__).parents[2] / "recipes" / "results" / "plan.toml"
 TINY_PLAN = Path(__file__).with_name("tiny_plan.toml")
+RUNS = ("coder05-frontier", "coder05-limits")
 TEXTS = [f"w{i} w{i % 7 + 9} w{i % 5 + 20}" for i in range(6, 60)]
 
 
@@ -248,11 +249,14 @@ def test_the_result_files_have_the_headlines_of_the_issues(tmp_path, lab, plan):
     heads = written["prediction_h200.json"]["models"]
     assert {"coder05-lora", "coder05-lora@0.99", "coder05-scalar"} <= heads.keys()
     assert heads["coder05-lora"]["domains"]["math"]["coverage"]["80"] is not None
+    sampling = {n: written["lifebench_h200.json"]["runs"][n]["sampling"] for n in RUNS}
+    assert sampling["coder05-limits"] == sampling["coder05-frontier"] | {"frequency_penalty": 0.3}
 
 
 def test_the_plan_itself_is_sound(data):
     """Names, kinds and arms of the real plan; that every model it uses is made before."""
     from lenvm.evals.arms import parse_arms
+    from lenvm.evals.generator import Sampling
     from lenvm.evals.lifebench import arms as lifebench
     from lenvm.evals.tradeoff import arms as tradeoff
 
@@ -269,6 +273,7 @@ def test_the_plan_itself_is_sound(data):
         o = step.options
         if step.kind in kinds:
             parse_arms(o["arms"], kinds[step.kind])
+            assert Sampling(**o["sampling"]).top_k
         used = [o.get("value_model"), o.get("held_out"), o.get("tokens")]
         used += [*o.get("models", []), *o.get("data", []), *o.get("training", [])]
         used += o.get("value_models", [])
@@ -277,6 +282,12 @@ def test_the_plan_itself_is_sound(data):
         for entry in o.get("sets", []):
             assert prompts.load_prompts(data, entry["prompts"], entry["per_domain"])
     assert load_plan(PLAN, dry=True).generators["coder05"] == "smollm2"
+    penalised = {s.name: Sampling(**s.options["sampling"]).to_json() for s in plan.of_call("1f")}
+    plain = Sampling(**plan.of_call("coder05-clean-frontier")[0].options["sampling"]).to_json()
+    assert penalised == {
+        "coder05-clean-frontier-penalty": plain | {"frequency_penalty": 0.3},
+        "coder05-clean-frontier-repetition": plain | {"repetition_penalty": 1.05},
+    }
 
 
 def test_prompts_that_may_not_ship_stay_apart(data):

@@ -157,6 +157,61 @@ def test_the_baselines_of_the_evaluations_act(client):
     assert short["usage"]["completion_tokens"] < 16
 
 
+def test_a_penalty_changes_the_answer_and_not_what_its_log_probabilities_are(client):
+    fields = {"temperature": 0, "ignore_eos": True, "logprobs": True, "max_tokens": 20}
+
+    def words(**more) -> list[str]:
+        choice = ask(client, **fields, **more).json()["choices"][0]
+        assert sum(t["logprob"] for t in choice["logprobs"]["content"]) < 0
+        return choice["message"]["content"].split()
+
+    plain = words()
+    neutral = {"frequency_penalty": 0, "presence_penalty": None, "repetition_penalty": 1}
+    assert words(**neutral) == plain
+    assert words(frequency_penalty=0.001, presence_penalty=None)[0] == plain[0]
+    for penalty in ({"frequency_penalty": 2.0}, {"presence_penalty": 2}):
+        assert len(set(words(**penalty))) > len(set(plain))
+    assert words(repetition_penalty=8.0) != plain
+    greedy = ask(client, **fields, n=2, frequency_penalty=2.0).json()["choices"]
+    assert greedy[0]["message"] == greedy[1]["message"]
+    chunks = stream(client, **fields, frequency_penalty=2.0)
+    streamed = "".join(c["choices"][0]["delta"]["content"] for c in chunks)
+    assert streamed == greedy[0]["message"]["content"]
+    guided = {"length": {"equal_to": 9}, "frequency_penalty": 1.0, "seed": 2}
+    one, two = (ask(client, **guided).json() for _ in range(2))
+    assert one["usage"]["completion_tokens"] == 9
+    assert one["choices"] == two["choices"]
+    text = {"prompt": "w7 w8", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    answers = [
+        client.post("/v1/completions", json=text | more).json()["choices"][0]["text"].split()
+        for more in ({}, {"presence_penalty": 2.0})
+    ]
+    assert len(set(answers[1])) > len(set(answers[0]))
+    settle(client)
+    assert not client.state.engine._penalties
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("frequency_penalty", 2.5, "less than or equal to 2"),
+        ("frequency_penalty", -2.5, "greater than or equal to -2"),
+        ("presence_penalty", 3, "less than or equal to 2"),
+        ("repetition_penalty", 0, "greater than 0"),
+        ("repetition_penalty", 10.5, "less than or equal to 10"),
+    ],
+)
+def test_a_penalty_out_of_range_is_refused_with_the_range(client, path, field, value, allowed):
+    body = CHAT if "chat" in path else {"prompt": "w7"}
+    reply = client.post(path, json=body | {field: value})
+    assert reply.status_code == 422
+    error = reply.json()["error"]
+    assert (error["param"], error["value"]) == (field, str(value))
+    assert allowed in error["allowed"]
+    assert error["message"].startswith(f"{field} is {value}; allowed: ")
+
+
 def test_the_default_length_leaves_room_for_what_is_asked():
     with serving(default_max_tokens=8) as client:
         body = {k: v for k, v in CHAT.items() if k != "max_tokens"}
@@ -253,7 +308,9 @@ def test_next_to_no_temperature_is_greedy_and_hurts_nobody(client, temperature, 
         ({"logit_bias": {"2": 1e9}}, "logit_bias.2"),
         ({"exponential_decay_length_penalty": [-1, -1.0]}, "exponential_decay_length_penalty.0"),
         ({"top_logprobs": 3}, "body"),
-        ({"frequency_penalty": 1.0}, "frequency_penalty"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"presence_penalty": "much"}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),

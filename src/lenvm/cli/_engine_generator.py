@@ -76,6 +76,9 @@ class EngineGenerator:
                 if request.eos_bias
                 else {},
                 exponential_decay_length_penalty=request.eos_decay,
+                frequency_penalty=sampling.frequency_penalty,
+                presence_penalty=sampling.presence_penalty,
+                repetition_penalty=sampling.repetition_penalty,
             ),
             control=request.control,
         )

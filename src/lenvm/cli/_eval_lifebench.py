@@ -50,6 +50,9 @@ def register(group: typer.Typer) -> None:
         top_k: o.TopK = 15,
         min_p: o.MinP = 0.0,
         seed: o.Seed = None,
+        frequency_penalty: o.FrequencyPenalty = 0.0,
+        presence_penalty: o.PresencePenalty = 0.0,
+        repetition_penalty: o.RepetitionPenalty = 1.0,
         judge_endpoint: Annotated[
             str | None, typer.Option(help="Server of a model that rates the answers.")
         ] = None,
@@ -81,7 +84,16 @@ def register(group: typer.Typer) -> None:
             num_samples=samples,
             limit=limit,
             max_tokens=max_tokens,
-            sampling=o.parse_sampling(temperature, top_p, top_k, min_p, seed),
+            sampling=o.parse_sampling(
+                temperature,
+                top_p,
+                top_k,
+                min_p,
+                seed,
+                frequency_penalty,
+                presence_penalty,
+                repetition_penalty,
+            ),
             tokens_per_unit=tokens_per_unit,
             control=o.parse_control_settings(control),
             **options,

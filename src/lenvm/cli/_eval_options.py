@@ -39,6 +39,9 @@ TopP = Annotated[float, typer.Option(min=1e-9, max=1)]
 TopK = Annotated[int, typer.Option(min=0, help="0 = no limit.")]
 MinP = Annotated[float, typer.Option(min=0, max=1)]
 Seed = Annotated[int | None, typer.Option(help="None: the server's choice.")]
+FrequencyPenalty = Annotated[float, typer.Option(min=-2, max=2, help="0 = none.")]
+PresencePenalty = Annotated[float, typer.Option(min=-2, max=2, help="0 = none.")]
+RepetitionPenalty = Annotated[float, typer.Option(min=1e-9, max=10, help="1 = none.")]
 Samples = Annotated[int, typer.Option(min=1, help="Answers per item and arm.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only this many items.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="The same for every arm.")]
@@ -124,11 +127,27 @@ class Access:
 
 
 def parse_sampling(
-    temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    seed: int | None,
+    frequency_penalty: float,
+    presence_penalty: float,
+    repetition_penalty: float,
 ) -> "Sampling":
     from lenvm.evals.generator import Sampling
 
-    return Sampling(temperature, top_p, top_k, min_p, seed)
+    return Sampling(
+        temperature,
+        top_p,
+        top_k,
+        min_p,
+        seed,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        repetition_penalty=repetition_penalty,
+    )
 
 
 def parse_control_settings(text: str | None) -> dict[str, Any]:

@@ -43,6 +43,15 @@ def register(app: typer.Typer) -> None:
         ] = None,
         temperature: Annotated[float, typer.Option()] = 1.0,
         top_p: Annotated[float, typer.Option()] = 1.0,
+        frequency_penalty: Annotated[
+            float, typer.Option(help="Off a token's logit for each time the answer has it.")
+        ] = 0.0,
+        presence_penalty: Annotated[
+            float, typer.Option(help="Off the logits of tokens that the answer has.")
+        ] = 0.0,
+        repetition_penalty: Annotated[
+            float, typer.Option(help="Over 1: less of what prompt and answer have.")
+        ] = 1.0,
         seed: Annotated[int | None, typer.Option()] = None,
         n: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 1,
         jsonl: Annotated[bool, typer.Option("--jsonl", help="JSON lines, not text.")] = False,
@@ -70,6 +79,9 @@ def register(app: typer.Typer) -> None:
             {
                 "temperature": temperature,
                 "top_p": top_p,
+                "frequency_penalty": frequency_penalty,
+                "presence_penalty": presence_penalty,
+                "repetition_penalty": repetition_penalty,
                 "seed": seed,
                 "max_tokens": pick_limit(control, max_tokens),
             }

@@ -28,6 +28,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from lenvm.engines.penalties import Penalties
 from lenvm.engines.sampling import draw
 from lenvm.errors import LenVMError, RequestError
 from lenvm.guidance.session import GuidanceSession, Guided
@@ -54,12 +55,6 @@ class Admission:
     failure_token_id: int | None = None
     """What a failed request is made to say: a token that ends it. Never drawn otherwise."""
 
-    @property
-    def has_penalties(self) -> bool:
-        return bool(
-            self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0
-        )
-
 
 @dataclass
 class _State:
@@ -72,9 +67,6 @@ class _State:
     failure: str | None = None
     kept: list[tuple[Tensor, int]] = field(default_factory=list)
     """Each token since admission as (tokens of a step [R], its place); read only to rebuild."""
-    counts_V: Tensor | None = None
-    """How often each token was generated; only with penalties."""
-    prompt_V: Tensor | None = None
 
 
 @dataclass
@@ -83,8 +75,8 @@ class _Draw:
 
     request_ids: list[str]
     states: list[_State]
-    penalised: list[int]
-    """Rows with penalties."""
+    is_penalised: bool
+    """Some of them have penalties."""
     banned: list[int]
     """Tokens that are never drawn: they have one meaning only."""
     greedy_R: Tensor | None
@@ -148,6 +140,7 @@ class GuidedBatch:
         on_failure(request_id, reason) tells the engine, where it listens."""
         self.session, self.seed, self.share, self.on_failure = session, seed, share, on_failure
         self._states: dict[str, _State] = {}
+        self._penalties = Penalties()
         self._num_admitted = 0
         self._drawn = _Drawn()
         self._rows: tuple[tuple[int, ...], Tensor] | None = None
@@ -175,11 +168,16 @@ class GuidedBatch:
         for _ in admission.guided.generated_token_ids:
             stream.random()  # a resumed request goes on where it was
         self._states[request_id] = _State(admission, stream, number)
+        guided = admission.guided
+        self._penalties.add(
+            request_id, admission, guided.prompt_token_ids, guided.generated_token_ids
+        )
         self._draw = None
 
     def remove(self, request_id: str) -> None:
         """Forget a request and free its value cache."""
         state = self._states.pop(request_id)
+        self._penalties.remove(request_id)
         self._draw = None
         if state.is_prefilled:
             self.session.remove([request_id])
@@ -191,6 +189,7 @@ class GuidedBatch:
             return
         self._draw = None
         state.failure = reason
+        self._penalties.remove(request_id)
         log.error("lenvm: request %s ends, its guidance failed: %s", request_id, reason)
         if state.is_prefilled:
             state.is_prefilled = False
@@ -219,8 +218,7 @@ class GuidedBatch:
             state = self._states[request_id]
             state.uniform = None
             state.kept.append((tokens, index))
-            if state.counts_V is not None:
-                state.counts_V[tokens[index]] += 1
+        self._penalties.count(ids, tokens)
         try:
             self.session.commit(ids, tokens)
         except torch.AcceleratorError:
@@ -273,10 +271,9 @@ class GuidedBatch:
         if rows != list(range(len(logits_BV))):
             logits = logits_BV.index_select(0, self._index(rows, logits_BV.device))
         plan = self._plan(request_ids, logits)
-        if plan.penalised:
+        if plan.is_penalised:
             logits = logits.clone() if logits is logits_BV else logits
-            for row in plan.penalised:
-                _penalise(logits[row], plan.states[row])
+            self._penalties.apply(request_ids, logits)
         for token in plan.banned:
             logits[:, token].fill_(-torch.inf)
         candidates = self.session.step(request_ids, logits)
@@ -300,7 +297,7 @@ class GuidedBatch:
         self._draw = _Draw(
             request_ids=list(request_ids),
             states=states,
-            penalised=[i for i, s in enumerate(states) if s.admission.has_penalties],
+            is_penalised=any(r in self._penalties for r in request_ids),
             banned=[t for t in banned if t is not None and t < logits_RV.shape[-1]],
             greedy_R=_upload(cold, torch.bool, logits_RV.device) if any(cold) else None,
         )
@@ -394,27 +391,6 @@ def _force(logits_BV: Tensor, rows_R: Tensor, tokens_R: Tensor) -> None:
     temperature, penalty and truncation."""
     logits_BV.index_fill_(0, rows_R, -torch.inf)
     logits_BV.index_put_((rows_R, tokens_R), torch.zeros_like(tokens_R, dtype=logits_BV.dtype))
-
-
-def _penalise(row_V: Tensor, state: _State) -> None:
-    """vLLM's penalties in place: repetition over prompt and output, the others over the output."""
-    admission, guided = state.admission, state.admission.guided
-    if state.counts_V is None:
-        state.counts_V = torch.zeros_like(row_V)
-        state.prompt_V = torch.zeros_like(row_V, dtype=torch.bool)
-        if len(guided.generated_token_ids):
-            index = _upload(list(guided.generated_token_ids), torch.long, row_V.device)
-            state.counts_V.index_add_(0, index, torch.ones_like(index, dtype=row_V.dtype))
-        prompt = _upload(list(guided.prompt_token_ids), torch.long, row_V.device)
-        state.prompt_V.index_fill_(0, prompt, True)
-    assert state.prompt_V is not None
-    counts = state.counts_V
-    if admission.repetition_penalty != 1.0:
-        seen = state.prompt_V | (counts > 0)
-        penalty = admission.repetition_penalty
-        factor = torch.where(row_V > 0, 1.0 / penalty, penalty)
-        row_V.copy_(torch.where(seen, row_V * factor, row_V))
-    row_V.sub_(admission.frequency_penalty * counts + admission.presence_penalty * (counts > 0))
 
 
 def _upload(values: Sequence[float | None], dtype: torch.dtype, device: torch.device) -> Tensor:

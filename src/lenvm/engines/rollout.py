@@ -48,7 +48,7 @@ def rollout(
     config = {
         "model": model,
         "n": n,
-        "sampling": sampling.model_dump(),
+        "sampling": sampling.to_json(),
         "prompts": [p.prompt_hash for p in prompts],
         "controls": [c and c.model_dump(exclude_defaults=True) for c in controls],
     }

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from lenvm.engines.penalties import has_penalties
 from lenvm.errors import InputError
 from lenvm.guidance.candidates import BLOCK, largest
 from lenvm.model.device import upload
@@ -50,6 +51,13 @@ class SamplingParams(BaseModel):
     ) = None
     """(start, factor): after `start` generated tokens the ending token's logit z becomes
     z + |z| (factor^(t - start) - 1), as `ExponentialDecayLengthPenalty` of transformers."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Taken off a token's logit for each time it was generated."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Taken off the logits of tokens that were generated."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Divides the logits over 0 of tokens of the prompt and of the answer, multiplies the others'.
+    As the two above it is vLLM's, and comes after every other change of the logits."""
 
     @property
     def truncates(self) -> bool:
@@ -59,7 +67,15 @@ class SamplingParams(BaseModel):
     @property
     def changes_logits(self) -> bool:
         """The generator's logits are changed before anything else."""
-        return bool(self.logit_bias) or self.exponential_decay_length_penalty is not None
+        decays = self.exponential_decay_length_penalty is not None
+        return bool(self.logit_bias) or decays or has_penalties(self)
+
+    def to_json(self) -> dict[str, object]:
+        """For manifests: every field, but no penalty that changes nothing, so that files of
+        before there were penalties are continued."""
+        neutral = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+        fields = self.model_dump().items()
+        return {k: v for k, v in fields if k not in neutral or v != neutral[k]}
 
     @classmethod
     def parse(cls, values: dict[str, object]) -> "SamplingParams":
@@ -82,7 +98,8 @@ def adjust(
     num_generated: Sequence[int],
     eos_token_ids: Sequence[int],
 ) -> Tensor:
-    """Logits with biases and length penalties applied; the same tensor where no row has any."""
+    """Logits with biases and length penalties applied; the same tensor where no row changes any,
+    a copy where `penalties.Penalties` is still to change it."""
     if not any(p.changes_logits for p in params):
         return logits_RV
     logits = logits_RV.clone()

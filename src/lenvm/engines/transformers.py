@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lenvm.engines.penalties import Penalties
 from lenvm.engines.request import Completion as Completion
 from lenvm.engines.request import Request as Request
 from lenvm.engines.sampling import adjust, draw, truncate
@@ -80,6 +81,7 @@ class TransformersEngine:
         """Requests that the session knows."""
         self._running: dict[str, Completion] = {}
         self._streams: dict[str, random.Random] = {}
+        self._penalties = Penalties()
 
     @classmethod
     def load(
@@ -187,6 +189,7 @@ class TransformersEngine:
         self._waiting.clear()
         self._running.clear()
         self._streams.clear()
+        self._penalties = Penalties()
         for completion in ended:
             completion.finish_reason, completion.error = "error", error
             request_id = completion.request.id
@@ -246,6 +249,7 @@ class TransformersEngine:
         if rows:
             logits_RV = self.lm_head(torch.cat(hidden)).float()
             tokens = self._sample(rows, logits_RV)
+            self._penalties.count([c.request.id for c in rows], tokens)
             self._record(rows, tokens, logits_RV)
         return [c for c in rows if c.error is None] + self._failed
 
@@ -269,6 +273,7 @@ class TransformersEngine:
             admitted.append(self._waiting.popleft())
             self._running[request.id] = admitted[-1]
             self._streams[request.id] = request.sampling.random_stream(request.index)
+            self._penalties.add(request.id, request.sampling, request.prompt_token_ids)
         if self.session is None:
             return admitted
         while tracked := {
@@ -294,6 +299,7 @@ class TransformersEngine:
         greedy = upload(cold, torch.bool, self.device) if any(cold) else None
         num_generated = [len(c.token_ids) for c in rows]
         logits_RV = adjust(logits_RV, params, num_generated, self.eos_token_ids)
+        self._penalties.apply([c.request.id for c in rows], logits_RV)  # a copy where it has any
         free = [i for i, c in enumerate(rows) if c.request.control is None]
         if len(free) == len(rows):
             return draw(truncate(logits_RV, params), uniform, greedy_R=greedy)
@@ -397,6 +403,7 @@ class TransformersEngine:
             else:
                 completion.text = self.decode(completion.token_ids)
             del self._running[request_id], self._streams[request_id]
+            self._penalties.remove(request_id)
             if request_id in self.decoder:
                 self.decoder.remove([request_id])
             if self.session is not None and request_id in self._followed:

@@ -24,6 +24,21 @@ class Sampling:
     min_p: float = 0.0
     seed: int | None = None
     """Each request gets its own seed, made from this one and its id. None = the server's choice."""
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def penalties(self) -> dict[str, float]:
+        """Those that change something, by their names."""
+        neutral = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+        return {k: v for k, n in neutral.items() if (v := getattr(self, k)) != n}
+
+    def to_json(self) -> dict[str, Any]:
+        """For manifests. No penalty that changes nothing, so that runs of before there were
+        penalties are continued and graded."""
+        names = ("temperature", "top_p", "top_k", "min_p", "seed")
+        return {name: getattr(self, name) for name in names} | self.penalties
 
 
 @dataclass(frozen=True)

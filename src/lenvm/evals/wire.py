@@ -55,6 +55,7 @@ def build_body(
         body["top_k"] = sampling.top_k
     if sampling.min_p:
         body["min_p"] = sampling.min_p
+    body |= sampling.penalties
     if request.control is not None:
         body |= wrap_control(engine, control_to_json(request.control))
     if request.eos_bias:
@@ -70,10 +71,11 @@ def build_body(
 def reports_generator(request: GenerationRequest, engine: Engine) -> bool:
     """True where the log-probabilities of the answer are the generator's own.
 
-    SGLang computes them after logits processors, biases and the temperature.
+    SGLang computes them after logits processors, biases, penalties and the temperature.
     """
     changed = request.control is not None or request.eos_bias or request.eos_decay is not None
-    return engine != "sglang" or not (changed or request.sampling.temperature != 1)
+    changed = changed or request.sampling.temperature != 1 or bool(request.sampling.penalties)
+    return engine != "sglang" or not changed
 
 
 def parse_completion(body: dict[str, Any]) -> dict[str, Any]:

@@ -162,6 +162,9 @@ def _sampling(
         ignore_eos=body.ignore_eos,
         logit_bias={int(k): v for k, v in (body.logit_bias or {}).items()},
         exponential_decay_length_penalty=body.exponential_decay_length_penalty,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
     )
 
 

@@ -14,9 +14,6 @@ MAX_CHOICES = 64
 MAX_STOPS = 16
 MAX_BATCH = 1024
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0, None),
-    "presence_penalty": (0, None),
-    "repetition_penalty": (1, None),
     "best_of": (1, None),
     "echo": (False, None),
     "suffix": ("", None),
@@ -96,6 +93,13 @@ class Generation(Body):
         | None
     ) = None
     """[start, factor], as in transformers."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Off a token's logit for each time the answer has it. null: 0."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Off the logits of tokens that the answer has. null: 0."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Divides positive logits of tokens of the prompt and the answer, multiplies negative ones, as
+    in vLLM. null: 1."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     length: LengthControl | None = None
@@ -113,10 +117,6 @@ class Generation(Body):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     parallel_tool_calls: Any = None
-
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    repetition_penalty: Any = None
 
     @field_validator(*NEUTRAL, check_fields=False)
     @classmethod

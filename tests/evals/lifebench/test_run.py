@@ -172,6 +172,19 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_summary(file, tmp_p
     assert len(rest.asked) == 7
 
 
+def test_a_folder_of_before_there_were_penalties_goes_on_and_none_is_mixed_in(file, tmp_path):
+    summary = run_lifebench(config(file, "prompt"), Scripted(), tmp_path / "out")
+    before = {"temperature": 1.0, "top_p": 0.999, "top_k": 15, "min_p": 0.0, "seed": None}
+    assert summary["config"]["sampling"] == before
+    penalised = config(file, "prompt", sampling=Sampling(**before, frequency_penalty=0.3))
+    with pytest.raises(InputError):
+        run_lifebench(penalised, Scripted(), tmp_path / "out")
+    generator = Scripted()
+    other = run_lifebench(penalised, generator, tmp_path / "other")
+    assert other["config"]["sampling"] == before | {"frequency_penalty": 0.3}
+    assert {r.sampling.frequency_penalty for r in generator.asked} == {0.3}
+
+
 def test_another_configuration_in_an_old_folder_is_refused(file, tmp_path):
     run_lifebench(config(file, "prompt"), Scripted(), tmp_path / "out")
     with pytest.raises(InputError, match="targets"):

@@ -86,7 +86,7 @@ class LifebenchConfig:
             "file": self.file.name,
             "file_sha256": hashlib.sha256(self.file.read_bytes()).hexdigest()[:16],
             "arms": [arm.name for arm in self.arms],
-            "sampling": vars(self.sampling),
+            "sampling": self.sampling.to_json(),
             "max_tokens": self.settings().max_tokens,
             "control": dict(self.control),
             "model": model,

@@ -55,7 +55,7 @@ class TradeoffConfig:
             "num_samples": self.num_samples,
             "limit": self.limit,
             "max_tokens": self.max_tokens,
-            "sampling": vars(self.sampling),
+            "sampling": self.sampling.to_json(),
             "control": self.control,
             "model": model,
         }
