@@ -285,7 +285,7 @@ def test_the_plan_itself_is_sound(data):
     penalised = {s.name: Sampling(**s.options["sampling"]).to_json() for s in plan.of_call("1f")}
     plain = Sampling(**plan.of_call("coder05-clean-frontier")[0].options["sampling"]).to_json()
     assert penalised == {
-        "coder05-clean-frontier-penalty": plain | {"frequency_penalty": 0.3},
+        "coder05-clean-frontier-penalty": plain | {"frequency_penalty": 0.05},
         "coder05-clean-frontier-repetition": plain | {"repetition_penalty": 1.05},
     }
 
