@@ -329,7 +329,7 @@ def _control(
     )
     groups = list(_heldout(trajectories).values())[: config.control_prompts]
     controls: dict[str, dict[str, Any]] = {
-        f"equal_to {t}": {"equal_to": t, "tolerance": 0.05, "evidence": 2.0} for t in config.targets
+        f"equal_to {t}": {"equal_to": t, "tolerance": 0.05} for t in config.targets
     }
     controls |= {f"tilt {s:g}": {"tilt": s} for s in config.tilts}
     controls |= {"at_most 40": {"at_most": 40}, "at_least 90": {"at_least": 90}}

@@ -186,7 +186,7 @@ def test_the_likelier_candidate_wins_a_tie():
 
 def bayes(log_p_bins: Tensor, **goal: Any) -> list[float]:
     t = goal.pop("t", 0)
-    params = params_of(goal, t=t, has_distribution=True)
+    params = params_of({"evidence": 1.0, **goal}, t=t, has_distribution=True)
     return guided(candidates_of(P), DistributionBelief(log_p_bins, GAMMA, BINS), params)
 
 
@@ -207,6 +207,18 @@ def test_conditional_is_bayes_rule():
         found = bayes(logits, at_least=20, at_most=40, t=2, evidence=evidence)
         weights = [p * q**evidence for p, q in zip(P, inside, strict=True)]
         assert found == normalised(weights)
+
+
+@pytest.mark.parametrize(
+    ("goal", "evidence"),
+    [({"equal_to": 9}, 2.0), ({"at_most": 9}, 1.0), ({"at_least": 9}, 1.0), ({"price": 0.1}, 1.0)],
+)
+def test_the_evidence_that_goes_without_saying(goal: dict[str, float], evidence: float):
+    found, said = (
+        params_of(control, has_distribution=True).scale
+        for control in (goal, {**goal, "evidence": evidence})
+    )
+    assert float(found) == float(said) == evidence
 
 
 def test_evidence_0_is_the_generator_bit_for_bit():

@@ -41,7 +41,9 @@ def sequence_probs(markov: Markov, start: int, low: int, high: int) -> dict[tupl
 @pytest.mark.parametrize("focus", [0.4, 3.0])
 def test_focus_with_an_exact_model_weighs_each_sequence_by_its_lengths_score(focus: float):
     markov = Markov(seed=9)
-    control = LengthControl.parse({"equal_to": 3, "tolerance": 0.7, "focus": focus, **ALL})
+    control = LengthControl.parse(
+        {"equal_to": 3, "tolerance": 0.7, "focus": focus, "evidence": 1, **ALL}
+    )
     assert control.interval() == (1, 5)
     weight = {n: (length_score((n - 3) / 3, "equal_to") / 100) ** focus for n in range(1, 6)}
     flat = sequence_probs(markov, 1, 1, 5)
@@ -122,7 +124,7 @@ def test_conditional_with_an_exact_model_is_the_conditional_distribution(low: in
     markov = Markov(seed=low)
     control = LengthControl.parse({"at_least": low, "at_most": high, **ALL})
     if low == high:
-        control = LengthControl.parse({"equal_to": low, **ALL})
+        control = LengthControl.parse({"equal_to": low, "evidence": 1, **ALL})
     expected = sequence_probs(markov, 1, low, high)
     for sequence, probability in expected.items():
         assert guided_prob(markov, sequence, control) == pytest.approx(probability, rel=1e-4)

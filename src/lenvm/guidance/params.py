@@ -212,7 +212,8 @@ def _peak(control: LengthControl) -> tuple[float, float, float]:
 def _scale(control: LengthControl, name: str | None) -> tuple[float, float]:
     """(scale of the row's rule, the scale at which that rule changes nothing)."""
     if name == "conditional":
-        return control.evidence, 0.0
+        by_default = 1.0 if control.equal_to is None else 2.0
+        return by_default if control.evidence is None else control.evidence, 0.0
     if name == "expected_scale":
         return control.expected_scale or 0.0, 1.0
     if name in ("tilt", "tilt_logit"):

@@ -52,7 +52,7 @@ def test_guided_arms_meet_their_targets_and_the_prompt_arm_is_scored_by_its_own(
         controls = [find_control(b) for b in stub.bodies]
     assert len(controls) == 3 * 3 * 2
     assert {"equal_to": 20, "rule": "soft", "strength": 30.0} in controls
-    assert {"equal_to": 80, "rule": "conditional"} in controls
+    assert {"equal_to": 80, "rule": "conditional", "evidence": 1.0} in controls
     guided, unguided = arm(summary, "soft:30")["equal_to"], arm(summary, "prompt")["equal_to"]
     assert guided["score"]["value"] == 100
     assert guided["deviation"]["value"] == 0
