@@ -98,9 +98,9 @@ class LengthControl(BaseModel):
     strength: Annotated[float, Field(ge=0, le=10_000)] = 100.0
     """Soft rule: p(x) exp(-strength |u(x) - u*|)."""
     evidence: Annotated[float, Field(ge=0, le=100)] | None = None
-    """Conditional: p(x) P(length in interval | x)^evidence. 1 is Bayes' rule, 0 the generator. None:
-    2 for `equal_to` (answers then end of themselves far more often, at the same length and loss:
-    docs/results.md), else 1."""
+    """Conditional: p(x) P(length in interval | x)^evidence. 1 is Bayes' rule, 0 the generator.
+    None: 2 for `equal_to`, else 1 (docs/control.md: with 2 far more answers end by themselves, at
+    the same length and loss)."""
     focus: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Conditional, with `equal_to`: inside the tolerance a length counts by (its LIFEBench score /
     100)^focus: the nearer the better, and too long is cheaper than too short. 0: all alike."""
