@@ -6,6 +6,10 @@ The stub (tests/stub_server.py) runs in another process and invents completions 
 once, so what is measured is the client: requests, token ids, checks, records on disk. All processes
 share the machine's cores. With `shards` over 1, several samplers run at once, each on its part of
 the prompts and with its own file (`lenvm sample --shard I/K`).
+
+Last, what the client leaves of a second server's gain: one endpoint, then two, that answer each
+request after 0.6 s with 4 completions of 256 tokens, 24 requests in flight for each of them: the
+pace of the servers of `multi_gpu.py sample`, whose run has as many requests.
 """
 
 import argparse
@@ -18,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,11 +34,11 @@ sys.path.insert(0, str(ROOT / "src"))
 
 
 def measure(
-    url: str, n: int, num_completions: int, concurrency: int, shards: int = 1
+    urls: list[str], n: int, num_completions: int, concurrency: int, shards: int = 1
 ) -> dict[str, Any]:
     """Runs of the sampler from start to a closed file, `shards` of them at a time."""
     if shards == 1:
-        return measure_one(url, n, num_completions, concurrency, 0, None)
+        return measure_one(urls, n, num_completions, concurrency, 0, None)
     context = multiprocessing.get_context("spawn")
     together = context.Barrier(shards)
     with concurrent.futures.ProcessPoolExecutor(
@@ -40,7 +46,7 @@ def measure(
     ) as pool:
         size = num_completions // shards
         jobs = [
-            pool.submit(measure_one, url, n, size, concurrency // shards, i, shards)
+            pool.submit(measure_one, urls, n, size, concurrency // shards, i, shards)
             for i in range(shards)
         ]
         runs = [job.result() for job in jobs]
@@ -62,10 +68,10 @@ def _set_barrier(barrier: Any) -> None:
 
 
 def measure_one(
-    url: str, n: int, num_completions: int, concurrency: int, shard: int, shards: int | None
+    urls: list[str], n: int, num_completions: int, concurrency: int, shard: int, shards: int | None
 ) -> dict[str, Any]:
     """One run; with `shards`, several processes begin together."""
-    import openai  # noqa: F401 - imported before the clock starts
+    import aiohttp  # noqa: F401 - imported before the clock starts
 
     from lenvm.data.prompts import Prompt
     from lenvm.data.sampler import sample_from_endpoints
@@ -82,7 +88,7 @@ def measure_one(
         report = sample_from_endpoints(
             prompts,
             Path(folder) / "t.jsonl",
-            endpoints=[url],
+            endpoints=urls,
             n=n,
             sampling={"temperature": 1.0, "max_tokens": 256},
             concurrency=concurrency,
@@ -93,6 +99,7 @@ def measure_one(
     return {
         "completions_per_prompt": n,
         "shards": 1,
+        "endpoints": len(urls),
         **({"begin": begin, "end": time.time()} if shards else {}),
         "num_completions": report.num_written,
         "num_tokens": report.num_tokens,
@@ -100,6 +107,18 @@ def measure_one(
         "completions_per_s": round(report.num_written / seconds, 1),
         "cpu_ms_per_completion": round(1e3 * cpu / report.num_written, 3),
     }
+
+
+@contextmanager
+def stubs(count: int, *options: str) -> Iterator[list[str]]:
+    """The URLs of stub servers, each in a process of its own."""
+    argv = [sys.executable, str(ROOT / "tests" / "stub_server.py"), *options]
+    children = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    try:
+        yield [child.stdout.readline().strip() for child in children if child.stdout]
+    finally:
+        for child in children:
+            child.kill()
 
 
 def describe_machine() -> dict[str, Any]:
@@ -131,24 +150,18 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=64)
     args = parser.parse_args()
     machine = describe_machine()
-    stub = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "stub_server.py"), "--max-length", "80"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert stub.stdout is not None
-        url = stub.stdout.readline().strip()
-        measure(url, 4, 200, args.concurrency)
+    with stubs(1, "--max-length", "80") as urls:
+        measure(urls, 4, 200, args.concurrency)
         runs = []
         for n in args.n:
             size = args.num_completions // 4 if n == 1 else args.num_completions
-            runs.append(measure(url, n, size, args.concurrency))
+            runs.append(measure(urls, n, size, args.concurrency))
             print(json.dumps(runs[-1]), flush=True)
-        runs.append(measure(url, 1, args.num_completions // 2, args.concurrency, shards=2))
+        runs.append(measure(urls, 1, args.num_completions // 2, args.concurrency, shards=2))
         print(json.dumps(runs[-1]), flush=True)
-    finally:
-        stub.kill()
+    with stubs(2, "--delay", "0.6", "--min-length", "256", "--max-length", "256") as urls:
+        paced = [measure(urls[:k], 4, 768, 24 * k) for k in (1, 2)]
+        print(json.dumps(paced), flush=True)
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
@@ -158,16 +171,18 @@ def main() -> None:
                 "completions_per_s"
             ]
             for r in runs
-        },
+        }
+        | {"two_endpoints_over_one": round(paced[0]["seconds"] / paced[1]["seconds"], 3)},
         "command": "python benchmarks/sampler.py " + " ".join(sys.argv[1:]),
         "hardware": machine,
         "versions": {
             "python": platform.python_version(),
-            **{name: find_version(name) for name in ("openai", "aiohttp", "pydantic")},
+            **{name: find_version(name) for name in ("aiohttp", "pydantic")},
         },
         "commit": commit,
         "concurrency": args.concurrency,
         "runs": runs,
+        "paced_runs": paced,
     }
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,19 @@
 """Where completions come from: the `Completer` seam and its HTTP implementation.
 
 A completer turns one `SampleRequest` (a prompt, n completions) into n `Sampled` with token ids.
-`HttpCompleter` speaks to any OpenAI-compatible server through the openai client and knows what each
-kind of server calls its extensions. It neither retries nor schedules: `sampler` does. What goes
-wrong is a `CompletionError` that says whether trying again, or elsewhere, can help.
+`HttpCompleter` speaks to any OpenAI-compatible server and knows what each kind of server calls its
+extensions. It does so over aiohttp alone: the openai client on top of it takes more time than all
+that is done here. It neither retries nor schedules: `sampler` does. What goes wrong is a
+`CompletionError` that says whether trying again, or elsewhere, can help.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from lenvm.data.images import to_wire_messages
 from lenvm.data.prompts import Prompt
@@ -98,21 +99,22 @@ class HttpCompleter:
         api_key: str = "none",
         encoder: TextEncoder | None = None,
         server: ServerKind | None = None,
-        max_connections: int = 256,
         timeout_s: float = 3600.0,
     ) -> None:
         """base_url: http://HOST:PORT/v1; model None takes the one that is served; server None asks
-        the server itself, and takes one that does not say for a common one with extensions."""
+        the server itself, and takes one that does not say for a common one with extensions. Made
+        inside a running event loop."""
         self.name = normalise_url(base_url)
         self.model, self.server = model, server
         self.encoder, self.num_mismatched = encoder, 0
         self._asks_for_ids = True
-        self._client = _open_client(self.name, api_key, max_connections, timeout_s)
+        self._timeout_s = timeout_s
+        self._session = _open_session(self.name, api_key)
 
     async def connect(self) -> str:
         """Ask which models are served; returns the model's name. Raises CompletionError."""
         try:
-            cards = (await self._call("GET", "/models", None)).get("data")
+            cards = (await self._call("/models")).get("data")
         except CompletionError as error:
             if self.model is not None and str(error).startswith("HTTP 404"):
                 return self.model  # a server that lists no models: the name is taken as given
@@ -139,39 +141,43 @@ class HttpCompleter:
         asks = self._asks_for_ids
         path, body = self._build_body(request)
         try:
-            answer = await self._call("POST", path, body)
+            answer = await self._call(path, body)
         except CompletionError as error:
             if not (error.kind == "refused" and asks and _names_extension(error)):
                 raise
             self._asks_for_ids = False  # a server that takes no extensions: re-tokenise instead
             path, body = self._build_body(request)
-            answer = await self._call("POST", path, body)
+            answer = await self._call(path, body)
         return self._read(request, answer)
 
     async def close(self) -> None:
-        await self._client.close()
+        await self._session.close()
 
-    async def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        import openai
+    async def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        import aiohttp
 
+        method, limit_s = ("GET", 30.0) if body is None else ("POST", self._timeout_s)
+        timeout = aiohttp.ClientTimeout(total=limit_s, sock_connect=10.0)
         try:
-            if method == "GET":
-                answer = await self._client.get(path, cast_to=object, options={"timeout": 30.0})
-            else:
-                answer = await self._client.post(path, cast_to=object, body=body)
-        except openai.APIConnectionError as error:
-            causes = _find_causes(error)
-            if any(isinstance(cause, TimeoutError) for cause in causes):
-                raise CompletionError("transient", "no answer within the time limit") from None
-            cause = next((c for c in causes if isinstance(c, OSError)), causes[-1])
-            raise CompletionError("unreachable", str(cause) or type(cause).__name__) from None
-        except openai.APIStatusError as error:
-            said = error.body.get("message") if isinstance(error.body, dict) else None
-            raise _status_error(error.status_code, str(said or error.message)) from None
-        except (ValueError, openai.APIError) as error:
-            raise CompletionError("transient", f"the answer is not JSON: {error}") from None
+            async with self._session.request(
+                method, self.name + path, json=body, timeout=timeout
+            ) as response:
+                status, data = response.status, await response.read()
+        except TimeoutError:
+            raise CompletionError("transient", "no answer within the time limit") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise CompletionError("unreachable", str(error) or type(error).__name__) from None
+        except ValueError as error:  # a key or an address that HTTP has no form for
+            raise CompletionError("closed", f"cannot be asked: {error}") from None
+        try:
+            answer = json.loads(data)
+        except ValueError:
+            answer = None
+        if status >= 400:
+            said = _find_message(answer) or data[:500].decode("utf-8", "replace")
+            raise _status_error(status, said)
         if not isinstance(answer, dict):
-            raise CompletionError("transient", f"the answer is not a JSON object: {answer!r:.80}")
+            raise CompletionError("transient", f"the answer is not a JSON object: {data!r:.80}")
         return answer
 
     def _build_body(self, request: SampleRequest) -> tuple[str, dict[str, Any]]:
@@ -280,12 +286,10 @@ def _split_usage(
     return [{"prompt_tokens": int(prompt), "completion_tokens": count} for count in counts]
 
 
-def _find_causes(error: BaseException) -> list[BaseException]:
-    """What the network said: transports wrap it, and not each names it rightly."""
-    causes = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(cause)
-    return causes
+def _find_message(answer: Any) -> str:
+    """What a server says of an error; empty where it says it in no known form."""
+    error = answer.get("error", answer) if isinstance(answer, dict) else None
+    return str(error.get("message") or "") if isinstance(error, dict) else str(error or "")
 
 
 def _status_error(status: int, message: str) -> CompletionError:
@@ -301,23 +305,16 @@ def _names_extension(error: CompletionError) -> bool:
     return any(name in str(error) for name in fields)
 
 
-def _open_client(url: str, api_key: str, max_connections: int, timeout_s: float) -> Any:
-    """An openai client; over aiohttp where that is installed (half the time per request)."""
-    import openai
+def _open_session(url: str, api_key: str) -> Any:
+    """Connections to one server, as many as there are requests; by a proxy where the environment
+    names one (asked here: aiohttp would ask again for every request)."""
+    import aiohttp
 
-    limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
-        max_connections=max_connections, max_keepalive_connections=max_connections
-    )
-    timeout = openai.Timeout(timeout_s, connect=10.0)
-    make = openai.DefaultAsyncHttpxClient
-    if find_spec("aiohttp"):
-        make = openai.DefaultAioHttpClient  # type: ignore[assignment]
-    return openai.AsyncOpenAI(
-        base_url=url,
-        api_key=api_key,
-        max_retries=0,
-        timeout=timeout,
-        http_client=make(limits=limits, timeout=timeout),
+    parts = urlsplit(url)
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        headers={"Authorization": f"Bearer {api_key}"},
+        proxy=None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme),
     )
 
 

@@ -69,7 +69,6 @@ def sample_from_endpoints(
                 api_key=api_key,
                 encoder=encoder,
                 server=server,
-                max_connections=concurrency,
                 timeout_s=timeout_s,
             )
             for url in dict.fromkeys(endpoints)
