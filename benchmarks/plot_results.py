@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lenvm.reports.clouds import draw_cloud
-from results_cells import NAMES, point_of
+from results_cells import NAMES, is_plain, pick_length_tokens, point_of
 
 Numbers = Mapping[str, Any]
 COLOURS = {
@@ -275,7 +275,8 @@ def clouds(found: Numbers, images: Path) -> Iterator[Path]:
     """Word clouds of the tokens that make answers longer and shorter."""
     for run in found["runs"].values():
         for side in ("longer", "shorter"):
-            weights = {r["token"]: float(r["num_events"]) for r in run[f"{side}_by_event"]}
+            picked = [r for r in pick_length_tokens(run, side) if is_plain(r["token"])]
+            weights = {r["token"]: float(r["num_events"]) for r in picked}
             cloud = draw_cloud(weights, side) if weights else "nothing to draw"
             if isinstance(cloud, str):
                 print(cloud)

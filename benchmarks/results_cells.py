@@ -84,3 +84,15 @@ def about(found: Numbers | None) -> str:
 
 def join(*parts: str) -> str:
     return "\n\n".join(p for p in parts if p)
+
+
+def pick_length_tokens(run: Numbers, side: str) -> list[Numbers]:
+    """The tokens of a side by number of events whose mean gain is of that side, too: those that
+    are merely frequent have as many events of the other."""
+    sign = 1 if side == "longer" else -1
+    return [r for r in run[f"{side}_by_event"] if sign * r["mean_gain"] > 0.002]
+
+
+def is_plain(token: str) -> bool:
+    """Not a part of a character, nor what a table cannot show."""
+    return "`" not in token and token.replace("␣", "").isascii()

@@ -18,8 +18,10 @@ from results_cells import (
     about,
     image,
     interval,
+    is_plain,
     join,
     percent,
+    pick_length_tokens,
     share,
     table,
     title,
@@ -162,17 +164,30 @@ def length_tokens(found: Numbers | None, images: Path) -> str:
     rows = []
     for name, run in ((found or {}).get("runs", {})).items():
         for side in ("longer", "shorter"):
-            words = ", ".join(
-                f"`{r['token']}`" for r in run[f"{side}_by_event"][:20] if "`" not in r["token"]
-            )
-            rows.append([title(name), side, words.replace("|", "\\|")])
+            for how, picked in (
+                ("most often", pick_length_tokens(run, side)),
+                ("most on average", run[f"{side}_by_mean"]),
+            ):
+                tokens = [r["token"] for r in picked if is_plain(r["token"])][:20]
+                words = ", ".join(f"`{token}`" for token in tokens)
+                rows.append([title(name), f"{side}, {how}", words.replace("|", "\\|")])
+    run = next(iter((found or {}).get("runs", {}).values()), None)
     return join(
         "## Length tokens",
-        "Tokens after which the value says a longer or shorter answer by more than 0.01 (u = 1 - "
-        "gamma^length), by number of events; case and leading space folded.",
+        "Tokens that change the expected length: minus the TD residual of the value, + is longer "
+        "(u = 1 - gamma^length). Most often: by the number of places where that is over 0.01, of "
+        "tokens whose mean has the same sign; most on average: by the mean, of tokens with at "
+        "least 30 places. Case and leading space folded; parts of characters left out.",
         table(["model", "makes it", "tokens"], rows or [["ours", "-", MISSING]]),
         image(images, "length_tokens_longer.png", "Tokens that make answers longer"),
         image(images, "length_tokens_shorter.png", "Tokens that make answers shorter"),
+        f"{run['num_tokens']:,} tokens of {run['num_completions']:,} held-out completions of math, "
+        "code and instructions, read on a CPU. Headings and openings of a derivation or of code "
+        "(`let`, `given`, `since`, `[`, `def`) lengthen, as do words of doubt (`however`, `why`); "
+        "what closes (`therefore`, `conclusion`, `finally`, `return`, a closing fence) shortens. "
+        "The paper's clouds are not at hand to compare with."
+        if run
+        else "",
         about(found),
     )
 

@@ -230,7 +230,7 @@ def length_tokens(lab: Lab, name: str, o: Options) -> Found:
     lab.release()
     model = lab.value_model(o["value_model"])
     config = LengthTokensConfig(
-        (lab.trajectories(o["tokens"]),), split="all", limit=o.get("limit"), chunk=64
+        (lab.trajectories(o["tokens"]),), split="all", limit=o.get("limit"), chunk=64, min_count=30
     )
     predictor = ValueModelPredictor(model, o["value_model"], batch_tokens=32768, levels=())
     start = time.monotonic()
