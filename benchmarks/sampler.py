@@ -8,8 +8,8 @@ share the machine's cores. With `shards` over 1, several samplers run at once, e
 the prompts and with its own file (`lenvm sample --shard I/K`).
 
 Last, what the client leaves of a second server's gain: one endpoint, then two, that answer each
-request after 0.6 s with 4 completions of 256 tokens, 24 requests in flight for each of them: the
-pace of the servers of `multi_gpu.py sample`, whose run has as many requests.
+request after 0.6 s with 4 completions of 256 tokens, 24 requests in flight for each of them: about
+the pace of vLLM on one H200 each under `multi_gpu.py sample --num-prompts 96 --per-endpoint 24`.
 """
 
 import argparse
