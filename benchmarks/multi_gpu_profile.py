@@ -49,6 +49,7 @@ def watch(out: Path) -> None:
         state["number"] += 1
         return original(self, *args)
 
+    # `train` makes its trainer itself, so the class is what can be watched from here
     LenVMTrainer.training_step = training_step  # type: ignore[method-assign]
 
 

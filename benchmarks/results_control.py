@@ -153,24 +153,23 @@ def value_models(prediction: Numbers | None, frontier: Numbers | None) -> str:
 def _loops(prediction: Numbers | None, frontier: Numbers | None) -> str:
     """What teaching loops as never ending changed: at the longest target, and in the mean."""
 
-    def find(name: str) -> list[Numbers] | None:
+    longest, means = [], []
+    for name in ("coder05-lora", "coder05-half", "coder05-clean"):
         domains = look_up(prediction, "models", name, "domains", "instructions")
         arms = (look_up(frontier, "runs", TRIED[name]) or {"arms": []})["arms"]
         arm = next((a["equal_to"] for a in arms if a["arm"] == TRIED_ARM), None)
-        return [arm["by_target"][-1], domains] if arm and domains else None
-
-    told = [find(f"coder05-{name}") for name in ("lora", "half", "clean")]
-    if None in told:
-        return ""
-    longest, means = zip(*told, strict=True)  # type: ignore[arg-type]
+        if arm is None or domains is None:
+            return ""
+        longest.append(arm["by_target"][-1])
+        means.append(domains["mre_mean"])
     repeats = [f"{value_of(t['quality']['rep_4']):.0%}" for t in longest]
     return (
         f"Loops taught as never ending: answers of {longest[0]['target']:,} tokens repeat "
         f"{repeats[2]} of their 4-grams where `lora`'s repeat {repeats[0]}, yet `half`'s, which "
         f"knows nothing of it, {repeats[1]}: a 0.5B generator asked for many times what a prompt "
         "calls for has little else to say. The plain mean, which a few endless answers draw up, "
-        f"is off by {value_of(means[2]['mre_mean']):.0%} on instructions instead of "
-        f"{value_of(means[0]['mre_mean']):.0%}."
+        f"is off by {value_of(means[2]):.0%} on instructions instead of "
+        f"{value_of(means[0]):.0%}."
     )
 
 

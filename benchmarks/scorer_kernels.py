@@ -383,14 +383,16 @@ def tune_trimmed(name: str, batch: int, mean: int, prefix: int, deadline: float)
 
     def attempt(choices: Choices) -> tuple[float, torch.Tensor]:
         runner._steps.clear()
-        runner.choose = lambda _, trims=False: choices if trims == choices.trims else PLAIN_STEP
+        runner.choose = lambda _, trims=False: (
+            choices if trims == choices.trims else kernel_choices.PLAIN
+        )
         runner.hint = SimpleNamespace(trims=choices.trims, note=lambda share: None)
         out = peek(steady, counted=False).double()
         if not torch.equal(out, peek(steady, counted=False).double()):
             raise RuntimeError("a second call gives something else")
         return time_graph(scorer) * 1e3, out
 
-    plain_us, truth = attempt(PLAIN_STEP)
+    plain_us, truth = attempt(kernel_choices.PLAIN)
     num_tokens = runner._last[1].num_tokens
     shape = runner._forward.shape
     best = kernel_choices.choose(torch.device("cuda"), shape, num_tokens, True)
@@ -435,9 +437,6 @@ def tune_trimmed(name: str, batch: int, mean: int, prefix: int, deadline: float)
         **errors,
         "places_us": tried,
     }
-
-
-PLAIN_STEP = Choices()
 
 
 def peek(steady: Any, counted: bool = True) -> torch.Tensor:

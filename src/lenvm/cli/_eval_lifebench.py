@@ -66,6 +66,7 @@ def register(group: typer.Typer) -> None:
         from lenvm.cli._console import stages
         from lenvm.evals.arms import parse_arms
         from lenvm.evals.client import connect
+        from lenvm.evals.generator import Sampling
         from lenvm.evals.judge import Judge
         from lenvm.evals.lifebench.arms import KINDS
         from lenvm.evals.lifebench.run import LifebenchConfig, regrade_lifebench, run_lifebench
@@ -84,7 +85,7 @@ def register(group: typer.Typer) -> None:
             num_samples=samples,
             limit=limit,
             max_tokens=max_tokens,
-            sampling=o.parse_sampling(
+            sampling=Sampling(
                 temperature,
                 top_p,
                 top_k,

@@ -11,7 +11,7 @@ import typer
 from lenvm.errors import InputError
 
 if TYPE_CHECKING:
-    from lenvm.evals.generator import Generator, Sampling
+    from lenvm.evals.generator import Generator
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")]
 EndpointUrl = Annotated[
@@ -124,30 +124,6 @@ class Access:
             max_candidates=MAX_CANDIDATES,
         )
         return EngineGenerator(engine, Path(name).name)
-
-
-def parse_sampling(
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    seed: int | None,
-    frequency_penalty: float,
-    presence_penalty: float,
-    repetition_penalty: float,
-) -> "Sampling":
-    from lenvm.evals.generator import Sampling
-
-    return Sampling(
-        temperature,
-        top_p,
-        top_k,
-        min_p,
-        seed,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        repetition_penalty=repetition_penalty,
-    )
 
 
 def parse_control_settings(text: str | None) -> dict[str, Any]:

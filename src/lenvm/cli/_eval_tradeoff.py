@@ -58,6 +58,7 @@ def register(group: typer.Typer) -> None:
         """Accuracy against mean length, arm by arm, with the area between the curves."""
         from lenvm.cli._console import stages
         from lenvm.evals.arms import parse_arms
+        from lenvm.evals.generator import Sampling
         from lenvm.evals.tradeoff.arms import KINDS
         from lenvm.evals.tradeoff.run import TradeoffConfig, regrade_tradeoff, run_tradeoff
 
@@ -71,7 +72,7 @@ def register(group: typer.Typer) -> None:
                     num_samples=samples,
                     limit=limit,
                     max_tokens=max_tokens,
-                    sampling=o.parse_sampling(
+                    sampling=Sampling(
                         temperature,
                         top_p,
                         top_k,

@@ -32,6 +32,7 @@ from lenvm.engines.penalties import Penalties
 from lenvm.engines.sampling import draw
 from lenvm.errors import LenVMError, RequestError
 from lenvm.guidance.session import GuidanceSession, Guided
+from lenvm.model.device import upload
 
 MAX_RETRIES = 3
 """Requests that one step sacrifices one by one to an error that names nobody, before all go."""
@@ -122,7 +123,7 @@ class FollowingBatch:
         if request_ids:
             device = logits_BV.device
             tokens = torch.zeros(len(request_ids), dtype=torch.long, device=device)
-            _force(logits_BV, _upload(rows, torch.long, device), self.share(tokens))
+            _force(logits_BV, upload(rows, torch.long, device), self.share(tokens))
 
 
 class GuidedBatch:
@@ -212,7 +213,7 @@ class GuidedBatch:
             return
         tokens = drawn.tokens_R
         if len(rows) < len(drawn.request_ids):
-            tokens = tokens[_upload(rows, torch.long, tokens.device)]
+            tokens = tokens[upload(rows, torch.long, tokens.device)]
         ids = [drawn.request_ids[i] for i in rows]
         for index, request_id in enumerate(ids):
             state = self._states[request_id]
@@ -280,7 +281,7 @@ class GuidedBatch:
         for state in plan.states:
             if state.uniform is None:
                 state.uniform = state.stream.random()
-        uniform = _upload([s.uniform for s in plan.states], torch.float32, logits_BV.device)
+        uniform = upload([s.uniform for s in plan.states], torch.float32, logits_BV.device)
         given = [candidates.log_probs, candidates.ids, uniform]
         if plan.greedy_R is not None:
             given.append(plan.greedy_R)
@@ -299,7 +300,7 @@ class GuidedBatch:
             states=states,
             is_penalised=any(r in self._penalties for r in request_ids),
             banned=[t for t in banned if t is not None and t < logits_RV.shape[-1]],
-            greedy_R=_upload(cold, torch.bool, logits_RV.device) if any(cold) else None,
+            greedy_R=upload(cold, torch.bool, logits_RV.device) if any(cold) else None,
         )
         return self._draw
 
@@ -314,10 +315,10 @@ class GuidedBatch:
         if drawn is not None and len(live) == len(request_ids):
             return drawn
         endings = [self._ending_token(self._states[r], logits_BV.shape[-1]) for r in request_ids]
-        tokens = _upload(endings, torch.long, logits_BV.device)
+        tokens: Tensor = upload(endings, torch.long, logits_BV.device)
         if drawn is not None:
             place = {r: i for i, r in enumerate(request_ids)}
-            tokens[_upload([place[r] for r in live], torch.long, tokens.device)] = drawn
+            tokens[upload([place[r] for r in live], torch.long, tokens.device)] = drawn
         return tokens
 
     @staticmethod
@@ -345,7 +346,7 @@ class GuidedBatch:
     def _index(self, rows: list[int], device: torch.device) -> Tensor:
         key = tuple(rows)
         if self._rows is None or self._rows[0] != key:
-            self._rows = key, _upload(rows, torch.long, device)
+            self._rows = key, upload(rows, torch.long, device)
         return self._rows[1]
 
     def _attempt(
@@ -391,11 +392,3 @@ def _force(logits_BV: Tensor, rows_R: Tensor, tokens_R: Tensor) -> None:
     temperature, penalty and truncation."""
     logits_BV.index_fill_(0, rows_R, -torch.inf)
     logits_BV.index_put_((rows_R, tokens_R), torch.zeros_like(tokens_R, dtype=logits_BV.dtype))
-
-
-def _upload(values: Sequence[float | None], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A list on the device, without waiting for it."""
-    host = torch.tensor(values, dtype=dtype)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)

@@ -50,7 +50,7 @@ def resolve_model(name: str) -> str:
 
 
 def bundled_model() -> Path:
-    """Folder of the default generator, converted on the first call (5 s, 270 MB)."""
+    """Folder of the default generator, converted on the first call (some seconds, 270 MB)."""
     target = cache_folder() / "smollm2-135m-instruct"
     if _is_complete(target):
         return target
@@ -145,9 +145,9 @@ def _write_folder(source: Path, folder: Path) -> None:
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """transformers parses a GGUF file four times, and builds the table of tensor names once for
-    each module; of 150,000 tokens that is a minute. Inside, each is done once a file, and the
-    parser slices a plain array: one of `numpy.memmap` costs ten times as much."""
+    """transformers parses a GGUF file several times, and builds the table of tensor names once
+    for each module: a minute, for a vocabulary of 150,000. Inside, each is done once a file, and
+    the parser slices a plain array, which is much cheaper than a `numpy.memmap`."""
     import gguf
     import numpy
 

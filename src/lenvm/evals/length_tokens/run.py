@@ -1,6 +1,6 @@
 """`lenvm eval length-tokens`: TD residuals of completions, token by token; positive = longer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,14 +181,19 @@ def summarise(
 
 def _select(config: LengthTokensConfig) -> list[Trajectory]:
     """Unguided completions of the split. DataError where there is none."""
-    found: list[Trajectory] = []
-    for trajectory in read_with_images(*config.files):
-        if config.split not in ("all", trajectory.split) or trajectory.length_control is not None:
-            continue
-        found.append(trajectory)
+    if config.limit is None:
+        found = list(_unguided(config))
+    else:  # evenly over the files: samplers append what ends first, so the first ones are short
+        count = sum(1 for _ in _unguided(config))
+        limit = min(config.limit, count)
+        chosen = {i * count // limit for i in range(limit)}
+        found = [t for i, t in enumerate(_unguided(config)) if i in chosen]
     if not found:
         raise DataError(f"the files hold no unguided completion of split {config.split!r}")
-    if config.limit is not None and config.limit < len(found):
-        # evenly over the files: samplers append what ends first, so the first ones are short
-        found = [found[i * len(found) // config.limit] for i in range(config.limit)]
     return found
+
+
+def _unguided(config: LengthTokensConfig) -> Iterator[Trajectory]:
+    for trajectory in read_with_images(*config.files):
+        if config.split in ("all", trajectory.split) and trajectory.length_control is None:
+            yield trajectory
