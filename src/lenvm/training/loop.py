@@ -218,7 +218,8 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs = {**logs, "tokens_per_s": self.clock.tokens_per_s()}
-        super().log(logs, *args, **kwargs)
+        numbers = {k: v for k, v in logs.items() if not isinstance(v, list)}  # what trackers take
+        super().log(numbers, *args, **kwargs)
         if self.writer is not None:
             self.writer.write({"step": self.state.global_step, **logs})
 
