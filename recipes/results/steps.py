@@ -29,7 +29,8 @@ MAX_PROMPT = 1100
 def sample(lab: Lab, name: str, o: Options) -> Found:
     """Completions of the plan's `sets`, one after another in one stream, so that the GPU is full
     from the first to the last: {generator, batch, max_tokens, top_k, top_p, sets: [{name, prompts,
-    per_domain, n, seconds}], value_model?, controls?}. `n` is a number or one per domain.
+    per_domain, n, seconds, first?}], value_model?, controls?}. `n` is a number or one per domain.
+    `first` numbers a set's first sample: another than 0 where a set adds to the prompts of an earlier one.
 
     A set is finished when its own seconds are over: it is as large as they allow."""
     engine = lab.engine(
@@ -53,7 +54,8 @@ def sample(lab: Lab, name: str, o: Options) -> Found:
             prompts = load_prompts(lab.data, s["prompts"], s["per_domain"])
             for prompt in prompts[: s.get("limit")]:
                 n = s["n"] if isinstance(s["n"], int) else s["n"].get(prompt.domain, 0)
-                missing = [k for k in range(n) if (prompt.prompt_hash, k) not in writer.done]
+                wanted = range(s.get("first", 0), s.get("first", 0) + n)
+                missing = [k for k in wanted if (prompt.prompt_hash, k) not in writer.done]
                 if not missing:
                     continue
                 ids = tuple(encode_prompt(engine.tokenizer, prompt.conversation))
