@@ -2,6 +2,10 @@
 
 Training and held-out prompts come from different files, and a prompt that is in both, or among the
 package's own evaluation prompts, is held out. A tenth of the training prompts is for validation.
+
+Three quarters of the held-out instructions are IFEval's, requests with conditions on form ("in
+lowercase", "exactly 3 bullet points"), which no training file has. `constrained` prompts are such
+requests of our own: a shippable instruction and one or two of `CONDITIONS`.
 """
 
 import json
@@ -77,13 +81,77 @@ HELD_OUT: tuple[tuple[str, Texts], ...] = (
 )
 
 
+CONDITIONS = (
+    'Use the word "{word}" at least {few} times.',
+    'Work the words "{word}" and "{other}" into the answer.',
+    'Avoid the words "{word}" and "{other}".',
+    "The letter {letter} has to appear at least {many} times.",
+    "Answer in {language} only.",
+    "Write at least {words} words.",
+    "Keep it under {words} words.",
+    "Use no more than {some} sentences.",
+    "There must be at least {some} sentences.",
+    "Write exactly {few} paragraphs, with *** between them.",
+    "Give exactly {few} bullet points in markdown, each beginning with an asterisk.",
+    "Highlight at least {few} parts of the answer in markdown, *like this*.",
+    "Split the answer into {few} sections, headed SECTION 1, SECTION 2 and so on.",
+    "The whole answer has to be valid JSON.",
+    "Put a title on top, in double angle brackets, <<like this>>.",
+    "Leave at least {few} blanks to fill in, in square brackets, such as [date].",
+    "Add a postscript at the end that starts with P.S.",
+    "Write in capital letters from start to end.",
+    "Use English and no capital letters at all.",
+    "At least {few} words should be in all capitals.",
+    "Do without commas.",
+    'The last words must be "{ending}" and nothing may come after them.',
+    "Put the complete answer between double quotation marks.",
+    "Repeat this request word for word before you answer it.",
+    "Give two separate answers, with ****** in between.",
+    'Reply with one of these and nothing else: "Yes.", "No.", "Hard to say."',
+)
+WORDS = "river market theory bright early window garden method travel honest winter signal".split()
+LANGUAGES = "German Hindi French Arabic Portuguese Russian Japanese Swahili Korean Italian".split()
+ENDINGS = ("That is all there is to it.", "Is there anything else?", "Hope this helps!")
+VARIANTS = 3
+"""Constrained prompts made of one instruction."""
+MAX_CONSTRAINED = 600
+"""Characters of such an instruction: the longer ones are texts to work on."""
+
+
+def constrain(text: str, seed: int) -> str:
+    """A request with one or two conditions on its form behind it, or in front of it."""
+    draw = random.Random(seed)
+    word, other = draw.sample(WORDS, 2)
+    filled = [
+        condition.format(
+            word=word,
+            other=other,
+            letter=draw.choice("abcdefghilmnoprstuwy"),
+            language=draw.choice(LANGUAGES),
+            few=draw.randint(2, 6),
+            some=draw.randint(3, 20),
+            many=draw.randint(5, 30),
+            words=draw.choice((30, 50, 100, 150, 200, 300, 400, 600)),
+            ending=draw.choice(ENDINGS),
+        )
+        for condition in draw.sample(CONDITIONS, draw.choice((1, 1, 2)))
+    ]
+    conditions, between = " ".join(filled), " " if text.strip()[-1] in ".!?" else "\n\n"
+    if draw.random() < 0.85:
+        return text.strip() + between + conditions
+    return f"{conditions} {text.strip()}"
+
+
 def load_prompts(data: Path, which: str, per_domain: Mapping[str, int] | int) -> list[Prompt]:
-    """`which`: "shippable", "all" or "not_shippable" (training), or "held_out". At most
-    `per_domain` prompts of each domain (0: none), drawn evenly from its files, in an order that
-    mixes domains.
+    """`which`: "shippable", "all", "not_shippable" or "constrained" (training), or "held_out". At
+    most `per_domain` prompts of each domain (0: none; instructions to constrain), drawn evenly from
+    its files, in an order that mixes domains.
     """
-    if which not in ("shippable", "all", "not_shippable", "held_out"):
-        raise InputError(f"prompts are {which!r}; allowed: shippable, all, not_shippable, held_out")
+    allowed = ("shippable", "all", "not_shippable", "constrained", "held_out")
+    if which not in allowed:
+        raise InputError(f"prompts are {which!r}; allowed: {', '.join(allowed)}")
+    if which == "constrained":
+        return _constrained(load_prompts(data, "shippable", per_domain))
     held_out = _prompts(data, [(d, t) for d, t in HELD_OUT], "test")
     found = held_out
     if which != "held_out":
@@ -103,6 +171,19 @@ def load_prompts(data: Path, which: str, per_domain: Mapping[str, int] | int) ->
     return [
         replace(p, split="validation") if int(p.prompt_hash, 16) % 10 == 0 else p for p in prompts
     ]
+
+
+def _constrained(prompts: list[Prompt]) -> list[Prompt]:
+    """Each short instruction in several forms; all of them are in its split."""
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        if prompt.domain != "instructions" or len(prompt.text) > MAX_CONSTRAINED:
+            continue
+        for variant in range(VARIANTS):
+            text = constrain(prompt.text, int(prompt.prompt_hash, 16) + variant)
+            made = Prompt.from_text(text, domain=prompt.domain, split=prompt.split)
+            found.setdefault(made.prompt_hash, made)
+    return list(found.values())
 
 
 def _prompts(data: Path, sources: list[tuple[str, Texts]], split: str) -> dict[str, list[Prompt]]:

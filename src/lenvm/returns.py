@@ -30,6 +30,10 @@ from torch import Tensor
 from lenvm.errors import InputError
 
 
+LEAST_VALUE = -1.0 + 2.0**-24
+"""The fp32 above -1."""
+
+
 def log_discount(gamma: float) -> float:
     """-ln(gamma) > 0 in float64. Raises InputError unless 0 < gamma < 1."""
     if not (isinstance(gamma, int | float) and 0.0 < gamma < 1.0):
@@ -45,9 +49,9 @@ def length_to_value(remaining: Tensor, gamma: float) -> Tensor:
 def value_to_length(value: Tensor, gamma: float) -> Tensor:
     """n = ln(1 + V) / ln(gamma), the inverse of `length_to_value`. V in (-1, 0] -> tokens, fp32.
 
-    Values close to -1 have no digits left in fp32; where the logit is at hand use
-    `logit_to_length`, which is exact for any length."""
-    return -torch.log1p(value.float()) / log_discount(gamma)
+    Values close to -1 have no digits left in fp32 (-1 itself counts as the one above it, so that the
+    length is finite); where the logit is at hand use `logit_to_length`, exact for any length."""
+    return -torch.log1p(value.float().clamp(min=LEAST_VALUE)) / log_discount(gamma)
 
 
 def logit_to_value(logit: Tensor) -> Tensor:

@@ -302,6 +302,19 @@ def test_prompts_that_may_not_ship_stay_apart(data):
         hashes("mine")
 
 
+def test_constrained_prompts_are_instructions_with_conditions_in_the_same_split(data):
+    plain = prompts.load_prompts(data, "shippable", 1000)
+    splits = {p.text: p.split for p in plain if p.domain == "instructions"}
+    made = prompts.load_prompts(data, "constrained", 1000)
+    assert len(made) > len(splits) == len({p.prompt_hash for p in made}) / prompts.VARIANTS
+    for prompt in made:
+        [base] = {text for text in splits if text in prompt.text}
+        assert len(prompt.text) > len(base) and prompt.split == splits[base]
+    held_out = {p.prompt_hash for p in prompts.load_prompts(data, "held_out", 1000)}
+    assert not held_out & {p.prompt_hash for p in made}
+    assert made == prompts.load_prompts(data, "constrained", 1000)
+
+
 def test_a_model_of_shippable_prompts_ships_without_paths_of_this_machine(tmp_path, lab, generator):
     size = ship(lab.folder, "coder05-lora", generator, tmp_path / "checkpoint")
     assert 0 < size < 20_000_000

@@ -107,6 +107,14 @@ def test_sequence_means_weigh_each_completion_alike():
     assert found == pytest.approx([sum(means) / 3, sum(sums) / 3], rel=1e-4)
 
 
+def test_the_end_of_the_prompt_counts_as_many_states():
+    where, logit = states([4, 2]), torch.linspace(-2, 3, 8)
+    terms = by_hand(Objective(), logit.tolist(), [4, 2])
+    weights = [5, 1, 1, 1, 5, 1]
+    by_weight = sum(w * x for w, x in zip(weights, terms, strict=True)) / sum(weights)
+    assert mean(Objective(prompt_weight=5), logit, where) == pytest.approx(by_weight, rel=1e-5)
+
+
 def test_eos_in_the_mask_adds_the_terminal_state():
     where = states([2])
     logit = torch.tensor([0.3, -1.0, 0.7])
@@ -220,6 +228,7 @@ def test_distribution_terms_smooth_to_the_neighbours_and_censor():
         ("distribution", {"censoring": "bootstrap"}, "censoring"),
         ("distribution", {"include_eos": True}, "include_eos"),
         ("scalar", {"smoothing": 0.1}, "smoothing"),
+        ("scalar", {"prompt_weight": 2, "aggregation": "sequence_mean"}, "prompt_weight"),
         ("scalar", {"loss": "bce", "target": "length"}, "bce"),
         ("scalar", {"lambda_": 0.5, "target": "length"}, "lambda_"),
         ("scalar", {"include_eos": True, "relative": True}, "include_eos"),

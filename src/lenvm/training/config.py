@@ -42,6 +42,8 @@ class TrainingConfig(BaseModel):
     huber_delta: Annotated[float, Field(gt=0)] = 0.1
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Distribution head: probability moved to the neighbouring bins."""
+    prompt_weight: Annotated[int, Field(ge=1)] = 1
+    """How many states of the answer the end of the prompt counts as in the training loss."""
     aggregation: Aggregation = "token"
     """Another than `token` shifts what the model learns to predict."""
     td_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -139,6 +141,7 @@ class TrainingConfig(BaseModel):
             lambda_=self.td_lambda,
             include_eos=self.include_eos,
             smoothing=self.smoothing,
+            prompt_weight=self.prompt_weight,
             huber_delta=self.huber_delta,
             length_scale=float(longest),
         )

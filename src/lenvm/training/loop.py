@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,7 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         value_model, packer = self.value_model, self.packers["validation"]
         gamma = value_model.config.gamma
         scores = Evaluation(packer.sequences, gamma, self.args.device)
+        objective = replace(self.objective, prompt_weight=1)  # comparable among runs
         was_training = model.training
         model.eval()
         for rows in self.validation:
@@ -194,8 +195,8 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
             with self.accelerator.autocast():
                 raw = model(batch)
             states = States.of(batch)
-            loss = self.objective.sum(value_model.head, raw, states, gamma)
-            weight = count(self.objective, packer.sequences, rows)
+            loss = objective.sum(value_model.head, raw, states, gamma)
+            weight = count(objective, packer.sequences, rows)
             scores.add(batch, states, value_model.belief(raw), loss, weight)
         model.train(was_training)
         metrics = scores.metrics(lambda flat: self.accelerator.reduce(flat, "sum"))

@@ -97,6 +97,9 @@ class Objective:
     """Distribution head: probability moved from the true bin to its two neighbours."""
     huber_delta: float = 0.1
     """In the target's units."""
+    prompt_weight: int = 1
+    """How many states the end of the prompt, s_0, counts as. It is one of hundreds, and the one that
+    predicts a length before anything is written."""
     length_scale: float = 1.0
     """Tokens that count as 1 with target normalized_length: the longest of the data."""
 
@@ -127,6 +130,10 @@ class Objective:
             raise InputError("include_eos: the terminal state has neither ratio nor logarithm")
         if self.relative and self.target == "log_length":
             raise InputError("relative is for targets that cannot be 0; log_length is 0 at 1 token")
+        if self.prompt_weight != 1 and self.aggregation != "token":
+            raise InputError(
+                f"prompt_weight is {self.prompt_weight}; aggregation {self.aggregation!r} allows 1"
+            )
         if self.aggregation != "token":
             warnings.warn(
                 f"aggregation {self.aggregation!r} weighs states by the length of their completion "
@@ -141,7 +148,8 @@ class Objective:
     def denominator(self, lengths: Tensor, complete: Tensor) -> int:
         """What the summed loss of completions [C] is divided by, over the whole global batch."""
         if self.aggregation == "token":
-            return int(self.num_states(lengths, complete).sum())
+            more = (self.prompt_weight - 1) * len(lengths)
+            return int(self.num_states(lengths, complete).sum()) + more
         return len(lengths)
 
     def sum(self, head: ValueHead, raw: Tensor, states: States, gamma: float) -> Tensor:
@@ -158,6 +166,8 @@ class Objective:
         if self.include_eos:
             inside = inside | states.is_known
         weights = inside.float()
+        if self.prompt_weight != 1:
+            weights = torch.where(states.steps == 0, weights * self.prompt_weight, weights)
         if self.aggregation == "sequence_mean":
             weights = weights / self.num_states(states.lengths, states.complete)[states.completion]
         return weights
