@@ -23,11 +23,15 @@ def headline(engine: str, points: list[dict[str, Any]]) -> dict[str, float | Non
         top, bottom = rate.get((pair, kind)), rate.get((pair, "stock"))
         return round(top / bottom, 3) if top and bottom else None
 
+    def half(pair: str) -> float | None:
+        """Of the value model of half the layers: guided_half, or guided_NAME-half."""
+        return next((ratio(pair, k) for p, k in rate if p == pair and k.endswith("half")), None)
+
     return {
         f"{engine}_ratio_1p5b_0p5b": ratio("1.5b_0.5b", "guided"),
-        f"{engine}_ratio_1p5b_0p5b_half": ratio("1.5b_0.5b", "guided_half"),
+        f"{engine}_ratio_1p5b_0p5b_half": half("1.5b_0.5b"),
         f"{engine}_ratio_7b_1p5b": ratio("7b_1.5b", "guided"),
-        f"{engine}_ratio_7b_1p5b_half": ratio("7b_1.5b", "guided_half"),
+        f"{engine}_ratio_7b_1p5b_half": half("7b_1.5b"),
         f"{engine}_ratio_0p5b_0p5b": ratio("0.5b_0.5b", "guided"),
         f"{engine}_unguided_ratio": ratio("1.5b_0.5b", "unguided"),
         f"{engine}_unguided_ratio_to_v1": _over(rate, "unguided", "stock_v1"),

@@ -521,8 +521,9 @@ def run_model(
         write(result, arguments.out)
 
 
-def measure_generate(num_tokens: int = 64) -> dict[str, Any]:
+def measure_generate(value: str | None = None, num_tokens: int = 64) -> dict[str, Any]:
     """`lenvm generate`'s engine with and without control, on the bundled models: tokens/s.
+    value: another value model than the bundled one, a checkpoint's folder.
 
     Every answer has `num_tokens` tokens: with control because it is asked for, without because
     ending is banned. Arms take turns; medians. The first case is the default control; the others
@@ -535,7 +536,7 @@ def measure_generate(num_tokens: int = 64) -> dict[str, Any]:
     from lenvm.model.device import pick_dtype
     from lenvm.model.tokenization import encode_prompt
 
-    value_model = load_value_model(None, device="cpu")
+    value_model = load_value_model(value and Path(value), device="cpu")
     engine = TransformersEngine.load("smollm2", value_model, dtype=pick_dtype("cpu"))
     prompt = [{"role": "user", "content": "Explain how a bicycle keeps its balance."}]
     ids = tuple(encode_prompt(engine.tokenizer, prompt))

@@ -112,7 +112,7 @@ def check_model(
     be compared with, and how far two plain forwards (batched or not) are apart.
     """
     model, decoder = scorer.model, scorer.decoder
-    exact = copy.deepcopy(model.backbone).float()
+    exact = torch.nn.Module.float(copy.deepcopy(model.backbone))  # transformers refuses GGUF ones
     generator = torch.Generator().manual_seed(0)
     ids = [f"check{i}" for i in range(len(prefixes))]
     prompts = {

@@ -132,12 +132,13 @@ def collect(
     lab: Path,
     out: Path = Path("benchmarks/results"),
     plan: Path = PLAN,
+    data: Annotated[Path | None, typer.Option(help="shared/data: instructions by source.")] = None,
 ) -> None:
     """Grade what is there and write the result files."""
     from recipes.results.collect import collect as write
     from recipes.results.plan import load_plan
 
-    for path in write(load_plan(plan), lab, out):
+    for path in write(load_plan(plan), lab, out, data):
         print(path)
 
 

@@ -6,10 +6,12 @@ items count that every arm has answered, so that arms are compared on the same q
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from recipes.results.plan import Plan
+from recipes.results.prompts import find_conditioned
 
 from lenvm.evals.bootstrap import Resampler
 from lenvm.evals.lifebench.run import EVALUATION as LIFEBENCH
@@ -25,10 +27,11 @@ BASELINES = ("budget", "budget_answer", "concise", "eos_bias")
 TWO_THIRDS = 0.667
 
 
-def collect(plan: Plan, lab: Path, out: Path) -> Iterator[Path]:
-    """Write every result file that there is something for; their paths."""
+def collect(plan: Plan, lab: Path, out: Path, data: Path | None = None) -> Iterator[Path]:
+    """Write every result file that there is something for; their paths. data: shared/data, to tell
+    the held-out instructions' sources apart."""
     parts: dict[str, Callable[[Plan, Path, list[Numbers]], Numbers]] = {
-        "prediction": _prediction,
+        "prediction": partial(_prediction, data=data),
         "frontier": _frontier,
         "lifebench": _lifebench,
         "tradeoff": _tradeoff,
@@ -96,7 +99,10 @@ def _samplings(lab: Path) -> Numbers:
 # -- prediction -----------------------------------------------------------------------------------
 
 
-def _prediction(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
+def _prediction(
+    plan: Plan, lab: Path, steps: Sequence[Numbers], data: Path | None = None
+) -> Numbers:
+    conditioned = find_conditioned(data) if data else set()
     models: Numbers = {}
     for step in steps:
         held_out = step["options"]["held_out"]
@@ -104,13 +110,31 @@ def _prediction(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
             summary = read_json(path)
             kept = ("gamma", "head", "num_prompts", "num_completions", "num_censored", "domains")
             models[path.parent.name] = {"held_out": held_out} | {k: summary[k] for k in kept}
+            if conditioned:
+                sources = by_source(path.parent / "grades.jsonl", conditioned)
+                models[path.parent.name]["instructions_by_source"] = sources
     main = models.get(plan.headline["prediction"])
     headline = {
         f"mre_{domain}": _value(main and _point(main["domains"].get(domain, {})))
         for domain in ("math", "code", "instructions")
     }
-    pairs = _paired(lab, plan.headline["prediction"], models)
+    pairs = _paired(lab, plan.headline.get("against_scalar", ""), models)
     return {"headline": headline, "models": models, "against_scalar": pairs}
+
+
+def by_source(grades: Path, conditioned: set[str]) -> Numbers:
+    """Error of the geometric mean on held-out instructions with conditions on form (IFEval) and
+    without (WildChat): {source: {num_prompts, mre}}."""
+    rows = [row for _, row in read_jsonl(grades) if row["domain"] == "instructions"]
+    short = {h[:16] for h in conditioned}
+    found: Numbers = {}
+    for name, inside in (("ifeval", True), ("wildchat", False)):
+        own = [r for r in rows if (r["id"] in short) == inside and r.get("predicted_geometric")]
+        errors = [abs(r["predicted_geometric"] / r["length_true"] - 1) for r in own]
+        if errors:
+            mre = Resampler([r["id"] for r in own]).mean(errors, [r["id"] for r in own])
+            found[name] = {"num_prompts": len(own), "mre": mre.to_json()}
+    return found
 
 
 def _paired(lab: Path, main: str, models: Numbers) -> Numbers:

@@ -109,13 +109,25 @@ CONDITIONS = (
     "Give two separate answers, with ****** in between.",
     'Reply with one of these and nothing else: "Yes.", "No.", "Hard to say."',
 )
-WORDS = "river market theory bright early window garden method travel honest winter signal".split()
-LANGUAGES = "German Hindi French Arabic Portuguese Russian Japanese Swahili Korean Italian".split()
+WORDS = (
+    *("river", "market", "theory", "bright", "early", "window"),
+    *("garden", "method", "travel", "honest", "winter", "signal"),
+)
+LANGUAGES = (
+    *("German", "Hindi", "French", "Arabic", "Portuguese"),
+    *("Russian", "Japanese", "Swahili", "Korean", "Italian"),
+)
 ENDINGS = ("That is all there is to it.", "Is there anything else?", "Hope this helps!")
 VARIANTS = 3
 """Constrained prompts made of one instruction."""
 MAX_CONSTRAINED = 600
 """Characters of such an instruction: the longer ones are texts to work on."""
+
+
+def find_conditioned(data: Path) -> set[str]:
+    """Hashes of the held-out instructions with conditions on form: IFEval's."""
+    texts = _field("ifeval/input_data.jsonl", "prompt")(data)
+    return {Prompt.from_text(t, domain="instructions", split="test").prompt_hash for t in texts}
 
 
 def constrain(text: str, seed: int) -> str:

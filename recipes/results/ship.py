@@ -15,6 +15,9 @@ from lenvm.model.tokenization import hash_tokenizer, load_tokenizer
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "lenvm.json")
 MAX_BYTES = 20_000_000
+SHIPPABLE = ("shippable", "constrained")
+"""Prompt sets of prompts.py whose models may ship."""
+CONSTRAINED = "; instructions again with conditions on their form (recipes/results/prompts.py)"
 GENERATORS = {
     "coder05": "Qwen2.5-Coder-0.5B-Instruct",
     "coder15": "Qwen2.5-Coder-1.5B-Instruct",
@@ -31,7 +34,7 @@ def ship(lab: Path, name: str, base: str, target: Path) -> int:
     step = read_json(lab / "steps" / f"{name}.json")
     sets = {d: _sampling_of(lab, d) for d in step["figures"]["data"]}
     for data, (_, entry) in sets.items():
-        if entry["prompts"] != "shippable":
+        if entry["prompts"] not in SHIPPABLE:
             raise InputError(
                 f"{name} was trained on {data}, whose prompts are {entry['prompts']!r}; "
                 "only models of shippable prompts ship"
@@ -98,7 +101,8 @@ def _card(
         (
             "prompts",
             "GSM8K and MATH train (MIT), MBPP 601-974 (CC BY 4.0), Self-Instruct and Arena-Hard "
-            "(Apache-2.0), WildChat (ODC-BY); none that is held out",
+            "(Apache-2.0), WildChat (ODC-BY); none that is held out"
+            + (CONSTRAINED if any(e["prompts"] == "constrained" for _, e in sets.values()) else ""),
         ),
         ("licence", "Apache-2.0, as the generator's"),
     ]
@@ -120,11 +124,14 @@ def _card(
             if table["mre"] is None:
                 continue
             constant = table["baselines"]["constant"]["mre"]
+            geometric = (table.get("geometric") or {}).get("mre")
+            other = f"by the geometric mean {geometric['value']:.1%}; " if geometric else ""
             rows.append(
                 (
                     f"error at the prompt, {domain}",
-                    f"mean {table['mre']['value']:.1%} (constant {constant['value']:.1%}), median "
-                    f"{table['median_re']['value']:.1%}, {table['num_prompts']} held-out prompts",
+                    f"mean {table['mre']['value']:.1%} ({other}constant {constant['value']:.1%}), "
+                    f"median {table['median_re']['value']:.1%}, {table['num_prompts']} held-out "
+                    "prompts",
                 )
             )
         coverage = summary["domains"]["all"]["coverage"]
@@ -139,7 +146,8 @@ def _card(
         f"# {target.name}\n\nA value model for {generator}: at every token, how many are still to "
         "come.\n\n```bash\n"
         f"lenvm generate --model {generator} --lenvm checkpoints/{target.name} \\\n"
-        '    --equal-to 200 --tolerance 0.05 "Explain quicksort."\n```\n\n'
+        '    --equal-to 200 --tolerance 0.05 "Explain quicksort."\n'
+        f'lenvm predict --lenvm checkpoints/{target.name} "Explain quicksort."\n```\n\n'
         f"The base comes from the hub; `--lenvm checkpoints/{target.name}@FOLDER_OR_GGUF` takes "
         "another copy of it.\nWhat control reaches and costs with it: "
         "[docs/results.md](../../docs/results.md).\n\n"

@@ -30,7 +30,7 @@ def sample(lab: Lab, name: str, o: Options) -> Found:
     """Completions of the plan's `sets`, one after another in one stream, so that the GPU is full
     from the first to the last: {generator, batch, max_tokens, top_k, top_p, sets: [{name, prompts,
     per_domain, n, seconds, first?}], value_model?, controls?}. `n` is a number or one per domain.
-    `first` numbers a set's first sample: another than 0 where a set adds to the prompts of an earlier one.
+    `first` numbers a set's first sample: not 0 where a set adds to the prompts of an earlier one.
 
     A set is finished when its own seconds are over: it is as large as they allow."""
     engine = lab.engine(

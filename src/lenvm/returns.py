@@ -29,7 +29,6 @@ from torch import Tensor
 
 from lenvm.errors import InputError
 
-
 LEAST_VALUE = -1.0 + 2.0**-24
 """The fp32 above -1."""
 
@@ -49,8 +48,8 @@ def length_to_value(remaining: Tensor, gamma: float) -> Tensor:
 def value_to_length(value: Tensor, gamma: float) -> Tensor:
     """n = ln(1 + V) / ln(gamma), the inverse of `length_to_value`. V in (-1, 0] -> tokens, fp32.
 
-    Values close to -1 have no digits left in fp32 (-1 itself counts as the one above it, so that the
-    length is finite); where the logit is at hand use `logit_to_length`, exact for any length."""
+    Values close to -1 have no digits left in fp32, and -1 itself counts as the one above it, so
+    that the length is finite. Where the logit is at hand use `logit_to_length`: exact for any."""
     return -torch.log1p(value.float().clamp(min=LEAST_VALUE)) / log_discount(gamma)
 
 

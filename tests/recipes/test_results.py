@@ -9,7 +9,7 @@ import pytest
 import torch
 from recipes.results import prompts, travel
 from recipes.results.__main__ import app
-from recipes.results.collect import collect
+from recipes.results.collect import by_source, collect
 from recipes.results.lab import Lab
 from recipes.results.plan import load_plan, run_steps
 from recipes.results.ship import ship
@@ -207,8 +207,8 @@ def test_only_what_changed_travels(tmp_path, lab, capsys):
     assert capsys.readouterr().out.startswith("1 files")
 
 
-def test_the_result_files_have_the_headlines_of_the_issues(tmp_path, lab, plan):
-    written = {p.name: json.loads(p.read_text()) for p in collect(plan, lab.folder, tmp_path)}
+def test_the_result_files_have_the_headlines_of_the_issues(tmp_path, lab, plan, data):
+    written = {p.name: json.loads(p.read_text()) for p in collect(plan, lab.folder, tmp_path, data)}
     fields = {
         "prediction_h200.json": {"mre_math", "mre_code", "mre_instructions"},
         "lifebench_h200.json": {
@@ -249,8 +249,29 @@ def test_the_result_files_have_the_headlines_of_the_issues(tmp_path, lab, plan):
     heads = written["prediction_h200.json"]["models"]
     assert {"coder05-lora", "coder05-lora@0.99", "coder05-scalar"} <= heads.keys()
     assert heads["coder05-lora"]["domains"]["math"]["coverage"]["80"] is not None
+    assert "instructions_by_source" in heads["coder05-lora"]
     sampling = {n: written["lifebench_h200.json"]["runs"][n]["sampling"] for n in RUNS}
     assert sampling["coder05-limits"] == sampling["coder05-frontier"] | {"frequency_penalty": 0.3}
+
+
+def test_held_out_instructions_are_told_apart_by_their_source(tmp_path, data):
+    held_out = [p for p in prompts.load_prompts(data, "held_out", 100) if p.domain != "math"]
+    conditioned = prompts.find_conditioned(data)
+    grades = [
+        {
+            "id": p.prompt_hash[:16],
+            "domain": p.domain,
+            "length_true": 10.0,
+            "predicted_geometric": 12.0 if p.prompt_hash in conditioned else 9.0,
+        }
+        for p in held_out
+    ]
+    write_rows(tmp_path / "grades.jsonl", grades)
+    found = by_source(tmp_path / "grades.jsonl", conditioned)
+    counts = {name: source["num_prompts"] for name, source in found.items()}
+    assert counts == {"ifeval": 4, "wildchat": 5}
+    assert found["ifeval"]["mre"]["value"] == pytest.approx(0.2)
+    assert found["wildchat"]["mre"]["value"] == pytest.approx(0.1)
 
 
 def test_the_plan_itself_is_sound(data):
@@ -309,7 +330,8 @@ def test_constrained_prompts_are_instructions_with_conditions_in_the_same_split(
     assert len(made) > len(splits) == len({p.prompt_hash for p in made}) / prompts.VARIANTS
     for prompt in made:
         [base] = {text for text in splits if text in prompt.text}
-        assert len(prompt.text) > len(base) and prompt.split == splits[base]
+        assert len(prompt.text) > len(base)
+        assert prompt.split == splits[base]
     held_out = {p.prompt_hash for p in prompts.load_prompts(data, "held_out", 1000)}
     assert not held_out & {p.prompt_hash for p in made}
     assert made == prompts.load_prompts(data, "constrained", 1000)

@@ -98,8 +98,8 @@ class Objective:
     huber_delta: float = 0.1
     """In the target's units."""
     prompt_weight: int = 1
-    """How many states the end of the prompt, s_0, counts as. It is one of hundreds, and the one that
-    predicts a length before anything is written."""
+    """How many states the end of the prompt, s_0, counts as. It is one of hundreds, and the one
+    that predicts a length before anything is written."""
     length_scale: float = 1.0
     """Tokens that count as 1 with target normalized_length: the longest of the data."""
 
