@@ -710,6 +710,7 @@ def main() -> None:
     parser.add_argument("--real-share", type=float, default=None, help="candidates / slots")
     parser.add_argument("--check", action="store_true", help="truth of every family first")
     parser.add_argument("--truth", nargs="*", default=[], help="GGUF files, folders, or bundled")
+    parser.add_argument("--value", nargs="*", default=[], help="CPU: `generate` by these too")
     parser.add_argument("--headline", action="store_true", help="the headline's point alone")
     parser.add_argument("--tune", action="store_true", help="find the fastest kernels first")
     parser.add_argument("--merge", action="store_true", help="keep the file's other rows")
@@ -764,6 +765,7 @@ def main() -> None:
         write(result, arguments.out)
     if arguments.device == "cpu" and not shapes:
         result["generate"] = measure_generate()
+        result["generate_by"] = {Path(v).name: measure_generate(v) for v in arguments.value}
         print(json.dumps(result["generate"]), flush=True)
         write(result, arguments.out)
     for name in [*arguments.models, *shapes]:

@@ -209,7 +209,10 @@ def grid(lab: Lab, name: str, o: Options) -> Found:
     start = time.monotonic()
     finished = True
     try:
-        run_grid(cells, lab.folder / "grids" / name, run_cell)
+        summary = run_grid(cells, lab.folder / "grids" / name, run_cell)
+        finished = not summary["num_failed"]
+        for note in summary["notes"]:
+            print(f"  {note}", flush=True)
     except OutOfTime as error:
         print(f"  {error}", flush=True)
         finished = False
