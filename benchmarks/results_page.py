@@ -320,7 +320,7 @@ SECTIONS: dict[str, Callable[[Numbers | None, Path], str]] = {
 }
 FILES = {
     **{name: f"{name}_h200.json" for name in SECTIONS},
-    "positions": "prediction_h200.json",
+    "positions": "decoding.json",
     "cost": "prediction_h200.json",
     "length_tokens": "length_tokens.json",
     "ideal": "tradeoff_ideal.json",

@@ -32,6 +32,7 @@ def collect(plan: Plan, lab: Path, out: Path, data: Path | None = None) -> Itera
     the held-out instructions' sources apart."""
     parts: dict[str, Callable[[Plan, Path, list[Numbers]], Numbers]] = {
         "prediction": partial(_prediction, data=data),
+        "decoding": _decoding,
         "frontier": _frontier,
         "lifebench": _lifebench,
         "tradeoff": _tradeoff,
@@ -58,7 +59,7 @@ def collect(plan: Plan, lab: Path, out: Path, data: Path | None = None) -> Itera
             "speed": {s["name"]: s["figures"] for s in _all_steps(lab, "speed")},
             **build(plan, lab, steps),
         }
-        suffix = "" if name == "length_tokens" else "_h200"
+        suffix = "" if name in ("decoding", "length_tokens") else "_h200"
         path = out / f"{name}{suffix}.json"
         write_json(path, found)
         yield path
@@ -110,6 +111,8 @@ def _prediction(
             summary = read_json(path)
             kept = ("gamma", "head", "num_prompts", "num_completions", "num_censored", "domains")
             models[path.parent.name] = {"held_out": held_out} | {k: summary[k] for k in kept}
+            for table in models[path.parent.name]["domains"].values():
+                table.pop("positions", None)  # `decoding` has them
             if conditioned:
                 sources = by_source(path.parent / "grades.jsonl", conditioned)
                 models[path.parent.name]["instructions_by_source"] = sources
@@ -120,6 +123,20 @@ def _prediction(
     }
     pairs = _paired(lab, plan.headline.get("against_scalar", ""), models)
     return {"headline": headline, "models": models, "against_scalar": pairs}
+
+
+def _decoding(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
+    """Errors of the remaining length inside answers, of steps that trace enough of them."""
+    models: Numbers = {}
+    for step in steps:
+        for path in sorted((lab / "prediction" / step["name"]).glob("*/summary.json")):
+            summary = read_json(path)
+            domains = {d: table["positions"] for d, table in summary["domains"].items()}
+            models[path.parent.name] = {k: summary[k] for k in ("gamma", "head")} | {
+                "traced": step["options"].get("traced"),
+                "domains": domains,
+            }
+    return {"headline": {}, "models": models}
 
 
 def by_source(grades: Path, conditioned: set[str]) -> Numbers:

@@ -159,6 +159,14 @@ def test_an_interrupted_run_reads_only_the_rest(tmp_path):
         regrade_prediction(tmp_path / "out", [other])
 
 
+def test_traced_completions_are_not_those_that_ended_first(tmp_path):
+    path = write(tmp_path / "t.jsonl", [(0, "math", "test", n, "stop") for n in (30, 10, 20)])
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[1], lines[2], lines[0]]) + "\n")  # as a sampler writes them
+    [group] = load_groups([path]).evaluated
+    assert group.lengths == [30, 10, 20]
+
+
 def test_another_value_model_in_an_old_folder_is_refused(tmp_path):
     path = write(tmp_path / "t.jsonl", [(0, "math", "test", 40, "stop")] * 2)
     run_prediction(PredictionConfig((path,)), Known({0: 40}), tmp_path / "out")

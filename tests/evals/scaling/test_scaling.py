@@ -103,6 +103,19 @@ def test_subsets_are_nested_and_leave_other_splits_whole(tmp_path, data):
     assert not (tmp_path / "y.jsonl").exists()
 
 
+def test_a_subset_of_completions_is_not_the_first_of_the_file(tmp_path):
+    """A sampler's file has the answers in the order in which they ended."""
+    rows = [(i, "m", "train", n, "stop") for i in range(40) for n in range(1, 17)]
+    data = write(tmp_path / "t.jsonl", rows)
+    few, more = (
+        list(read_trajectories(write_subset([data], tmp_path / f"{k}.jsonl", completions=k)))
+        for k in (2, 4)
+    )
+    lengths = [len(t.completion_token_ids) for t in few]
+    assert sum(lengths) / len(lengths) == pytest.approx(8.5, abs=1.5)
+    assert {t.id for t in few} < {t.id for t in more}
+
+
 def test_a_grid_runs_every_cell_once_and_averages_its_seeds(tmp_path, data):
     cells = grid(tmp_path, GRID.replace("{data}", str(data)))
     seen = []

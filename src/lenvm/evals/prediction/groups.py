@@ -22,7 +22,10 @@ class PromptGroup:
     text: str
     prompt_token_ids: list[int]
     completions: list[list[int]] = field(default_factory=list)
-    """Token ids of the completions that ended by themselves."""
+    """Token ids of the completions that ended by themselves, in the order of their numbers: in a
+    sampler's file the short ones, which end first, often come first."""
+    numbers: list[int] = field(default_factory=list)
+    """The `sample_index` of each."""
     images: list[str] = field(default_factory=list)
     """Image files of the prompt."""
     censored: list[int] = field(default_factory=list)
@@ -71,6 +74,10 @@ def load_groups(
             _add(found, trajectory)
         elif trajectory.split == "train":
             _add(training, trajectory)
+    for group in found.values():
+        order = sorted(range(len(group.numbers)), key=lambda i: group.numbers[i])
+        group.numbers = [group.numbers[i] for i in order]
+        group.completions = [group.completions[i] for i in order]
     kept = [g for g in found.values() if len(g.completions) >= min_completions][:limit]
     if not kept:
         raise DataError(
@@ -104,5 +111,6 @@ def _add(groups: dict[str, PromptGroup], trajectory: Trajectory) -> None:
         )
     if trajectory.is_complete:
         group.completions.append(trajectory.completion_token_ids)
+        group.numbers.append(trajectory.sample_index)
     else:
         group.censored.append(len(trajectory.completion_token_ids))

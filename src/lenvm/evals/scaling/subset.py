@@ -19,31 +19,34 @@ def write_subset(
 ) -> Path:
     """Write the subset to `target` and return it; what is there already is left alone.
 
-    Training prompts are taken in an order that `seed` and their hash fix, so that a smaller subset
-    lies inside a larger one; other splits stay whole. Raises DataError for too few prompts.
+    Training prompts and completions are taken in an order that `seed` and their names fix, so that
+    a smaller subset lies inside a larger one, and not in the files' order, where the short answers,
+    which end first, often come first; other splits stay whole. Raises DataError for too few.
     """
     if target.exists():
         return target
-    hashes = {t.prompt_hash for t in read_trajectories(*paths) if t.split == "train"}
+    hashes: dict[str, list[str]] = {}
+    for trajectory in read_trajectories(*paths):
+        if trajectory.split == "train":
+            hashes.setdefault(trajectory.prompt_hash, []).append(trajectory.id)
     if num_prompts is not None and num_prompts > len(hashes):
         raise DataError(f"num_prompts is {num_prompts}, the files hold {len(hashes)} for training")
-    kept = set(sorted(hashes, key=lambda h: zlib.crc32(f"{seed}/{h}".encode()))[:num_prompts])
-    taken: dict[str, int] = {}
+
+    def place(name: str) -> int:
+        return zlib.crc32(f"{seed}/{name}".encode())
+
+    kept = sorted(hashes, key=place)[:num_prompts]
+    short = sum(len(hashes[h]) < (completions or 1) for h in kept)
+    if short:
+        raise DataError(
+            f"completions is {completions}, but {short} training prompts have fewer; lower it"
+        )
+    chosen = {i for h in kept for i in sorted(hashes[h], key=place)[:completions]}
     part = target.with_name(target.name + ".part")
     part.unlink(missing_ok=True)
     with JsonlWriter(part) as writer:
         for trajectory in read_trajectories(*paths):
-            if trajectory.split == "train":
-                count = taken.get(trajectory.prompt_hash, 0)
-                if trajectory.prompt_hash not in kept or count >= (completions or count + 1):
-                    continue
-                taken[trajectory.prompt_hash] = count + 1
-            writer.write(trajectory.to_json())
-    short = sum(count < (completions or 1) for count in taken.values())
-    if short:
-        part.unlink()
-        raise DataError(
-            f"completions is {completions}, but {short} training prompts have fewer; lower it"
-        )
+            if trajectory.split != "train" or trajectory.id in chosen:
+                writer.write(trajectory.to_json())
     part.replace(target)
     return target
