@@ -84,12 +84,27 @@ def prediction(found: Numbers | None, images: Path) -> str:
         )
         if points
         else "",
+        _loops(found),
         _by_source(models),
         "What the value at gamma says, and the baselines:",
         table([*columns, "in 50%", "in 80%", "in 95%"], rows),
         _against_scalar(found),
         image(images, "prediction.png", "Mean relative error by domain"),
         about(found),
+    )
+
+
+def _loops(found: Numbers | None) -> str:
+    """Why no point prediction is near for SmolLM2."""
+    sample = look_up(found, "sampling", "smollm2-heldout")
+    if sample is None or "smollm2-clean-half" not in (found or {}).get("models", {}):
+        return ""
+    cut = sample["num_truncated"] / sample["num_completions"]
+    return (
+        f"SmolLM2, drawn from without truncation, loops: {cut:.0%} of its held-out answers were "
+        "cut off at 2,048 tokens. Those do not count in the true lengths, and `clean-half` was "
+        "taught that they never end, so that every point between an answer and a loop is far off; "
+        "its intervals, in which they count, hold."
     )
 
 

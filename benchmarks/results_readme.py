@@ -121,7 +121,7 @@ def _penalty(found: Numbers) -> str:
     return (
         " A repetition penalty of 1.05 takes "
         f"{value_of(rows[0]):.0%} to {value_of(rows[1]):.0%} there (0.5B, loops taught as never "
-        f"ending) and costs nothing else: score {value_of(after['score']):.1f}, {_loss(after)} "
+        f"ending) at little else: score {value_of(after['score']):.1f}, {_loss(after)} "
         f"nats, {value_of(after['quality']['natural_end']):.0%} natural endings."
     )
 
