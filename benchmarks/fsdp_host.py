@@ -3,7 +3,8 @@
     python benchmarks/fsdp_host.py [--out FILE]
 
 One process of a fake group of two: collectives take no time, so what is left is Python and
-dispatch. A step is two micro batches, clipping and AdamW, as `lenvm train` runs them on each of two GPUs.
+dispatch. A step is two micro batches, clipping and AdamW, as `lenvm train` runs them on each of two
+GPUs.
 """
 
 import argparse
@@ -18,16 +19,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.profiler import profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 LAYOUTS = ("one GPU", "fsdp2", "fsdp2_kept", "fsdp2_kept, weights gathered anew", "fsdp2_one_unit")
-NUM_LAYERS, NUM_STEPS = 24, 25
+NUM_LAYERS, NUM_STEPS = 24, 80
 
 
 def measure(layout: str) -> dict[str, float]:
-    """Median milliseconds of a step's parts."""
+    """Median milliseconds of a step's parts, and how often it gathers weights."""
     from tiny import tiny_backbone
 
     model = tiny_backbone("qwen2", num_hidden_layers=NUM_LAYERS).train()
@@ -40,7 +42,8 @@ def measure(layout: str) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     input_ids = torch.randint(3, 60, (1, 16))
     parts: dict[str, list[float]] = {}
-    for _ in range(NUM_STEPS + 3):
+
+    def take_step() -> None:
         times = [time.perf_counter()]
         for is_last in (False, True):
             if sharded:
@@ -60,7 +63,14 @@ def measure(layout: str) -> dict[str, float]:
         for name, start, stop in zip(names, times, times[1:], strict=False):
             parts.setdefault(name, []).append(1e3 * (stop - start))
         parts.setdefault("step_ms", []).append(1e3 * (times[-1] - times[0]))
-    return {name: round(statistics.median(values[3:]), 2) for name, values in parts.items()}
+
+    for _ in range(NUM_STEPS + 3):
+        take_step()
+    found = {name: round(statistics.median(values[3:]), 2) for name, values in parts.items()}
+    with profile() as seen:
+        take_step()
+    names = [event.name.partition(" ")[0] for event in seen.events()]
+    return {**found, "gathers": names.count("FSDP::all_gather")}
 
 
 def main() -> None:
