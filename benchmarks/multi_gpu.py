@@ -1,13 +1,13 @@
 """Two GPUs against one: training under the shipped layouts, guided vLLM, sampling.
 
     python benchmarks/multi_gpu.py train  --model model.gguf --data gsm8k/train.jsonl
-    python benchmarks/multi_gpu.py profile --model ... --data ...    (four layouts, 20 s each)
+    python benchmarks/multi_gpu.py profile --model ... --data ...    (five layouts, 20 s each)
     python benchmarks/multi_gpu.py resume --model ... --data ...     (after train)
     python benchmarks/multi_gpu.py serve  --model ...
     python benchmarks/multi_gpu.py sample --model ...
 
 Each part is a call of its own and writes its part of --out after each point. `train` runs `lenvm
-train` on one GPU, then under configs/{ddp,fsdp2,zero3}.yaml on two, with the same global batches.
+train` on one GPU, then on two under configs/*.yaml, with the same global batches.
 `resume` kills an FSDP2 run at its first checkpoint, goes on under DDP, and loads the outcome
 plainly. `serve` compares vLLM on one GPU, with tensor parallel 2 and data parallel 2; the value
 model stands on rank 0 of a tensor-parallel group, and on each rank of a data-parallel one. `sample`
@@ -48,6 +48,9 @@ NO_MULTICAST = {
     "VLLM_USE_NCCL_SYMM_MEM": "0",
 }
 """It can put the host's GPUs out of service."""
+LAYOUTS = ("ddp", "fsdp2_one_unit", "fsdp2_kept", "fsdp2")
+"""On two GPUs, where a step's time is compared. FSDP2 gathers weights 1, 25 and 98 times a step of
+two micro batches of 24 layers."""
 CONTROL = {"equal_to": 512, "rule": "soft", "strict": False, "top_k": 15, "top_p": 1.0}
 
 
@@ -227,7 +230,7 @@ def start_training(
 
 
 def find_layout(call: Call, name: str) -> str:
-    """The shipped file; `fsdp2_kept`: FSDP2 that keeps the weights gathered until the backward."""
+    """The shipped file; `fsdp2_kept`: fsdp2.yaml with the weights kept gathered during a step."""
     if name != "fsdp2_kept":
         return f"configs/{name}.yaml"
     key, path = "fsdp_reshard_after_forward", call.work / f"{name}.yaml"
@@ -272,7 +275,7 @@ def train(call: Call) -> None:
     runs: dict[str, tuple[str | None, dict[str, Any]]] = {
         "one": (None, {}),
         "one_otherwise": (None, otherwise),  # how far one GPU is from itself: other micro batches
-        **{name: (name, {}) for name in ("ddp", "fsdp2", "fsdp2_kept", "zero3")},
+        **{name: (name, {}) for name in (*LAYOUTS, "zero3")},
     }
     wanted = call.arguments.runs or [n for n in runs if n != "zero3" or not call.is_dry]
     runs = {name: run for name, run in runs.items() if name in wanted}
@@ -298,21 +301,22 @@ def train(call: Call) -> None:
         if name == "one":
             one = run
         elif one:
-            run["worst_loss_difference"] = worst_difference(one["loss"], run["loss"])
-            run["worst_eval_difference"] = worst_difference(one["eval_loss"], run["eval_loss"])
-            differences = relative_differences(one["loss"], run["loss"])
-            run["mean_loss_difference"] = sum(differences) / len(differences)
             run["per_gpu_ratio"] = run["tokens_per_s"] / run["num_processes"] / one["tokens_per_s"]
+            run["worst_eval_difference"] = worst_difference(one["eval_loss"], run["eval_loss"])
+            if len(run["loss"]) == len(one["loss"]):  # else the steps held other sequences
+                run["worst_loss_difference"] = worst_difference(one["loss"], run["loss"])
+                differences = relative_differences(one["loss"], run["loss"])
+                run["mean_loss_difference"] = sum(differences) / len(differences)
         call.found["runs"][name] = run
         call.say(f"{name}: " + json.dumps({k: v for k, v in run.items() if k != "loss"}))
         call.save()
 
 
 def profile(call: Call) -> None:
-    """Where a step's time goes on one GPU, under DDP and under FSDP2 (twice)."""
+    """Where a step's time goes on one GPU, under DDP and under FSDP2 (three ways)."""
     settings = {**prepare_training(call), "evals": 1}
     call.found |= {"settings": settings, "runs": {}}
-    for layout in (None, "ddp", "fsdp2", "fsdp2_kept"):
+    for layout in (None, *LAYOUTS):
         name = f"profile_{layout or 'one'}"
         out = call.work / f"{name}_steps.json"
         try:
@@ -602,7 +606,7 @@ def main() -> None:
     parser.add_argument("--work", default="/dev/shm/multi_gpu")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument(
-        "--runs", nargs="*", help="of `train`: one, one_otherwise, ddp, fsdp2, fsdp2_kept, zero3"
+        "--runs", nargs="*", help=f"of `train`: one, one_otherwise, {', '.join(LAYOUTS)}, zero3"
     )
     parser.add_argument("--steps", type=int, default=52)
     parser.add_argument("--epochs", type=float, default=2.0)

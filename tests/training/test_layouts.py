@@ -29,7 +29,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 def test_the_configurations_are_what_accelerate_reads():
     from accelerate.commands.config.config_args import ClusterConfig
 
-    assert [p.stem for p in CONFIGS] == ["ddp", "fsdp2", "zero2", "zero3"]
+    assert [p.stem for p in CONFIGS] == ["ddp", "fsdp2", "fsdp2_one_unit", "zero2", "zero3"]
     for path in CONFIGS:
         values = yaml.safe_load(path.read_text())
         assert ClusterConfig.from_yaml_file(yaml_file=path).num_machines == 1
@@ -69,12 +69,13 @@ def launch(tmp_path: Path, settings: dict[str, Any], layout: str | None) -> subp
     )
 
 
-def test_fsdp2_gives_the_losses_of_one_process_and_ddp_goes_on_from_it(tmp_path: Path):
+@pytest.mark.parametrize("layout", ["fsdp2", "fsdp2_one_unit"])
+def test_fsdp2_gives_the_losses_of_one_process_and_ddp_goes_on_from_it(tmp_path: Path, layout: str):
     """fp32 weights under autocast in both: they part by the order of sums alone."""
     settings = tiny_settings(tmp_path)
     finish(launch(tmp_path, {**settings, "output": str(tmp_path / "one")}, None))
     mixed = {**settings, "output": str(tmp_path / "mixed")}
-    process = launch(tmp_path, mixed, "fsdp2")
+    process = launch(tmp_path, mixed, layout)
     state = tmp_path / "mixed.state"
     while not list(state.glob("checkpoint-*/complete")):
         assert process.poll() is None, process.stderr.read().decode()[-3000:]
@@ -91,6 +92,16 @@ def test_fsdp2_gives_the_losses_of_one_process_and_ddp_goes_on_from_it(tmp_path:
     assert (a - b).norm() < 0.02 * (a - untrained).norm()
 
 
+@pytest.mark.parametrize("layout", ["fsdp2", "fsdp2_one_unit"])
+def test_fsdp2_goes_back_to_the_best_weights(tmp_path: Path, layout: str):
+    """After an evaluation, which gathers weights. At this rate the last are not the best."""
+    settings = {**tiny_settings(tmp_path), "learning_rate": 0.3, "best_metric": "loss"}
+    finish(launch(tmp_path, {**settings, "output": str(tmp_path / "model")}, layout))
+    _, evals = losses(tmp_path, "model")
+    assert evals[-2] > 1.01 * min(evals)
+    assert evals[-1] == pytest.approx(min(evals[1:]), rel=1e-5)
+
+
 def test_another_layouts_state_is_refused_where_it_cannot_be_read(tmp_path: Path):
     settings = {**tiny_settings(tmp_path), "output": str(tmp_path / "model")}
     checkpoint = tmp_path / "model.state" / "checkpoint-3"
@@ -102,7 +113,7 @@ def test_another_layouts_state_is_refused_where_it_cannot_be_read(tmp_path: Path
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "fsdp2_one_unit"])
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_give_the_losses_of_one(tmp_path: Path, layout: str):
     tiny_generator(num_hidden_layers=2).save_pretrained(tmp_path / "base")

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 
@@ -104,6 +105,8 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         for number, rows in enumerate(inputs.micro_batches):
             is_last = number == len(inputs.micro_batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(is_last)
+            if self._keeps_weights:
+                model.set_reshard_after_backward(is_last)  # type: ignore[operator]
             with nullcontext() if is_last else self._unsynchronised(model):
                 loss = self._sum(model, rows) * scale
                 self.accelerator.backward(loss)
@@ -125,6 +128,12 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
             return nullcontext()
         context: AbstractContextManager[None] = self.accelerator.no_sync(model=model)
         return context
+
+    @property
+    def _keeps_weights(self) -> bool:
+        """FSDP2 whose weights stay gathered from a step's first forward to its last backward."""
+        state = self.accelerator.state
+        return bool(state.is_fsdp2 and not state.fsdp_plugin.reshard_after_forward)
 
     def _watch(self, loss: Tensor) -> None:
         """Remember a loss, and look at those two steps old (at the first one at once): the device
@@ -199,6 +208,9 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
             weight = count(objective, packer.sequences, rows)
             scores.add(batch, states, value_model.belief(raw), loss, weight)
         model.train(was_training)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a checkpoint is not read into gathered weights
         metrics = scores.metrics(lambda flat: self.accelerator.reduce(flat, "sum"))
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
         if not math.isfinite(metrics["eval_loss"]):
