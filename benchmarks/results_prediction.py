@@ -161,15 +161,15 @@ def positions(found: Numbers | None, images: Path) -> str:
         for domain in ("all", *DOMAINS)
         if domain in model["domains"]
     ]
-    traced = next((m["traced"] for m in models.values()), None)
+    num = next((m["domains"]["all"][0]["num"] for m in models.values()), None)
     return join(
         "## While decoding: the heads at three discounts",
         "Median relative error of the remaining length after 0, 25, 50 and 75% of single answers "
-        f"({traced} of each held-out prompt's 64, by their numbers). A distribution head's "
-        "geometric mean serves every gamma, a scalar head answers for the one it was trained with. "
-        "The first measurement took the answers that ended first, the shortest, and so found "
-        "several times these errors."
-        if traced
+        f"({num} answers to held-out prompts, chosen by number). A distribution head's geometric "
+        "mean serves every gamma, a scalar head answers for the one it was trained with. The first "
+        "measurement took the answers that ended first, the shortest, and so found three times "
+        "these errors."
+        if num
         else "Median relative error of the remaining length after 0, 25, 50 and 75% of an answer.",
         table(
             ["model", "domain", "gamma", "at 0%", "25%", "50%", "75%"],
