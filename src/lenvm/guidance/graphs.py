@@ -1,4 +1,4 @@
-"""CUDA graphs of a guided step: about two hundred small kernels, launched three times.
+"""CUDA graphs of a guided step: about two hundred small kernels, launched twice.
 
 The tensor code of `candidates`, `scoring` and `rules` stays the only truth: here it runs once, over
 static buffers, while a graph records it, and is replayed from then on. Inputs are copied into the
@@ -25,7 +25,7 @@ from torch import Tensor
 from lenvm.guidance.candidates import Candidates, Truncation
 from lenvm.guidance.params import RuleParams
 from lenvm.guidance.rules import RULES, apply_rules
-from lenvm.guidance.scoring import find_candidates, read_drawn
+from lenvm.guidance.scoring import Draw, find_candidates, read_drawn
 from lenvm.model.head import LengthBelief
 
 MAX_GRAPHS = 128
@@ -136,26 +136,36 @@ class StepGraphs:
         truncation: Truncation,
         params: RuleParams,
         gamma: float | None,
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        scored_RK: Tensor,
+        draw: Draw | None = None,
+        drawn_by: Tensors = (),
+    ) -> Outputs | None:
         """(guided log-probabilities, values at gamma, lengths) of candidates: fp32 [R, K] each.
+        With a draw also the tokens draw(log-probabilities, ids, *drawn_by) [R], and what
+        `scoring.read_drawn` reads of them: their values and lengths [R].
 
         belief: over [R, K], as the scorer gave it."""
         if not RULES.keys() >= set(params.rules):
             return None
 
         def run(given: Tensors, fixed: Tensors) -> Outputs:
-            raw, done, *parts = given
-            _, asked = _with_tensors(truncation, params, fixed, done)
-            found = Candidates(*parts)
-            known = belief.with_raw(raw).with_terminal(found.is_ending)
+            raw, done, ids, log_probs, mask, is_ending, *more = given
+            cut, asked = _with_tensors(truncation, params, fixed, done)
+            found = Candidates(ids, log_probs, mask, is_ending)
+            known = belief.with_raw(raw).with_terminal(is_ending)
             guided = apply_rules(found, known, asked)
-            return guided, known.value(gamma), known.length()
+            read = known.value(gamma), known.length()
+            if draw is None:
+                return guided, *read
+            scored, *by = more
+            tokens = draw(guided, ids, *by)
+            return guided, *read, tokens, *read_drawn(tokens, scored, cut.ending_ids, *read)
 
         parts = (candidates.ids, candidates.log_probs, candidates.mask, candidates.is_ending)
-        key = ("apply_rules", type(belief), gamma, *_key(truncation, params))
-        given = (belief.raw, params.num_generated, *parts)
-        found = self.call(key, run, given, lambda: _tensors(truncation, params), truncation)
-        return None if found is None else (found[0], found[1], found[2])
+        key = ("apply_rules", draw, type(belief), gamma, *_key(truncation, params))
+        own = () if draw is None else (scored_RK, *drawn_by)
+        given = (belief.raw, params.num_generated, *parts, *own)
+        return self.call(key, run, given, lambda: _tensors(truncation, params), truncation)
 
     def read_drawn(
         self, tokens_R: Tensor, scored_RK: Tensor, endings_RE: Tensor, *read_RK: Tensor
