@@ -17,6 +17,7 @@ import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +38,8 @@ NUM_SIGHTINGS = 3
 MAX_NUMBERS = 20_000_000
 """Logits of a step. Beyond it the kernels take longer than their launches, and the buffers (about
 five times the logits in fp32, for good) would take room that the engine may need."""
+ALIGNED = 16
+"""Bytes: what the scorer's kernels like to read at."""
 LARGE = 1 << 20
 """Numbers of an input from which on graphs share its buffer, and it is copied alone."""
 
@@ -121,7 +124,6 @@ class StepGraphs:
             logits, done = given
             cut, asked = _with_tensors(truncation, params, fixed, done)
             found, scored = find_candidates(logits, cut, asked)
-            # first of its type: where it is copied to is aligned, as the scorer's kernels like it
             return scored, found.ids, found.log_probs, found.mask, found.is_ending
 
         key = ("find_candidates", *_key(truncation, params))
@@ -259,17 +261,16 @@ class _Graph:
         self._owner: object = self  # nobody's yet
         self._groups = _group(given)
         self._rows, self._views = 0, given
-        self._layout: list[tuple[int, int]] = []
+        self._layout: list[_Place] = []
 
         def run() -> Outputs:
-            """Outputs of one type and shape stacked, so that they are copied out together."""
-            stacks: dict[Hashable, list[Tensor]] = {}
-            self._layout = []
-            for x in self._fn(self._given, self._fixed):
-                own = stacks.setdefault((x.dtype, x.shape), [])
-                self._layout.append((list(stacks).index((x.dtype, x.shape)), len(own)))
-                own.append(x)
-            return tuple(torch.stack(own) for own in stacks.values())
+            """All outputs in one block of bytes, so that one copy takes them out."""
+            outputs = self._fn(self._given, self._fixed)
+            self._layout, num_bytes = _lay_out(outputs)
+            block = torch.empty(num_bytes, dtype=torch.uint8, device=outputs[0].device)
+            for x, place in zip(outputs, self._layout, strict=True):
+                place.find(block, len(x)).copy_(x)
+            return (block,)
 
         self._replay = recorder.capture(run)
 
@@ -281,8 +282,35 @@ class _Graph:
         if owner is not self._owner:
             _copy([x[:rows] for x in self._fixed], fixed(), _group(self._fixed))
             self._owner = owner
-        stacks = [x[:, :rows].clone().unbind(0) for x in self._replay()]
-        return tuple(stacks[group][place] for group, place in self._layout)
+        block = self._replay()[0].clone()
+        return tuple(place.find(block, rows) for place in self._layout)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an output [S, ...] lies in a block of bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Of a row."""
+    strides: tuple[int, ...]
+    start: int
+    """In numbers of its type."""
+
+    def find(self, block: Tensor, rows: int) -> Tensor:
+        """The first rows of it."""
+        numbers: Tensor = block.view(self.dtype)
+        return numbers.as_strided((rows, *self.shape), self.strides, self.start)
+
+
+def _lay_out(outputs: Outputs) -> tuple[list[_Place], int]:
+    """(a place for each, the size of them all), each begins at a multiple of ALIGNED bytes."""
+    places, end = [], 0
+    for x in outputs:
+        strides = torch.empty(x.shape, device="meta").stride()
+        places.append(_Place(x.dtype, tuple(x.shape[1:]), strides, end // x.itemsize))
+        end += -(-x.numel() * x.itemsize // ALIGNED) * ALIGNED
+    return places, end
 
 
 def bucket(rows: int) -> int:
