@@ -24,8 +24,8 @@ from torch import Tensor
 from lenvm.errors import InputError, LenVMError, RequestError
 from lenvm.guidance.candidates import Candidates, Truncation, write_back
 from lenvm.guidance.graphs import StepGraphs
+from lenvm.guidance.params import Asked, RuleParams, build_truncation, pad
 from lenvm.guidance.params import Guided as Guided
-from lenvm.guidance.params import RuleParams, build_truncation, pad
 from lenvm.guidance.rules import RuleFailure, apply_rules
 from lenvm.guidance.scoring import Draw, Scorer, find_candidates, find_fault, read_drawn
 from lenvm.model.device import upload
@@ -49,6 +49,7 @@ class _Reading:
 @dataclass
 class _State:
     guided: Guided
+    asked: Asked
     endings: tuple[int, ...]
     num_generated: int
     start: tuple[_Reading, int]
@@ -153,7 +154,12 @@ class GuidanceSession:
             endings = tuple(dict.fromkeys((*eos, *guided.stop_token_ids)))
             here = (reading, row[prefixes[request_id]])
             done = len(guided.generated_token_ids)
-            self._states[request_id] = _State(guided, endings, done, here, here)
+            asked = Asked.read(
+                guided.control,
+                has_distribution=self.scorer.has_distribution,
+                gamma=self.gamma,
+            )
+            self._states[request_id] = _State(guided, asked, endings, done, here, here)
 
     def remove(self, request_ids: Sequence[str]) -> None:
         """Forget requests and their KV."""
@@ -330,11 +336,7 @@ class GuidanceSession:
             raise RequestError(tracked, fault)
         device = states[0].now[0].lengths.device
         params = RuleParams.build(
-            [s.guided.control for s in states],
-            [s.num_generated for s in states],
-            has_distribution=self.scorer.has_distribution,
-            gamma=self.gamma,
-            device=device,
+            [s.asked for s in states], [s.num_generated for s in states], device=device
         )
         truncation = build_truncation(
             [s.guided for s in states],
