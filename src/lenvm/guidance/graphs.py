@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lenvm.guidance.candidates import Candidates, Truncation
+from lenvm.guidance.candidates import Candidates, Truncation, find_endings
 from lenvm.guidance.params import RuleParams
 from lenvm.guidance.rules import RULES, apply_rules
 from lenvm.guidance.scoring import Draw, find_candidates, read_drawn
@@ -151,10 +151,11 @@ class StepGraphs:
             return None
 
         def run(given: Tensors, fixed: Tensors) -> Outputs:
-            raw, done, ids, log_probs, mask, is_ending, *more = given
+            raw, done, ids, log_probs, *more = given
             cut, asked = _with_tensors(truncation, params, fixed, done)
-            found = Candidates(ids, log_probs, mask, is_ending)
-            known = belief.with_raw(raw).with_terminal(is_ending)
+            mask = ids >= 0
+            found = Candidates(ids, log_probs, mask, find_endings(ids, cut) & mask)
+            known = belief.with_raw(raw).with_terminal(found.is_ending)
             guided = apply_rules(found, known, asked)
             read = known.value(gamma), known.length()
             if draw is None:
@@ -163,7 +164,7 @@ class StepGraphs:
             tokens = draw(guided, ids, *by)
             return guided, *read, tokens, *read_drawn(tokens, scored, cut.ending_ids, *read)
 
-        parts = (candidates.ids, candidates.log_probs, candidates.mask, candidates.is_ending)
+        parts = (candidates.ids, candidates.log_probs)
         key = ("apply_rules", draw, type(belief), gamma, *_key(truncation, params))
         own = () if draw is None else (scored_RK, *drawn_by)
         given = (belief.raw, params.num_generated, *parts, *own)
