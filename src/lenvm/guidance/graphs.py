@@ -30,7 +30,7 @@ from lenvm.guidance.scoring import Draw, find_candidates, read_drawn
 from lenvm.model.head import LengthBelief
 
 MAX_GRAPHS = 128
-"""Graphs that are kept, four a shape of a step; the one not used for longest goes."""
+"""Graphs that are kept, two or three a shape of a step; the one not used for longest goes."""
 MAX_FAILURES = 3
 """Captures that may fail before no more are tried."""
 NUM_SIGHTINGS = 3

@@ -273,7 +273,7 @@ class RaggedDecoder:
         self._check_next(request_ids, rows)
         if kept:
             chosen = tokens if len(kept) == len(tokens) else tokens[kept]
-            self._keep([request_ids[i] for i in kept], chosen)
+            self._keep([request_ids[i] for i in kept], rows[kept], chosen)
         if others:
             self._append(others)
 
@@ -285,7 +285,7 @@ class RaggedDecoder:
         """
         tokens = torch.as_tensor(token_ids_R, dtype=torch.long)
         out = self.peek(request_ids, tokens.unsqueeze(-1), num_candidates=len(request_ids))
-        self._keep(request_ids, tokens)
+        self._keep(request_ids, self._rows(request_ids), tokens)
         return out[:, 0]
 
     def remove(self, request_ids: Sequence[str]) -> None:
@@ -297,10 +297,10 @@ class RaggedDecoder:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _keep(self, request_ids: Sequence[str], tokens_R: Tensor) -> None:
+    def _keep(self, request_ids: Sequence[str], rows: Array, tokens_R: Tensor) -> None:
         """Tokens of the last peek become part of their requests."""
         self._runner.keep(request_ids, [self._peeked.rows[r] for r in request_ids], tokens_R)
-        self._cache.advance_next(self._cache.rows(request_ids))
+        self._cache.advance_next(rows)
         for request_id in request_ids:
             del self._peeked.rows[request_id]
 
