@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lenvm.guidance.candidates import Candidates
-from lenvm.guidance.params import RuleParams
+from lenvm.guidance.params import Asked, RuleParams
 from lenvm.guidance.request import LengthControl
 from lenvm.guidance.rules import apply_rules
 from lenvm.model.head import DistributionBelief, LengthBelief, LengthBins, ScalarBelief
@@ -37,7 +37,7 @@ def params_of(*goals: dict[str, Any] | None, t: int | list[int] = 0, **options: 
     controls = [g and LengthControl.parse(g) for g in goals]
     done = t if isinstance(t, list) else [t] * len(goals)
     options = {"has_distribution": False, "gamma": GAMMA, **options}
-    return RuleParams.build(controls, done, **options)
+    return RuleParams.build([Asked.read(c, **options) for c in controls], done)
 
 
 def guided(

@@ -66,8 +66,8 @@ class _State:
     """The number of the coming draw; used up when the drawn token is kept."""
     is_prefilled: bool = False
     failure: str | None = None
-    kept: list[tuple[Tensor, int]] = field(default_factory=list)
-    """Each token since admission as (tokens of a step [R], its place); read only to rebuild."""
+    kept: list[tuple[list[Tensor], int]] = field(default_factory=list)
+    """Its tokens since admission as (tokens of steps [R] each, its place); read only to rebuild."""
 
 
 @dataclass
@@ -82,6 +82,8 @@ class _Draw:
     """Tokens that are never drawn: they have one meaning only."""
     greedy_R: Tensor | None
     """Rows that take the likeliest candidate; None: no row does."""
+    kept: list[Tensor]
+    """Tokens of the steps that were kept whole; every state has it in its own `kept`."""
 
 
 @dataclass
@@ -123,7 +125,7 @@ class FollowingBatch:
         if request_ids:
             device = logits_BV.device
             tokens = torch.zeros(len(request_ids), dtype=torch.long, device=device)
-            _force(logits_BV, upload(rows, torch.long, device), self.share(tokens))
+            _force(logits_BV, upload(list(rows), torch.long, device), self.share(tokens))
 
 
 class GuidedBatch:
@@ -144,7 +146,7 @@ class GuidedBatch:
         self._penalties = Penalties()
         self._num_admitted = 0
         self._drawn = _Drawn()
-        self._rows: tuple[tuple[int, ...], Tensor] | None = None
+        self._rows: tuple[list[int], Tensor] | None = None
         self._draw: _Draw | None = None
 
     # -- requests ---------------------------------------------------------------------------------
@@ -207,18 +209,24 @@ class GuidedBatch:
         drawn, self._drawn = self._drawn, _Drawn()
         if drawn.tokens_R is None:
             return
+        plan, ids, tokens = self._draw, drawn.request_ids, drawn.tokens_R
         chosen = set(kept)
-        rows = [i for i, r in enumerate(drawn.request_ids) if r in chosen and self._is_live(r)]
-        if not rows:
-            return
-        tokens = drawn.tokens_R
-        if len(rows) < len(drawn.request_ids):
-            tokens = tokens[upload(rows, torch.long, tokens.device)]
-        ids = [drawn.request_ids[i] for i in rows]
-        for index, request_id in enumerate(ids):
-            state = self._states[request_id]
+        if plan is not None and plan.request_ids == ids and chosen.issuperset(ids):
+            states = plan.states
+            plan.kept.append(tokens)
+        else:
+            self._draw = None  # its steps go on no longer for all alike
+            rows = [i for i, r in enumerate(ids) if r in chosen and self._is_live(r)]
+            if not rows:
+                return
+            if len(rows) < len(ids):
+                tokens = tokens[upload(rows, torch.long, tokens.device)]
+            ids = [ids[i] for i in rows]
+            states = [self._states[r] for r in ids]
+            for index, state in enumerate(states):
+                state.kept.append(([tokens], index))
+        for state in states:
             state.uniform = None
-            state.kept.append((tokens, index))
         self._penalties.count(ids, tokens)
         try:
             self.session.commit(ids, tokens)
@@ -245,7 +253,7 @@ class GuidedBatch:
         tokens = self._with_failures(request_ids, live, drawn, logits_BV)
         if self.share is not None:
             tokens = self.share(tokens)
-        _force(logits_BV, self._index(list(rows), logits_BV.device), tokens)
+        _force(logits_BV, self._index(list(rows), logits_BV), tokens)
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -267,27 +275,20 @@ class GuidedBatch:
 
     def _sample(self, request_ids: list[str], row_of: dict[str, int], logits_BV: Tensor) -> Tensor:
         """Next tokens, [R] int64."""
-        rows = [row_of[r] for r in request_ids]
-        logits = logits_BV
-        if rows != list(range(len(logits_BV))):
-            logits = logits_BV.index_select(0, self._index(rows, logits_BV.device))
+        index = self._index([row_of[r] for r in request_ids], logits_BV)
+        logits = logits_BV if index is None else logits_BV.index_select(0, index)
         plan = self._plan(request_ids, logits)
         if plan.is_penalised:
             logits = logits.clone() if logits is logits_BV else logits
             self._penalties.apply(request_ids, logits)
         for token in plan.banned:
-            logits[:, token].fill_(-torch.inf)
-        candidates = self.session.step(request_ids, logits)
+            logits.select(1, token).fill_(-torch.inf)
         for state in plan.states:
             if state.uniform is None:
                 state.uniform = state.stream.random()
         uniform = upload([s.uniform for s in plan.states], torch.float32, logits_BV.device)
-        given = [candidates.log_probs, candidates.ids, uniform]
-        if plan.greedy_R is not None:
-            given.append(plan.greedy_R)
-        graphs = self.session.graphs
-        drawn = graphs.call("draw", _draw_tokens, given) if graphs is not None else None
-        return (drawn or _draw_tokens(given, ()))[0]
+        given = [uniform] if plan.greedy_R is None else [uniform, plan.greedy_R]
+        return self.session.draw(request_ids, logits, _draw_tokens, given)
 
     def _plan(self, request_ids: list[str], logits_RV: Tensor) -> _Draw:
         if self._draw is not None and self._draw.request_ids == request_ids:
@@ -301,7 +302,10 @@ class GuidedBatch:
             is_penalised=any(r in self._penalties for r in request_ids),
             banned=[t for t in banned if t is not None and t < logits_RV.shape[-1]],
             greedy_R=upload(cold, torch.bool, logits_RV.device) if any(cold) else None,
+            kept=[],
         )
+        for index, state in enumerate(states):
+            state.kept.append((self._draw.kept, index))
         return self._draw
 
     def _with_failures(
@@ -337,16 +341,18 @@ class GuidedBatch:
             with suppress(LenVMError):
                 self.session.remove([request_id])
             state.is_prefilled = False
-            tokens = tuple(int(tokens[index]) for tokens, index in state.kept)
+            tokens = tuple(int(t[index]) for steps, index in state.kept for t in steps)
             guided = state.admission.guided
             guided = replace(guided, generated_token_ids=(*guided.generated_token_ids, *tokens))
             state.admission = replace(state.admission, guided=guided)
             state.kept.clear()
 
-    def _index(self, rows: list[int], device: torch.device) -> Tensor:
-        key = tuple(rows)
-        if self._rows is None or self._rows[0] != key:
-            self._rows = key, upload(rows, torch.long, device)
+    def _index(self, rows: list[int], logits_BV: Tensor) -> Tensor | None:
+        """These rows on the device; None for all of them in order."""
+        if rows == list(range(len(logits_BV))):
+            return None
+        if self._rows is None or self._rows[0] != rows:
+            self._rows = rows, upload(rows, torch.long, logits_BV.device)
         return self._rows[1]
 
     def _attempt(
@@ -379,16 +385,19 @@ class GuidedBatch:
         return set(guilty)
 
 
-def _draw_tokens(given: Sequence[Tensor], _: Sequence[Tensor]) -> tuple[Tensor]:
-    """(log-probabilities [R, K], ids [R, K], uniform numbers [R], maybe which rows are greedy [R])
-    -> (tokens [R],)."""
-    log_probs, ids, uniform, *greedy = given
-    index = draw(log_probs, uniform, greedy_R=greedy[0] if greedy else None)
-    return (ids.gather(-1, index.unsqueeze(-1)).squeeze(-1),)
+def _draw_tokens(
+    log_probs_RK: Tensor, ids_RK: Tensor, uniform_R: Tensor, greedy_R: Tensor | None = None
+) -> Tensor:
+    """Tokens [R] by one uniform number a row; the likeliest of greedy rows."""
+    index = draw(log_probs_RK, uniform_R, greedy_R=greedy_R)
+    return ids_RK.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
-def _force(logits_BV: Tensor, rows_R: Tensor, tokens_R: Tensor) -> None:
-    """Leave these rows with one possible token each, in place. Log-probability 0 survives every
-    temperature, penalty and truncation."""
+def _force(logits_BV: Tensor, rows_R: Tensor | None, tokens_R: Tensor) -> None:
+    """Leave these rows (None: all) with one possible token each, in place. Log-probability 0
+    survives every temperature, penalty and truncation."""
+    if rows_R is None:
+        logits_BV.fill_(-torch.inf).scatter_(1, tokens_R.unsqueeze(1), 0.0)
+        return
     logits_BV.index_fill_(0, rows_R, -torch.inf)
     logits_BV.index_put_((rows_R, tokens_R), torch.zeros_like(tokens_R, dtype=logits_BV.dtype))

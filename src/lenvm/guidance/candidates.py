@@ -76,13 +76,17 @@ def build_candidates(
     top = torch.cat([top[:, :1].clamp(min=-1e30), top[:, 1:]], -1)
     mask = _keep(top, truncation)
     log_probs = _apply_factors(top, ids, truncation).masked_fill(~mask, -torch.inf)
-    is_ending = (ids.unsqueeze(-1) == truncation.ending_ids.unsqueeze(1)).any(-1)
     return Candidates(
         ids=ids.masked_fill(~mask, -1),
         log_probs=log_probs.log_softmax(-1),
         mask=mask,
-        is_ending=is_ending & mask,
+        is_ending=find_endings(ids, truncation) & mask,
     )
+
+
+def find_endings(ids_RK: Tensor, truncation: Truncation) -> Tensor:
+    """Which ids end the completion: bool [R, K]."""
+    return (ids_RK.unsqueeze(-1) == truncation.ending_ids.unsqueeze(1)).any(-1)
 
 
 def write_back(

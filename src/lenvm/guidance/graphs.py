@@ -1,4 +1,4 @@
-"""CUDA graphs of a guided step: about two hundred small kernels, launched three times.
+"""CUDA graphs of a guided step: about two hundred small kernels, launched twice.
 
 The tensor code of `candidates`, `scoring` and `rules` stays the only truth: here it runs once, over
 static buffers, while a graph records it, and is replayed from then on. Inputs are copied into the
@@ -17,19 +17,20 @@ import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lenvm.guidance.candidates import Candidates, Truncation
+from lenvm.guidance.candidates import Candidates, Truncation, find_endings
 from lenvm.guidance.params import RuleParams
 from lenvm.guidance.rules import RULES, apply_rules
-from lenvm.guidance.scoring import find_candidates, read_drawn
+from lenvm.guidance.scoring import Draw, find_candidates, read_drawn
 from lenvm.model.head import LengthBelief
 
 MAX_GRAPHS = 128
-"""Graphs that are kept, four a shape of a step; the one not used for longest goes."""
+"""Graphs that are kept, two or three a shape of a step; the one not used for longest goes."""
 MAX_FAILURES = 3
 """Captures that may fail before no more are tried."""
 NUM_SIGHTINGS = 3
@@ -37,6 +38,8 @@ NUM_SIGHTINGS = 3
 MAX_NUMBERS = 20_000_000
 """Logits of a step. Beyond it the kernels take longer than their launches, and the buffers (about
 five times the logits in fp32, for good) would take room that the engine may need."""
+ALIGNED = 16
+"""Bytes: what the scorer's kernels like to read at."""
 LARGE = 1 << 20
 """Numbers of an input from which on graphs share its buffer, and it is copied alone."""
 
@@ -121,7 +124,6 @@ class StepGraphs:
             logits, done = given
             cut, asked = _with_tensors(truncation, params, fixed, done)
             found, scored = find_candidates(logits, cut, asked)
-            # first of its type: where it is copied to is aligned, as the scorer's kernels like it
             return scored, found.ids, found.log_probs, found.mask, found.is_ending
 
         key = ("find_candidates", *_key(truncation, params))
@@ -136,26 +138,37 @@ class StepGraphs:
         truncation: Truncation,
         params: RuleParams,
         gamma: float | None,
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        scored_RK: Tensor,
+        draw: Draw | None = None,
+        drawn_by: Tensors = (),
+    ) -> Outputs | None:
         """(guided log-probabilities, values at gamma, lengths) of candidates: fp32 [R, K] each.
+        With a draw also the tokens draw(log-probabilities, ids, *drawn_by) [R], and what
+        `scoring.read_drawn` reads of them: their values and lengths [R].
 
         belief: over [R, K], as the scorer gave it."""
         if not RULES.keys() >= set(params.rules):
             return None
 
         def run(given: Tensors, fixed: Tensors) -> Outputs:
-            raw, done, *parts = given
-            _, asked = _with_tensors(truncation, params, fixed, done)
-            found = Candidates(*parts)
+            raw, done, ids, log_probs, *more = given
+            cut, asked = _with_tensors(truncation, params, fixed, done)
+            mask = ids >= 0
+            found = Candidates(ids, log_probs, mask, find_endings(ids, cut) & mask)
             known = belief.with_raw(raw).with_terminal(found.is_ending)
             guided = apply_rules(found, known, asked)
-            return guided, known.value(gamma), known.length()
+            read = known.value(gamma), known.length()
+            if draw is None:
+                return guided, *read
+            scored, *by = more
+            tokens = draw(guided, ids, *by)
+            return guided, *read, tokens, *read_drawn(tokens, scored, cut.ending_ids, *read)
 
-        parts = (candidates.ids, candidates.log_probs, candidates.mask, candidates.is_ending)
-        key = ("apply_rules", type(belief), gamma, *_key(truncation, params))
-        given = (belief.raw, params.num_generated, *parts)
-        found = self.call(key, run, given, lambda: _tensors(truncation, params), truncation)
-        return None if found is None else (found[0], found[1], found[2])
+        parts = (candidates.ids, candidates.log_probs)
+        key = ("apply_rules", draw, type(belief), gamma, *_key(truncation, params))
+        own = () if draw is None else (scored_RK, *drawn_by)
+        given = (belief.raw, params.num_generated, *parts, *own)
+        return self.call(key, run, given, lambda: _tensors(truncation, params), truncation)
 
     def read_drawn(
         self, tokens_R: Tensor, scored_RK: Tensor, endings_RE: Tensor, *read_RK: Tensor
@@ -249,17 +262,16 @@ class _Graph:
         self._owner: object = self  # nobody's yet
         self._groups = _group(given)
         self._rows, self._views = 0, given
-        self._layout: list[tuple[int, int]] = []
+        self._layout: list[_Place] = []
 
         def run() -> Outputs:
-            """Outputs of one type and shape stacked, so that they are copied out together."""
-            stacks: dict[Hashable, list[Tensor]] = {}
-            self._layout = []
-            for x in self._fn(self._given, self._fixed):
-                own = stacks.setdefault((x.dtype, x.shape), [])
-                self._layout.append((list(stacks).index((x.dtype, x.shape)), len(own)))
-                own.append(x)
-            return tuple(torch.stack(own) for own in stacks.values())
+            """All outputs in one block of bytes, so that one copy takes them out."""
+            outputs = self._fn(self._given, self._fixed)
+            self._layout, num_bytes = _lay_out(outputs)
+            block = torch.empty(num_bytes, dtype=torch.uint8, device=outputs[0].device)
+            for x, place in zip(outputs, self._layout, strict=True):
+                place.find(block, len(x)).copy_(x)
+            return (block,)
 
         self._replay = recorder.capture(run)
 
@@ -271,8 +283,35 @@ class _Graph:
         if owner is not self._owner:
             _copy([x[:rows] for x in self._fixed], fixed(), _group(self._fixed))
             self._owner = owner
-        stacks = [x[:, :rows].clone().unbind(0) for x in self._replay()]
-        return tuple(stacks[group][place] for group, place in self._layout)
+        block = self._replay()[0].clone()
+        return tuple(place.find(block, rows) for place in self._layout)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an output [S, ...] lies in a block of bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Of a row."""
+    strides: tuple[int, ...]
+    start: int
+    """In numbers of its type."""
+
+    def find(self, block: Tensor, rows: int) -> Tensor:
+        """The first rows of it."""
+        numbers: Tensor = block.view(self.dtype)
+        return numbers.as_strided((rows, *self.shape), self.strides, self.start)
+
+
+def _lay_out(outputs: Outputs) -> tuple[list[_Place], int]:
+    """(a place for each, the size of them all), each begins at a multiple of ALIGNED bytes."""
+    places, end = [], 0
+    for x in outputs:
+        strides = torch.empty(x.shape, device="meta").stride()
+        places.append(_Place(x.dtype, tuple(x.shape[1:]), strides, end // x.itemsize))
+        end += -(-x.numel() * x.itemsize // ALIGNED) * ALIGNED
+    return places, end
 
 
 def bucket(rows: int) -> int:

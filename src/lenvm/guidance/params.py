@@ -18,6 +18,7 @@ from torch import Tensor
 from lenvm import returns
 from lenvm.guidance.candidates import Truncation
 from lenvm.guidance.request import MAX_CANDIDATES, LengthControl
+from lenvm.model.device import upload
 from lenvm.model.head import Peak
 
 
@@ -42,6 +43,37 @@ class Guided:
 SHORT_RATE, LONG_RATE = 5.0, 2.0
 """LIFEBench's score is 100 exp(-rate * relative deviation), short of the target and past it."""
 EXPECTED_MODES = ("mul", "linear", "exp", "length_mul")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A control as numbers: found once a request, for every batch that it will be in."""
+
+    rule: str | None
+    """None: the generator."""
+    gamma: float
+    floats: tuple[float, ...]
+    """low, high, scale, horizon, min_entropy, min_value, centre, below, above of `RuleParams`."""
+    integers: tuple[int, ...]
+    """mode, is_total, strict, neutral."""
+
+    @classmethod
+    def read(
+        cls, control: LengthControl | None, *, has_distribution: bool, gamma: float
+    ) -> "Asked":
+        """None leaves its row to the generator. A target without a rule gets `conditional` where
+        the head allows, else `soft`. gamma: the checkpoint's, for a control that names none."""
+        name = None if control is None else rule_name(control, has_distribution=has_distribution)
+        gamma = gamma if control is None else control.gamma or gamma
+        low, high = _bounds(control, gamma)
+        control = control or LengthControl(tilt=0.0)
+        scale, unchanged = _scale(control, name)
+        gates = (control.horizon or math.inf, control.min_entropy, control.min_value)
+        mode = EXPECTED_MODES.index(control.expected_mode)
+        total = control.counts_tokens and not control.remaining
+        strict = name != "hard" if control.strict is None else control.strict
+        floats = (low, high, scale, *gates, *_peak(control))
+        return cls(name, gamma, floats, (mode, total, strict, scale == unchanged))
 
 
 @dataclass
@@ -88,44 +120,26 @@ class RuleParams:
     @classmethod
     def build(
         cls,
-        controls: Sequence[LengthControl | None],
+        asked: Sequence[Asked],
         num_generated: Sequence[int],
         *,
-        has_distribution: bool,
-        gamma: float,
         device: torch.device | str = "cpu",
     ) -> "RuleParams":
-        """From controls, in two transfers to `device`. None leaves its row to the generator.
-
-        A target without a rule gets `conditional` where the head allows, else `soft`. gamma: the
-        checkpoint's, for rows that name none.
-        """
-        names = [
-            None if c is None else rule_name(c, has_distribution=has_distribution) for c in controls
+        """Of these rows, in two transfers to `device`."""
+        rules = tuple(sorted({a.rule for a in asked if a.rule}))
+        gammas = tuple(sorted({a.gamma for a in asked}))
+        codes: dict[str | None, int] = {name: code for code, name in enumerate(rules)}
+        codes[None] = -1
+        floats = [a.floats for a in asked]
+        integers = [
+            (codes[a.rule], gammas.index(a.gamma), done, *a.integers)
+            for a, done in zip(asked, num_generated, strict=True)
         ]
-        rules = tuple(sorted({name for name in names if name}))
-        row_gammas = [gamma if c is None else c.gamma or gamma for c in controls]
-        gammas = tuple(sorted(set(row_gammas)))
-        floats, integers = [], []
-        for control, name, row_gamma, done in zip(
-            controls, names, row_gammas, num_generated, strict=True
-        ):
-            low, high = _bounds(control, row_gamma)
-            code = -1 if name is None else rules.index(name)
-            control = control or LengthControl(tilt=0.0)
-            scale, unchanged = _scale(control, name)
-            gates = (control.horizon or math.inf, control.min_entropy, control.min_value)
-            floats.append((low, high, scale, *gates, *_peak(control)))
-            total = control.counts_tokens and not control.remaining
-            strict = name != "hard" if control.strict is None else control.strict
-            flags = (total, strict, scale == unchanged)
-            mode = EXPECTED_MODES.index(control.expected_mode)
-            integers.append((code, mode, gammas.index(row_gamma), done, *flags))
         low_R, high_R, scale_R, horizon, min_entropy, min_value, centre, below, above = (
-            torch.tensor(floats, dtype=torch.float32).T.contiguous().to(device, non_blocking=True)
+            _upload_columns(floats, torch.float32, device)
         )
-        code_R, mode_R, gamma_index, done_R, total_R, strict_R, neutral = (
-            torch.tensor(integers, dtype=torch.int64).T.contiguous().to(device, non_blocking=True)
+        code_R, gamma_index, done_R, mode_R, total_R, strict_R, neutral = _upload_columns(
+            integers, torch.int64, device
         )
         return cls(
             code=code_R,
@@ -146,7 +160,7 @@ class RuleParams:
             num_generated=done_R,
             rules=rules,
             gammas=gammas,
-            has_value_gate=any(c is not None and c.min_value > 0 for c in controls),
+            has_value_gate=any(row[5] > 0 for row in floats),
             has_peak=any(row[-2] > 0 or row[-1] > 0 for row in floats),
             scores_all=not any(row[4] > 0 for row in floats) and not any(r[-1] for r in integers),
         )
@@ -240,14 +254,12 @@ def build_truncation(
         (g.temperature, min(g.top_p, c.top_p), max(g.min_p, c.min_p))
         for g, c in zip(guided, controls, strict=True)
     ]
-    temperature, top_p, min_p = (
-        torch.tensor(floats, dtype=torch.float32).T.contiguous().to(device, non_blocking=True)
-    )
+    temperature, top_p, min_p = _upload_columns(floats, torch.float32, device)
     factors = [c.token_temperature or {} for c in controls]
     some = any(factors)
     return Truncation(
         temperature=temperature,
-        top_k=torch.tensor(top_k).to(device, non_blocking=True),
+        top_k=upload(top_k, torch.int64, device),
         top_p=top_p,
         min_p=min_p,
         ending_ids=pad(endings, device),
@@ -260,5 +272,13 @@ def build_truncation(
 def pad(rows: Sequence[Sequence[float]], device: torch.device | str) -> Tensor:
     """Rows of unequal length as one tensor of at least one column, -1 at the end."""
     width = max(1, *(len(row) for row in rows))
-    padded = torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows])
-    return padded.to(device, non_blocking=True)
+    padded: Tensor = upload([[*row, *[-1] * (width - len(row))] for row in rows], None, device)
+    return padded
+
+
+def _upload_columns(
+    rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """The columns of rows, each of them contiguous."""
+    columns: Tensor = upload(torch.tensor(rows, dtype=dtype).T.contiguous(), dtype, device)
+    return columns

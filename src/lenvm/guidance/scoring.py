@@ -5,7 +5,7 @@
 Shape legend: R rows of a step, K candidates.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,9 @@ from lenvm.guidance.candidates import Candidates, Truncation, build_candidates, 
 from lenvm.guidance.params import Guided, RuleParams, rule_name, widest
 from lenvm.guidance.rules import find_rule
 from lenvm.model.head import LengthBelief
+
+Draw = Callable[..., Tensor]
+"""(log-probabilities [R, K], ids [R, K], the engine's own [R] each) -> tokens [R]; row-wise."""
 
 
 class Scorer(Protocol):

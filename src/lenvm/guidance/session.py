@@ -24,10 +24,11 @@ from torch import Tensor
 from lenvm.errors import InputError, LenVMError, RequestError
 from lenvm.guidance.candidates import Candidates, Truncation, write_back
 from lenvm.guidance.graphs import StepGraphs
+from lenvm.guidance.params import Asked, RuleParams, build_truncation, pad
 from lenvm.guidance.params import Guided as Guided
-from lenvm.guidance.params import RuleParams, build_truncation, pad
 from lenvm.guidance.rules import RuleFailure, apply_rules
-from lenvm.guidance.scoring import Scorer, find_candidates, find_fault, read_drawn
+from lenvm.guidance.scoring import Draw, Scorer, find_candidates, find_fault, read_drawn
+from lenvm.model.device import upload
 from lenvm.model.head import LengthBelief
 
 
@@ -48,6 +49,7 @@ class _Reading:
 @dataclass
 class _State:
     guided: Guided
+    asked: Asked
     endings: tuple[int, ...]
     num_generated: int
     start: tuple[_Reading, int]
@@ -60,6 +62,7 @@ class _Batch:
     """Device tensors of requests that step together; reused while they do."""
 
     request_ids: tuple[str, ...]
+    states: list[_State]
     truncation: Truncation
     params: RuleParams
 
@@ -75,6 +78,8 @@ class _Step:
     ending_ids: Tensor
     values: Tensor
     lengths: Tensor
+    drawn: tuple[Tensor, Tensor] | None = None
+    """Values and lengths [R] of the tokens that `draw` drew, once read."""
 
 
 class GuidanceSession:
@@ -149,7 +154,12 @@ class GuidanceSession:
             endings = tuple(dict.fromkeys((*eos, *guided.stop_token_ids)))
             here = (reading, row[prefixes[request_id]])
             done = len(guided.generated_token_ids)
-            self._states[request_id] = _State(guided, endings, done, here, here)
+            asked = Asked.read(
+                guided.control,
+                has_distribution=self.scorer.has_distribution,
+                gamma=self.gamma,
+            )
+            self._states[request_id] = _State(guided, asked, endings, done, here, here)
 
     def remove(self, request_ids: Sequence[str]) -> None:
         """Forget requests and their KV."""
@@ -171,6 +181,27 @@ class GuidanceSession:
         May be called again for other rows or logits before `commit`; nothing is kept but the
         scores of the last call. RequestError for an unknown request or one without control.
         """
+        return self._guide(request_ids, logits_RV)[0]
+
+    @torch.inference_mode()
+    def draw(
+        self, request_ids: Sequence[str], logits_RV: Tensor, draw: Draw, given: Sequence[Tensor]
+    ) -> Tensor:
+        """`step`, and the tokens drawn from it: draw(log-probabilities, ids, *given), [R].
+
+        On a GPU the draw and what is read of its tokens join the rule's graph. Only these tokens
+        may be committed as a tensor then."""
+        candidates, tokens = self._guide(request_ids, logits_RV, draw, given)
+        return draw(candidates.log_probs, candidates.ids, *given) if tokens is None else tokens
+
+    def _guide(
+        self,
+        request_ids: Sequence[str],
+        logits_RV: Tensor,
+        draw: Draw | None = None,
+        given: Sequence[Tensor] = (),
+    ) -> tuple[Candidates, Tensor | None]:
+        """What `step` returns, and tokens if a graph has drawn them."""
         if len(request_ids) != len(logits_RV):
             raise InputError(f"{len(request_ids)} requests, but {len(logits_RV)} rows of logits")
         batch = self._batch_of(request_ids)
@@ -187,19 +218,25 @@ class GuidanceSession:
                 request_ids, error, lambda r: self.scorer.score([r], rows[r])
             ) from error
         gamma = self._gamma_of_values
-        ruled = self.graphs.apply_rules(candidates, belief, *asked, gamma) if self.graphs else None
-        belief = belief.with_terminal(candidates.is_ending)
-        values, lengths = ruled[1:] if ruled else (belief.value(gamma), belief.length())
+        ruled: tuple[Tensor, ...] | None = None
+        if self.graphs:
+            ruled = self.graphs.apply_rules(
+                candidates, belief, *asked, gamma, scored_ids, draw, given
+            )
+        if ruled is None:
+            belief = belief.with_terminal(candidates.is_ending)
+        values, lengths, *drawn = ruled[1:] if ruled else (belief.value(gamma), belief.length())
         self._step = _Step(
-            rows={r: i for i, r in enumerate(request_ids)},
+            rows=dict(zip(request_ids, range(len(request_ids)), strict=True)),
             peeked=batch.params.scores_all,
             scored_ids=scored_ids,
             ending_ids=batch.truncation.ending_ids,
             values=values,
             lengths=lengths,
+            drawn=(drawn[1], drawn[2]) if drawn else None,
         )
         candidates.log_probs = ruled[0] if ruled else self._apply_rules(candidates, belief, batch)
-        return candidates
+        return candidates, drawn[0] if drawn else None
 
     @torch.inference_mode()
     def commit(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> None:
@@ -211,25 +248,24 @@ class GuidanceSession:
         """
         if not request_ids:
             return
-        for request_id in request_ids:
-            self._state(request_id)
         stepped = self._step.rows if self._step is not None else {}
+        batch = self._batch
+        if batch is not None and tuple(request_ids) == batch.request_ids == tuple(stepped):
+            self._commit_scored(request_ids, batch.states, token_ids_R)
+            batch.params = batch.params.advanced()
+            return
+        states = [self._state(r) for r in request_ids]
         if all(r in stepped for r in request_ids):
-            self._commit_scored(request_ids, token_ids_R)
+            self._commit_scored(request_ids, states, token_ids_R)
         else:
             known = [i for i, r in enumerate(request_ids) if r in stepped]
             new = [i for i, r in enumerate(request_ids) if r not in stepped]
             if known:
-                self._commit_scored([request_ids[i] for i in known], _pick(token_ids_R, known))
+                ids, own = [request_ids[i] for i in known], [states[i] for i in known]
+                self._commit_scored(ids, own, _pick(token_ids_R, known))
             tokens = torch.as_tensor(_pick(token_ids_R, new))
-            self._commit_new([request_ids[i] for i in new], tokens)
-        for request_id in request_ids:
-            self._states[request_id].num_generated += 1
-        if self._batch is not None:
-            if tuple(request_ids) == self._batch.request_ids:
-                self._batch.params = self._batch.params.advanced()
-            else:
-                self._forget_batch(request_ids)
+            self._commit_new([request_ids[i] for i in new], [states[i] for i in new], tokens)
+        self._forget_batch(request_ids)
 
     @torch.inference_mode()
     def write_back(
@@ -300,11 +336,7 @@ class GuidanceSession:
             raise RequestError(tracked, fault)
         device = states[0].now[0].lengths.device
         params = RuleParams.build(
-            [s.guided.control for s in states],
-            [s.num_generated for s in states],
-            has_distribution=self.scorer.has_distribution,
-            gamma=self.gamma,
-            device=device,
+            [s.asked for s in states], [s.num_generated for s in states], device=device
         )
         truncation = build_truncation(
             [s.guided for s in states],
@@ -312,7 +344,7 @@ class GuidanceSession:
             self.scorer.vocab_size,
             device,
         )
-        self._batch = _Batch(key, truncation, params)
+        self._batch = _Batch(key, states, truncation, params)
         return self._batch
 
     def _forget_batch(self, request_ids: Sequence[str]) -> None:
@@ -327,27 +359,32 @@ class GuidanceSession:
             own = [r for r, c in controls.items() if c is not None and c.rule == error.rule]
             raise RequestError(own, error) from error
 
-    def _commit_scored(self, request_ids: Sequence[str], tokens_R: Tensor | Sequence[int]) -> None:
+    def _commit_scored(
+        self,
+        request_ids: Sequence[str],
+        states: Sequence[_State],
+        tokens_R: Tensor | Sequence[int],
+    ) -> None:
         step = self._step
         assert step is not None
         drawn = isinstance(tokens_R, Tensor)
         self.scorer.commit(request_ids, tokens_R, peeked=step.peeked and drawn)
         rows = [step.rows.pop(r) for r in request_ids]
-        tokens = torch.as_tensor(tokens_R).to(step.scored_ids.device, non_blocking=True)
-        found: tuple[Tensor, ...] = (
-            step.scored_ids,
-            step.ending_ids,
-            step.values,
-            step.lengths,
-        )
+        known = step.drawn if drawn else None
+        found: tuple[Tensor, ...]
+        found = known or (step.scored_ids, step.ending_ids, step.values, step.lengths)
         if rows != list(range(len(step.scored_ids))):
-            index = torch.tensor(rows).to(tokens.device, non_blocking=True)
+            index = upload(rows, torch.long, step.scored_ids.device)
             found = tuple(x[index] for x in found)
-        now = self.graphs.read_drawn(tokens, *found) if self.graphs else None
-        self._point(request_ids, _Reading(*(now or read_drawn(tokens, *found))))
+        if not known:
+            tokens = torch.as_tensor(tokens_R).to(step.scored_ids.device, non_blocking=True)
+            now = self.graphs.read_drawn(tokens, *found) if self.graphs else None
+            found = now or read_drawn(tokens, *found)
+        _move(states, _Reading(*found))
 
-    def _commit_new(self, request_ids: Sequence[str], tokens_R: Tensor) -> None:
-        states = [self._states[r] for r in request_ids]
+    def _commit_new(
+        self, request_ids: Sequence[str], states: Sequence[_State], tokens_R: Tensor
+    ) -> None:
         device = states[0].now[0].lengths.device
         tokens = tokens_R.to(device, non_blocking=True)
         if self._step is not None:
@@ -359,11 +396,7 @@ class GuidanceSession:
         ended = (pad([s.endings for s in states], device) == tokens.unsqueeze(-1)).any(-1)
         belief = belief.with_terminal(ended.unsqueeze(-1))
         values = belief.value(self._gamma_of_values)
-        self._point(request_ids, _Reading(values[:, 0], belief.length()[:, 0]))
-
-    def _point(self, request_ids: Sequence[str], reading: _Reading) -> None:
-        for row, request_id in enumerate(request_ids):
-            self._states[request_id].now = (reading, row)
+        _move(states, _Reading(values[:, 0], belief.length()[:, 0]))
 
     def _prefix(self, guided: Guided) -> tuple[int, ...]:
         """What the value model reads of a request: its control, maybe, and its tokens."""
@@ -417,6 +450,13 @@ class GuidanceSession:
                 guilty.append(request_id)
                 cause = own
         return RequestError(guilty or list(request_ids), cause)
+
+
+def _move(states: Sequence[_State], reading: _Reading) -> None:
+    """A token more for each of these requests, which are in the states that were read."""
+    for row, state in enumerate(states):
+        state.num_generated += 1
+        state.now = (reading, row)
 
 
 def _pick(tokens_R: Tensor | Sequence[int], rows: list[int]) -> Tensor | Sequence[int]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +57,8 @@ class _Step:
 class _Watch:
     """What a step found, on its way to the host."""
 
-    is_done: Callable[[], bool]
+    done: Any
+    """An event, for when it has arrived."""
     found: Tensor
     """[3] int32: packed candidates, and the two of `_defect`."""
     request_ids: list[str]
@@ -86,13 +88,14 @@ class CudaRunner:
         self._forward = fused or (lambda *args: run_backbone(backbone, *args))
         most = cache.max_requests * max_candidates
         num_layers, _, _, _, num_kv, head_size = cache.data.shape
-        self._tokens, self._positions, self._slots = torch.zeros(
-            3, most, dtype=torch.long, device=self.device
+        self._tokens, self._positions, self._slots, self._packed = torch.zeros(
+            4, most, dtype=torch.long, device=self.device
         )
         self._places = torch.arange(most, device=self.device)
         self._meta = torch.zeros(  # table rows, lengths, next slots
             3, cache.max_requests, dtype=torch.int32, device=self.device
         )
+        self._order = torch.arange(cache.max_requests, dtype=torch.int32, device=self.device)
         found = self._meta.new_full((cache.max_requests + 3,), NO_ROW)
         self._first, self._defect = found[:-2].zero_(), found[-2:]
         self._found = found[-3:]
@@ -106,6 +109,8 @@ class CudaRunner:
         self._pool: Any = torch.cuda.graph_pool_handle() if self.graphs else None
         self._last: tuple[list[str], Bucket] | None = None
         self._watches: deque[_Watch] = deque()
+        self._spare: list[tuple[Any, Tensor]] = []
+        """Events and pinned numbers of watches that were read."""
         self._num_units = _count_units(self.device)
 
     # -- the runner's calls -----------------------------------------------------------------------
@@ -141,20 +146,15 @@ class CudaRunner:
         on_device = candidates_RK.device.type == self.device.type
         trims = num_candidates is None and self.hint.trims
         bucket = self._bucket(num_rows, min(count, num_rows * width), width, trims)
-        cache = self.cache
-        meta = [
-            [cache.row(r) for r in request_ids],
-            [cache.length(r) for r in request_ids],
-            [cache.next_slot(r) for r in request_ids],
-        ]
-        rest = [0] * (cache.max_requests - num_rows)
-        meta = [[*numbers, *rest] for numbers in meta]
+        rows = self.cache.rows(request_ids)
+        meta = np.zeros(self._meta.shape, np.int32)
+        meta[:, :num_rows] = rows, self.cache.lengths(rows), self.cache.next_slots(rows)
         self._meta.copy_(pin(meta, torch.int32, self.device), non_blocking=True)
-        cache.table()
+        self.cache.table()
         candidates = candidates_RK
         if not on_device:
             candidates = self._upload(candidates_RK, torch.long)
-        packed_RK = torch.empty((num_rows, width), dtype=torch.long, device=self.device)
+        packed_RK = self._packed[: num_rows * width].view(num_rows, width)
         kernels.pack_candidates(
             candidates,
             self._meta[1],
@@ -181,8 +181,10 @@ class CudaRunner:
         bucket = self._last[1]
         if bucket.single:
             return
-        slots = [self.cache.next_slot(r) for r in request_ids]
-        places = self._upload([list(rows), slots], torch.int32)
+        rows_R, slots_R = self._order[: len(rows)], self._meta[2, : len(rows)]
+        if list(rows) != list(range(len(rows))):
+            rows_R = self._upload(rows, torch.int32)
+            slots_R = self._meta[2].index_select(0, rows_R)
         on_device = token_ids.device.type == self.device.type
         if not on_device:
             token_ids = self._upload(token_ids, torch.long)
@@ -190,8 +192,8 @@ class CudaRunner:
             self._stash,
             self.cache.data,
             token_ids.contiguous(),
-            places[0],
-            places[1],
+            rows_R,
+            slots_R,
             self._tokens,
             self._first,
             self._defect,
@@ -201,9 +203,10 @@ class CudaRunner:
             self._watch("the committed token is not among its peeked candidates")
 
     def find_defect(self) -> str | None:
-        while self._watches and self._watches[0].is_done():
+        while self._watches and self._watches[0].done.query():
             watch = self._watches.popleft()
             total, *rows = watch.found.tolist()
+            self._spare.append((watch.done, watch.found))
             if watch.num_slots:
                 self.hint.note(total / watch.num_slots)
             row = min(rows)
@@ -295,11 +298,13 @@ class CudaRunner:
         assert self._last is not None
         if self.device.type != "cuda":
             return
-        found = torch.empty(3, dtype=torch.int32, pin_memory=True)
+        if not self._spare:
+            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._spare.append((event, torch.empty(3, dtype=torch.int32, pin_memory=True)))
+        done, found = self._spare.pop()
         found.copy_(self._found, non_blocking=True)
-        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        self._watches.append(_Watch(done.query, found, self._last[0], what, num_slots))
+        self._watches.append(_Watch(done, found, self._last[0], what, num_slots))
 
 
 def round_up(n: int) -> int:

@@ -9,8 +9,15 @@ Shape legend: L layers, P pages, S tokens of a page, Hkv key heads, D head size,
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from lenvm.model.device import upload
+
+Array = NDArray[np.int64]
+"""Numbers of rows, on the host."""
 
 
 class KVPages:
@@ -43,13 +50,14 @@ class KVPages:
         self.max_columns = -(-min(max_length, max_tokens) // page_size) + 1
         self.num_tokens = 0
         """Tokens stored, a shared page counted once."""
-        self._pages: dict[str, list[int]] = {}
-        self._lengths: dict[str, int] = {}
         self._rows: dict[str, int] = {}
+        # of each row: its tokens, its pages (0 beyond them), how many pages
+        self._lengths = np.zeros(max_requests, np.int64)
+        self._pages = np.zeros((max_requests, self.max_columns), np.int64)
+        self._held = np.zeros(max_requests, np.int64)
         self._free_pages = list(range(self.num_pages - 1, 0, -1))
         self._free_rows = list(range(max_requests - 1, -1, -1))
         self._owners = [0] * self.num_pages
-        self._fill = [0] * self.num_pages
         self._changed: list[tuple[int, int, int]] = []
         self._table: Tensor | None = None
         if with_table:
@@ -57,96 +65,109 @@ class KVPages:
             self._table = torch.zeros(columns, dtype=torch.int32, device=device)
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._lengths
+        return request_id in self._rows
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self._rows)
 
     @property
     def num_bytes(self) -> int:
         return self.data.numel() * self.data.element_size()
 
     def length(self, request_id: str) -> int:
-        return self._lengths[request_id]
+        return int(self._lengths[self._rows[request_id]])
 
     def row(self, request_id: str) -> int:
         """The request's row in `table`."""
         return self._rows[request_id]
 
-    def pages(self, request_id: str) -> Sequence[int]:
-        return self._pages[request_id]
-
     def open(self, request_id: str) -> None:
         """A new, empty request."""
         self._rows[request_id] = self._free_rows.pop()
-        self._lengths[request_id], self._pages[request_id] = 0, []
 
     def close(self, request_id: str) -> None:
         """Forget a request; pages that nobody else shares become free."""
-        for page in self._pages.pop(request_id):
+        row = self._rows.pop(request_id)
+        length, pages = int(self._lengths[row]), self._pages[row, : self._held[row]]
+        for column, page in enumerate(pages.tolist()):
             self._owners[page] -= 1
             if not self._owners[page]:
-                self.num_tokens -= self._fill[page]
-                self._fill[page] = 0
+                self.num_tokens -= min(max(length - column * self.page_size, 0), self.page_size)
                 self._free_pages.append(page)
-        del self._lengths[request_id]
-        self._free_rows.append(self._rows.pop(request_id))
+        pages[:] = self._lengths[row] = self._held[row] = 0
+        self._free_rows.append(row)
 
     def fork(self, parent_id: str, child_id: str) -> None:
         """A new request with the parent's tokens: full pages are shared, an unfilled one copied."""
         self.open(child_id)
-        length = self._lengths[parent_id]
-        full, rest = divmod(length, self.page_size)
-        for page in self._pages[parent_id][:full]:
+        parent, child = self._rows[parent_id], self._rows[child_id]
+        full, rest = divmod(int(self._lengths[parent]), self.page_size)
+        for page in self._pages[parent, :full].tolist():
             self._owners[page] += 1
-            self._take(child_id, page)
-        self._lengths[child_id] = full * self.page_size
+            self._take(child, page)
+        self._lengths[child] = full * self.page_size
         if rest:
             self.reserve(child_id, rest)
             self.advance(child_id, rest)
-            source, target = self._pages[parent_id][full], self._pages[child_id][full]
+            source, target = self._pages[[parent, child], full].tolist()
             self.data[:, :, target, :rest] = self.data[:, :, source, :rest]
 
     def copied_by_fork(self, request_id: str) -> int:
         """Tokens that a fork of the request would store again."""
-        return self._lengths[request_id] % self.page_size
+        return self.length(request_id) % self.page_size
 
     def reserve(self, request_id: str, num_tokens: int) -> None:
         """Give the request the pages that its next `num_tokens` tokens need."""
-        pages = self._pages[request_id]
-        needed = -(-(self._lengths[request_id] + num_tokens) // self.page_size)
-        new = [self._free_pages.pop() for _ in range(needed - len(pages))]
+        row = self._rows[request_id]
+        needed = -(-(int(self._lengths[row]) + num_tokens) // self.page_size)
+        new = [self._free_pages.pop() for _ in range(needed - int(self._held[row]))]
         if new and self.data.device.type == "cpu":  # a stale NaN there would survive weight 0
             self.data[:, :, new] = 0
         for page in new:
             self._owners[page] = 1
-            self._take(request_id, page)
+            self._take(row, page)
 
     def advance(self, request_id: str, num_tokens: int) -> None:
         """Count `num_tokens` more tokens, written into reserved pages, as the request's."""
-        start = self._lengths[request_id]
-        for column in range(start // self.page_size, -(-(start + num_tokens) // self.page_size)):
-            begin = column * self.page_size
-            filled = min(start + num_tokens - begin, self.page_size)
-            self._fill[self._pages[request_id][column]] = filled
-        self._lengths[request_id] = start + num_tokens
+        self._lengths[self._rows[request_id]] += num_tokens
         self.num_tokens += num_tokens
 
     def slots(self, request_id: str, start: int, stop: int) -> list[int]:
         """Slots of positions start .. stop - 1, which must be reserved."""
-        pages, size = self._pages[request_id], self.page_size
-        return [pages[i // size] * size + i % size for i in range(start, stop)]
+        pages, size = self._pages[self._rows[request_id]], self.page_size
+        at = np.arange(start, stop)
+        found: list[int] = (pages[at // size] * size + at % size).tolist()
+        return found
 
-    def next_slot(self, request_id: str) -> int:
-        """Slot of the next position, which must be reserved."""
-        column, offset = divmod(self._lengths[request_id], self.page_size)
-        return self._pages[request_id][column] * self.page_size + offset
+    # -- one more token of many requests, by their rows: what every step asks for -----------------
 
-    def gather_table(self, request_ids: Iterable[str], num_tokens: int) -> Tensor:
-        """Pages of the first `num_tokens` positions of each request, 0 beyond its end: [R, C]."""
+    def rows(self, request_ids: Iterable[str]) -> Array:
+        """Their rows in `table`, each named once; KeyError for an unknown one."""
+        return np.array([self._rows[r] for r in request_ids], np.int64)
+
+    def lengths(self, rows: Array) -> Array:
+        return self._lengths[rows]
+
+    def reserve_next(self, request_ids: Sequence[str], rows: Array) -> None:
+        """Give each the page that its next token needs."""
+        is_full = self._lengths[rows] == self._held[rows] * self.page_size
+        for index in is_full.nonzero()[0].tolist():
+            self.reserve(request_ids[index], 1)
+
+    def next_slots(self, rows: Array) -> Array:
+        """Slots of the next positions, which must be reserved."""
+        column, offset = np.divmod(self._lengths[rows], self.page_size)
+        return self._pages[rows, column] * self.page_size + offset
+
+    def advance_next(self, rows: Array) -> None:
+        """Count one more token of each, written into a reserved page."""
+        self._lengths[rows] += 1
+        self.num_tokens += len(rows)
+
+    def gather_table(self, rows: Array, num_tokens: int) -> Tensor:
+        """Pages of the first `num_tokens` positions of each row, 0 beyond its end: [R, C]."""
         columns = -(-num_tokens // self.page_size)
-        rows = [self._pages[r][:columns] for r in request_ids]
-        return torch.tensor([[*row, *[0] * (columns - len(row))] for row in rows])
+        return torch.from_numpy(self._pages[rows, :columns])
 
     def table(self) -> Tensor:
         """Pages of every row on the device, [max_requests, C] int32, brought up to date without a
@@ -155,25 +176,22 @@ class KVPages:
         if self._changed:
             device = self.data.device
             flat = {row * self.max_columns + column: p for row, column, p in self._changed}
-            pin = device.type == "cuda"
-            index = torch.tensor([*flat], pin_memory=pin).to(device, non_blocking=True)
-            pages = torch.tensor([*flat.values()], dtype=torch.int32, pin_memory=pin)
-            self._table.view(-1).index_copy_(0, index, pages.to(device, non_blocking=True))
+            index, pages = upload([[*flat], [*flat.values()]], torch.long, device)
+            self._table.view(-1).index_copy_(0, index, pages.int())
             self._changed.clear()
         return self._table
 
-    def _take(self, request_id: str, page: int) -> None:
-        pages = self._pages[request_id]
+    def _take(self, row: int, page: int) -> None:
+        column = int(self._held[row])
         if self._table is not None:
-            self._changed.append((self._rows[request_id], len(pages), page))
-        pages.append(page)
+            self._changed.append((row, column, page))
+        self._pages[row, column] = page
+        self._held[row] += 1
 
 
 def build_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros; on the CPU the system gives the memory only where it is first written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    import numpy as np
-
     num_bytes = torch.Size(shape).numel() * torch.empty((), dtype=dtype).element_size()
     return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lenvm.errors import CapacityError, InputError
 from lenvm.model import attention
-from lenvm.model.kv_pages import KVPages
+from lenvm.model.kv_pages import Array, KVPages
 from lenvm.model.support import check_supported
 from lenvm.model.torch_runner import Head, Runner, TorchRunner
 
@@ -214,7 +214,7 @@ class RaggedDecoder:
         """
         self._raise_defect()
         candidates = torch.as_tensor(candidate_ids_RK, dtype=torch.long)
-        self._check_known(request_ids)
+        rows = self._rows(request_ids)
         if not request_ids or len(set(request_ids)) != len(request_ids):
             raise InputError("a peek names each request once, and at least one")
         if candidates.ndim != 2 or candidates.shape[0] != len(request_ids):
@@ -227,9 +227,8 @@ class RaggedDecoder:
         if candidates.device.type == "cpu":
             self._check_candidates(request_ids, candidates)
             num_candidates = int((candidates >= 0).sum())
-        self._check_growth(dict.fromkeys(request_ids, 1))
-        for request_id in request_ids:
-            self._cache.reserve(request_id, 1)
+        self._check_next(request_ids, rows)
+        self._cache.reserve_next(request_ids, rows)
         self._peeked = _Peek({}, candidates)
         if num_candidates == 0:
             raise InputError("a peek needs at least one candidate that is not padding")
@@ -252,7 +251,7 @@ class RaggedDecoder:
         a broken promise raises InputError at the next call.
         """
         self._raise_defect()
-        self._check_known(request_ids)
+        rows = self._rows(request_ids)
         tokens = torch.as_tensor(token_ids_R, dtype=torch.long)
         if tokens.shape != (len(request_ids),) or len(set(request_ids)) != len(request_ids):
             raise InputError(
@@ -271,10 +270,10 @@ class RaggedDecoder:
             raise InputError(f"request {missing[0]!r} has no peeked candidates to commit")
         for request_id, token_ids in others.items():
             self._check_tokens(request_id, token_ids)
-        self._check_growth(dict.fromkeys(request_ids, 1))
+        self._check_next(request_ids, rows)
         if kept:
             chosen = tokens if len(kept) == len(tokens) else tokens[kept]
-            self._keep([request_ids[i] for i in kept], chosen)
+            self._keep([request_ids[i] for i in kept], rows[kept], chosen)
         if others:
             self._append(others)
 
@@ -286,7 +285,7 @@ class RaggedDecoder:
         """
         tokens = torch.as_tensor(token_ids_R, dtype=torch.long)
         out = self.peek(request_ids, tokens.unsqueeze(-1), num_candidates=len(request_ids))
-        self._keep(request_ids, tokens)
+        self._keep(request_ids, self._rows(request_ids), tokens)
         return out[:, 0]
 
     def remove(self, request_ids: Sequence[str]) -> None:
@@ -298,11 +297,11 @@ class RaggedDecoder:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _keep(self, request_ids: Sequence[str], tokens_R: Tensor) -> None:
+    def _keep(self, request_ids: Sequence[str], rows: Array, tokens_R: Tensor) -> None:
         """Tokens of the last peek become part of their requests."""
         self._runner.keep(request_ids, [self._peeked.rows[r] for r in request_ids], tokens_R)
+        self._cache.advance_next(rows)
         for request_id in request_ids:
-            self._cache.advance(request_id, 1)
             del self._peeked.rows[request_id]
 
     def _append(self, requests: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -323,6 +322,14 @@ class RaggedDecoder:
     def _raise_defect(self) -> None:
         if defect := self._runner.find_defect():
             raise InputError(defect)
+
+    def _rows(self, request_ids: Sequence[str]) -> Array:
+        """Their rows in the cache. InputError for an unknown request."""
+        try:
+            return self._cache.rows(request_ids)
+        except KeyError:
+            self._check_known(request_ids)
+            raise
 
     def _check_known(self, request_ids: Sequence[str] | Mapping[str, Any]) -> None:
         for request_id in request_ids:
@@ -347,6 +354,12 @@ class RaggedDecoder:
                 f"request {request_ids[row]!r}: candidate {int(candidates[row, column])} is not a "
                 f"token; ids go from 0 to {self.vocab_size - 1}"
             )
+
+    def _check_next(self, request_ids: Sequence[str], rows: Array) -> None:
+        """CapacityError unless each of them has room for one more token."""
+        is_long = self._cache.lengths(rows) >= self.max_positions
+        if is_long.any() or self.num_tokens + len(rows) > self.max_tokens:
+            self._check_growth(dict.fromkeys(request_ids, 1))
 
     def _check_growth(self, growth: Mapping[str, int]) -> None:
         lengths = {r: self._cache.length(r) + n for r, n in growth.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lenvm.model.attention import AttentionPlan, Segment, TorchCandidates, TorchExtend, Workspace
 from lenvm.model.backbone import run_backbone
-from lenvm.model.kv_pages import KVPages, build_zeros
+from lenvm.model.kv_pages import Array, KVPages, build_zeros
 from lenvm.model.packed_layers import pack_layers
 
 Head = Callable[[Tensor], Tensor]
@@ -93,10 +93,10 @@ class TorchRunner:
         given = candidates.view(-1) >= 0
         flat = _with_padding(given).nonzero().squeeze(-1)
         single = width == 1 and bool(given.all())
-        lengths = [self.cache.length(r) for r in request_ids]
-        next_slots = [self.cache.next_slot(r) for r in request_ids]
+        rows = self.cache.rows(request_ids)
+        lengths = self.cache.lengths(rows)
         room = 0 if single else -(-width // self.cache.page_size)
-        table = self.cache.gather_table(request_ids, max(lengths) + single)
+        table = self.cache.gather_table(rows, int(lengths.max()) + single)
         table = F.pad(table, (0, room))  # of page 0, to be written over
         plan = TorchCandidates(
             data=self.cache.data,
@@ -104,7 +104,7 @@ class TorchRunner:
             lengths=self._tensor(lengths),
             flat=flat,
             width=width,
-            next_slots=self._tensor(next_slots) if single else None,
+            next_slots=self._tensor(self.cache.next_slots(rows)) if single else None,
             stash=self._stash,
             work=self._work,
         )
@@ -128,7 +128,7 @@ class TorchRunner:
         ]
         at = self._tensor([r * plan.width + c for r, c in zip(rows, columns, strict=True)])
         packed = torch.searchsorted(plan.flat, at)
-        slots = self._tensor([self.cache.next_slot(r) for r in request_ids])
+        slots = self._tensor(self.cache.next_slots(self.cache.rows(request_ids)))
         store = self.cache.data.flatten(2, 3)  # [L, 2, P * S, Hkv, D]
         store.index_copy_(2, slots, self._stash.index_select(2, packed))
 
@@ -138,7 +138,7 @@ class TorchRunner:
     def find_defect(self) -> str | None:
         return None
 
-    def _tensor(self, values: Sequence[int]) -> Tensor:
+    def _tensor(self, values: Sequence[int] | Array) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
 

@@ -62,12 +62,13 @@ class BatchRows:
             return
         kept = []
         for row in self._rows.values():
-            num_grown = len(row.output_token_ids) - row.num_settled
-            if num_grown == 1:
+            num_tokens, before = len(row.output_token_ids), row.num_settled
+            row.num_settled = num_tokens
+            if num_tokens == before + 1:
                 kept.append(row.request_id)
-            elif num_grown:
-                self.batch.fail(row.request_id, f"vLLM changed its tokens by {num_grown} at once")
-            row.num_settled += num_grown
+            elif num_tokens != before:
+                reason = f"vLLM changed its tokens by {num_tokens - before} at once"
+                self.batch.fail(row.request_id, reason)
         self.batch.settle(kept)
         indices = sorted(self._rows)
         self.batch.step([self._rows[i].request_id for i in indices], indices, logits_BV)
