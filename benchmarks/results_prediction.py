@@ -175,5 +175,21 @@ def positions(found: Numbers | None, images: Path) -> str:
             ["model", "domain", "gamma", "at 0%", "25%", "50%", "75%"],
             rows or [["ours", "-", "-", *[MISSING] * 4]],
         ),
+        _nearer(found),
         about(found) if found else "",
+    )
+
+
+def _nearer(found: Numbers | None) -> str:
+    """The two heads, answer by answer."""
+    if not found or not found.get("nearer_than_scalar"):
+        return ""
+    rows = [
+        [f"{found['models'][name]['gamma']:.4g}", *(percent(p["share"]) for p in row)]
+        for name, row in found["nearer_than_scalar"].items()
+    ]
+    return join(
+        "How often the distribution head (`lora`) is nearer than a scalar head trained for that "
+        "gamma on the same data (50%: even):",
+        table(["gamma", "at 0%", "25%", "50%", "75%"], rows),
     )

@@ -136,7 +136,31 @@ def _decoding(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
                 "traced": step["options"].get("traced"),
                 "domains": domains,
             }
-    return {"headline": {}, "models": models}
+    main = plan.headline.get("against_scalar", "")
+    folders = {path.name: path for s in steps for path in lab.glob(f"prediction/{s['name']}/*")}
+    scalars = [n for n, m in models.items() if m["head"] == "scalar" and main in folders]
+    nearer = {n: nearer_share(folders[main], folders[n]) for n in scalars}
+    return {"headline": {}, "models": models, "nearer_than_scalar": nearer}
+
+
+def nearer_share(ours: Path, theirs: Path) -> list[Numbers]:
+    """How often a model is nearer to an answer's rest than another, by place: [{at, share}]."""
+
+    def errors(folder: Path) -> dict[tuple[str, int, float], float]:
+        return {
+            (row["id"], p["sample"], p["at"]): abs(p["predicted"] - p["remaining"])
+            for _, row in read_jsonl(folder / "records.jsonl")
+            for p in row["positions"]
+        }
+
+    own, other = errors(ours), errors(theirs)
+    found = []
+    for at in sorted({key[2] for key in own}):
+        keys = [k for k in own if k[2] == at and k in other]
+        ids = [k[0] for k in keys]
+        wins = [0.5 * ((own[k] < other[k]) + (own[k] <= other[k])) for k in keys]
+        found.append({"at": at, "share": Resampler(ids).mean(wins, ids).to_json()})
+    return found
 
 
 def by_source(grades: Path, conditioned: set[str]) -> Numbers:

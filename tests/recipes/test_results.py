@@ -9,7 +9,7 @@ import pytest
 import torch
 from recipes.results import prompts, travel
 from recipes.results.__main__ import app
-from recipes.results.collect import by_source, collect
+from recipes.results.collect import by_source, collect, nearer_share
 from recipes.results.lab import Lab
 from recipes.results.plan import load_plan, run_steps
 from recipes.results.ship import ship
@@ -272,6 +272,21 @@ def test_held_out_instructions_are_told_apart_by_their_source(tmp_path, data):
     assert counts == {"ifeval": 4, "wildchat": 5}
     assert found["ifeval"]["mre"]["value"] == pytest.approx(0.2)
     assert found["wildchat"]["mre"]["value"] == pytest.approx(0.1)
+
+
+def test_two_models_are_compared_answer_by_answer(tmp_path):
+    def write_predictions(name: str, predicted: list[float]) -> Path:
+        points = [
+            {"sample": k, "at": 0.5, "remaining": 10, "predicted": p}
+            for k, p in enumerate(predicted)
+        ]
+        write_rows(tmp_path / name / "records.jsonl", [{"id": "a", "positions": points}])
+        return tmp_path / name
+
+    ours, theirs = write_predictions("a", [11, 9, 14, 10]), write_predictions("b", [13, 11, 11, 4])
+    [row] = nearer_share(ours, theirs)
+    assert row["at"] == 0.5
+    assert row["share"]["value"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
 
 
 def test_the_plan_itself_is_sound(data):
