@@ -167,7 +167,7 @@ def _prediction(found: Numbers) -> str:
         "held-out prompts with 64 answers each, mean relative error of the distribution's "
         "geometric mean (a few instructions answered "
         "in a handful of tokens make their mean; the median is over all); a value model for "
-        "prediction, `prompt_weight = 30` "
+        "prediction, [in the box](checkpoints/qwen2.5-coder-0.5b-prediction) too "
         "([file](benchmarks/results/prediction_h200.json)):\n\n"
         + table(["", *names, "median"], rows)
     )
