@@ -163,6 +163,10 @@ def _square(x: Any) -> Any:
 # -- prediction, trade-off, grids -----------------------------------------------------------------
 
 
+PREDICTORS = ("coder05-lora", "coder05-constrained", "coder05-constrained-prompt", "coder15-lora05")
+"""Of all that were trained: each a step of what the results page tells."""
+
+
 def prediction(found: Numbers, images: Path) -> Iterator[Path]:
     """Relative error before the first token by domain: ours (distribution heads, at their own
     gamma), a constant, the paper's."""
@@ -171,6 +175,7 @@ def prediction(found: Numbers, images: Path) -> Iterator[Path]:
     }
     if not models:
         return
+    models = {n: m for n, m in models.items() if n in PREDICTORS} or models
     figure, axis = plt.subplots(figsize=(7.2, 3.8), dpi=150)
     first = next(iter(models.values()))
     series: dict[str, list[Any]] = {
@@ -187,7 +192,7 @@ def prediction(found: Numbers, images: Path) -> Iterator[Path]:
     for number, (name, rows) in enumerate(series.items()):
         is_paper, is_constant = name.startswith("paper"), name.startswith("constant")
         colour = (
-            "#c9a0a0" if is_paper else "#bbbbbb" if is_constant else colours(0.5 + 0.08 * number)
+            "#c9a0a0" if is_paper else "#bbbbbb" if is_constant else colours(0.3 + 0.15 * number)
         )
         for place, row in enumerate(rows):
             if row is None:

@@ -74,8 +74,14 @@ def about(found: Numbers | None) -> str:
     if not found:
         return ""
     steps = [
-        f"{name} {s['gpu_seconds']:.0f} s"
-        + (f", {s['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in s else "")
+        f"{name} "
+        + (f"{s['gpu_seconds']:.0f} s" if s["gpu_seconds"] else "(time not recorded)")
+        + (f", {s['tokens_per_s']:,.0f} tokens/s" if s.get("tokens_per_s") else "")
+        + (
+            ""
+            if s.get("hardware", found["hardware"]) == found["hardware"]
+            else f" on {s['hardware']}"
+        )
         + ("" if s["finished"] else " (not finished)")
         for name, s in found["steps"].items()
     ]

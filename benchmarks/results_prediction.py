@@ -167,8 +167,8 @@ def positions(found: Numbers | None, images: Path) -> str:
         "Median relative error of the remaining length after 0, 25, 50 and 75% of single answers "
         f"({num} answers to held-out prompts, chosen by number). A distribution head's geometric "
         "mean serves every gamma, a scalar head answers for the one it was trained with. The first "
-        "measurement took the answers that ended first, the shortest, and so found three times "
-        "these errors."
+        "measurement took the answers that ended first, the shortest, and so found two to "
+        "four times these errors."
         if num
         else "Median relative error of the remaining length after 0, 25, 50 and 75% of an answer.",
         table(

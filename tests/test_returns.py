@@ -81,6 +81,13 @@ def test_gamma_needs_lengths(lengths: list[int]):
         returns.compute_gamma(lengths)
 
 
+def test_a_value_of_minus_1_is_a_long_but_finite_length():
+    values = torch.tensor([-1.0, -1.0 + 2.0**-24, -1.5])
+    found = returns.value_to_length(values, 0.99)
+    assert found[0] == found[1] > 1000
+    assert found[2].isnan()  # no value at all
+
+
 def test_lambda_outside_0_1_is_refused():
     with pytest.raises(InputError, match="lambda"):
         returns.compute_lambda_returns(torch.zeros(3), 0.9, 1.1)

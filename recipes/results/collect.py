@@ -69,7 +69,8 @@ def _cost(step: Mapping[str, Any]) -> Numbers:
     """What a step took."""
     names = ("tokens", "seconds", "tokens_per_s", "guidance_s", "num_answers", "num_left")
     figures = {k: v for k, v in step["figures"].items() if k in names}
-    return {"finished": step["finished"], "gpu_seconds": step["seconds"], **figures}
+    facts = {k: step.get(k) for k in ("finished", "hardware", "commit")}
+    return {**facts, "gpu_seconds": step["seconds"], **figures}
 
 
 def _all_steps(lab: Path, kind: str) -> Iterator[Numbers]:
@@ -125,6 +126,14 @@ def _prediction(
     return {"headline": headline, "models": models, "against_scalar": pairs}
 
 
+def predictions(lab: Path) -> Iterator[Path]:
+    """Folders of predictions at the prompt, one a model; `decoding` steps have folders, too."""
+    for path in sorted(lab.glob("prediction/*/*/summary.json")):
+        step = lab / "steps" / f"{path.parents[1].name}.json"
+        if step.exists() and read_json(step)["result"] == "prediction":
+            yield path.parent
+
+
 def _decoding(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
     """Errors of the remaining length inside answers, of steps that trace enough of them."""
     models: Numbers = {}
@@ -133,7 +142,7 @@ def _decoding(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
             summary = read_json(path)
             domains = {d: table["positions"] for d, table in summary["domains"].items()}
             models[path.parent.name] = {k: summary[k] for k in ("gamma", "head")} | {
-                "traced": step["options"].get("traced"),
+                **{k: step["options"].get(k) for k in ("traced", "limit")},
                 "domains": domains,
             }
     main = plan.headline.get("against_scalar", "")
@@ -167,10 +176,10 @@ def by_source(grades: Path, conditioned: set[str]) -> Numbers:
     """Error of the geometric mean on held-out instructions with conditions on form (IFEval) and
     without (WildChat): {source: {num_prompts, mre}}."""
     rows = [row for _, row in read_jsonl(grades) if row["domain"] == "instructions"]
-    short = {h[:16] for h in conditioned}
     found: Numbers = {}
     for name, inside in (("ifeval", True), ("wildchat", False)):
-        own = [r for r in rows if (r["id"] in short) == inside and r.get("predicted_geometric")]
+        own = [r for r in rows if (r["id"] in conditioned) == inside]
+        own = [r for r in own if r.get("predicted_geometric")]
         errors = [abs(r["predicted_geometric"] / r["length_true"] - 1) for r in own]
         if errors:
             mre = Resampler([r["id"] for r in own]).mean(errors, [r["id"] for r in own])
@@ -182,7 +191,7 @@ def _paired(lab: Path, main: str, models: Numbers) -> Numbers:
     """The distribution head's relative error less a scalar head's at the same gamma, prompt by
     prompt: {scalar model: {domain: estimate}}."""
     found: Numbers = {}
-    folders = {path.name: path for path in lab.glob("prediction/*/*")}
+    folders = {path.name: path for path in predictions(lab)}
     for name, model in models.items():
         own = folders.get(f"{main}@{model['gamma']:g}")
         if model["head"] != "scalar" or own is None:
@@ -206,9 +215,10 @@ def _point(domain: Numbers) -> Numbers | None:
 
 
 def _coverage_80(plan: Plan, lab: Path) -> float | None:
-    for path in lab.glob(f"prediction/*/{plan.headline['prediction']}/summary.json"):
-        coverage = read_json(path)["domains"]["all"]["coverage"]
-        return _value(coverage and coverage["80"])
+    for folder in predictions(lab):
+        if folder.name == plan.headline["prediction"]:
+            coverage = read_json(folder / "summary.json")["domains"]["all"]["coverage"]
+            return _value(coverage and coverage["80"])
     return None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recipes.results.collect import predictions
 from safetensors.torch import load_file, save_file
 
 from lenvm.errors import DataError, InputError
@@ -118,8 +119,8 @@ def _card(
                 "cut off, used as lower bounds",
             )
         )
-    for path in sorted(lab.glob(f"prediction/*/{name}/summary.json")):
-        summary = read_json(path)
+    for folder in (f for f in predictions(lab) if f.name == name):
+        summary = read_json(folder / "summary.json")
         for domain, table in summary["domains"].items():
             if table["mre"] is None:
                 continue
@@ -138,6 +139,16 @@ def _card(
         if coverage:
             covered = f"{coverage['80']['value']:.1%} of held-out answers"
             rows.append(("80% interval covers", covered))
+    guided = any(
+        read_json(path)["options"].get("value_model") == name
+        for path in (lab / "steps").glob("*.json")
+    )
+    control = (
+        "What control reaches and costs with it: [docs/results.md](../../docs/results.md)."
+        if guided
+        else "It was measured for prediction ([docs/results.md](../../docs/results.md)); what "
+        "control reaches and costs with it has not been measured."
+    )
     lines = "\n".join(f"| {key} | {value} |" for key, value in rows)
     generator = next(iter(_generator(sampling) for sampling, _ in sets.values()))
     if generator.startswith("Qwen"):
@@ -149,8 +160,7 @@ def _card(
         '    --equal-to 200 --tolerance 0.05 "Explain quicksort."\n'
         f'lenvm predict --lenvm checkpoints/{target.name} "Explain quicksort."\n```\n\n'
         f"The base comes from the hub; `--lenvm checkpoints/{target.name}@FOLDER_OR_GGUF` takes "
-        "another copy of it.\nWhat control reaches and costs with it: "
-        "[docs/results.md](../../docs/results.md).\n\n"
+        f"another copy of it.\n{control}\n\n"
         f"| | |\n|---|---|\n{lines}\n\nMade by `python -m recipes.results run {name}` "
         "(recipes/results/plan.toml); base and generator were Q4_K_M GGUF files, read as bf16.\n"
         "Limits: English; under other sampling settings and other weights (full precision "

@@ -49,6 +49,10 @@ def pack(lab: Path, out: Path) -> None:
         (out / f"lab.tar.{number}").write_bytes(whole[start : start + PART_BYTES])
     (lab / MARKS).write_text(json.dumps(marks))
     print(f"{len(files) - len(left_out)} files, {len(whole) / 2**20:.1f} MiB")
+    heavy = [f for f in lab.glob("models/*/adapter_model.safetensors") if _is_whole(f)]
+    if heavy:
+        names = ", ".join(str(f.relative_to(lab)) for f in heavy)
+        print(f"too large to travel, lost with the machine: {names}")
     if left_out:
         print(f"no room for {', '.join(left_out)}: pack again")
 
@@ -78,10 +82,14 @@ def _files(lab: Path) -> Iterator[Path]:
         for file in sorted((lab / part).rglob("*")):
             name = file.relative_to(lab)
             stays = any(name.match(pattern) for pattern in STAY) or "checkpoint" in str(name)
-            is_whole = file.suffix == ".safetensors" and file.stat().st_size > MAX_WEIGHTS
             hidden = any(p.startswith(".") for p in name.parts)
-            if file.is_file() and not stays and not is_whole and not hidden:
+            if file.is_file() and not stays and not _is_whole(file) and not hidden:
                 yield file
+
+
+def _is_whole(file: Path) -> bool:
+    """Weights too large to be an adapter's."""
+    return file.suffix == ".safetensors" and file.stat().st_size > MAX_WEIGHTS
 
 
 def _compress(file: Path) -> bytes:

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from lenvm.errors import InputError
 
-LEAST_VALUE = -1.0 + 2.0**-24
-"""The fp32 above -1."""
+ABOVE_LEAST = -1.0 + 2.0**-24
+"""The value next to -1 in fp32."""
 
 
 def log_discount(gamma: float) -> float:
@@ -50,7 +50,8 @@ def value_to_length(value: Tensor, gamma: float) -> Tensor:
 
     Values close to -1 have no digits left in fp32, and -1 itself counts as the one above it, so
     that the length is finite. Where the logit is at hand use `logit_to_length`: exact for any."""
-    return -torch.log1p(value.float().clamp(min=LEAST_VALUE)) / log_discount(gamma)
+    value = value.float()
+    return -torch.log1p(value.masked_fill(value == -1.0, ABOVE_LEAST)) / log_discount(gamma)
 
 
 def logit_to_value(logit: Tensor) -> Tensor:

@@ -105,8 +105,8 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         for number, rows in enumerate(inputs.micro_batches):
             is_last = number == len(inputs.micro_batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(is_last)
-            if self._keeps_weights:
-                model.set_reshard_after_backward(is_last)  # type: ignore[operator]
+            if isinstance(model, FSDPModule) and not self._reshards:
+                model.set_reshard_after_backward(is_last)
             with nullcontext() if is_last else self._unsynchronised(model):
                 loss = self._sum(model, rows) * scale
                 self.accelerator.backward(loss)
@@ -130,10 +130,9 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         return context
 
     @property
-    def _keeps_weights(self) -> bool:
-        """FSDP2 whose weights stay gathered from a step's first forward to its last backward."""
-        state = self.accelerator.state
-        return bool(state.is_fsdp2 and not state.fsdp_plugin.reshard_after_forward)
+    def _reshards(self) -> bool:
+        """Whether FSDP2 frees weights after each use, not only at the end of a step."""
+        return bool(self.accelerator.state.fsdp_plugin.reshard_after_forward)
 
     def _watch(self, loss: Tensor) -> None:
         """Remember a loss, and look at those two steps old (at the first one at once): the device
