@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
     allow_cpu_layouts()
     from lenvm.training.config import TrainingConfig
-    from lenvm.training.trainer import train
+    from lenvm.training.trainer import leave_group, train
 
     train(TrainingConfig.parse(json.loads(Path(sys.argv[1]).read_text())))
+    leave_group()

@@ -37,10 +37,12 @@ def register(app: typer.Typer) -> None:
         if output:
             overrides.append(f"output={json.dumps(str(output))}")
         settings = TrainingConfig.load(config, overrides)
+        from lenvm.training.trainer import leave_group
         from lenvm.training.trainer import train as run
 
         with stages() as progress:
             result = run(settings, progress)
+        leave_group()
         dropped = ", ".join(f"{n} {why}" for why, n in result.num_dropped.items()) or "none"
         print_table(
             f"Value model: {settings.output}",

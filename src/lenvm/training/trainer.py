@@ -70,6 +70,14 @@ class Splits:
     weights: Any
 
 
+def leave_group() -> None:
+    """End the processes' connection after the last training: threads of it that outlive Python
+    abort the process now and then, and the launcher calls the finished training failed."""
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
+
+
 def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> TrainingResult:
     """Train, or continue a run that was killed; a finished one returns its result at once.
 
