@@ -401,8 +401,8 @@ class Run:
         parts are right and their sum is above a step's time in `speed`."""
         engines = {}
         for generator, value in pairs:
-            folder = setup.write_generator(generator, self.work, is_tiny=self.is_dry)
-            checkpoint = setup.write_value_model(value, self.work, is_tiny=self.is_dry)
+            folder, models = self.find_pair(generator, value)
+            self.prompts, checkpoint = self.read_prompts(folder), models["guided"]
             inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LENVM_BENCH_TIMERS": "1"}
             name = f"{generator}_{value}_profile"
             engines[name] = self.start(
@@ -411,12 +411,16 @@ class Run:
         for name, engine in self.await_ready(engines, 330.0).items():
             pair = name.removesuffix("_profile")
             concurrency = self.arguments.concurrency[0]
-            command = {"do": "split", "concurrency": concurrency, "control": CONTROL}
+            command: dict[str, Any] = {"do": "split", "concurrency": concurrency}
+            command["control"] = self.control
+            if self.prompts:
+                command["prompts"] = self.prompts
             command["num_tokens"] = min(128, self.arguments.num_tokens)
             answer = engine.ask(command, min(120.0, self.left_s))
             table = answer.pop("table", "")
             (self.logs / f"{name}.txt").write_text(table)
-            self.results.setdefault("splits", []).append({"pair": pair, **answer})
+            told = {"pair": pair, "trained": bool(self.prompts)}
+            self.results.setdefault("splits", []).append({**told, **answer})
             self.say(json.dumps(answer))
             self.say(table[:6000])
             self.save()

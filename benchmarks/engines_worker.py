@@ -194,7 +194,7 @@ class Timers:
         self.seconds: dict[str, float] = {}
         self.wrap(GuidedBatch, "settle", "batch")
         self.wrap(GuidedBatch, "step", "batch")
-        self.wrap(GuidanceSession, "step", "session")
+        self.wrap(GuidanceSession, "draw", "session")
         self.wrap(GuidanceSession, "commit", "session")
         self.wrap(GuidanceSession, "add", "prefill")
         self.wrap(CandidateScorer, "score", "scorer")
@@ -243,7 +243,7 @@ def split(worker: Any, command: dict[str, Any]) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     timers, num_tokens = worker.timers, command["num_tokens"]
-    worker.generate(build_batch(worker, command, 24))
+    worker.generate(build_batch(worker, command, 192 if command.get("prompts") else 24))
     timers.seconds.clear()
     timers.is_on = True
     start = clock()

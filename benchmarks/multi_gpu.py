@@ -316,7 +316,10 @@ def profile(call: Call) -> None:
     """Where a step's time goes on one GPU, under DDP and under FSDP2 (three ways)."""
     settings = {**prepare_training(call), "evals": 1}
     call.found |= {"settings": settings, "runs": {}}
+    wanted = call.arguments.runs or ["one", *LAYOUTS]
     for layout in (None, *LAYOUTS):
+        if (layout or "one") not in wanted:
+            continue
         name = f"profile_{layout or 'one'}"
         out = call.work / f"{name}_steps.json"
         try:
@@ -606,7 +609,9 @@ def main() -> None:
     parser.add_argument("--work", default="/dev/shm/multi_gpu")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument(
-        "--runs", nargs="*", help=f"of `train`: one, one_otherwise, {', '.join(LAYOUTS)}, zero3"
+        "--runs",
+        nargs="*",
+        help=f"of `train`, `profile`: one, one_otherwise, {', '.join(LAYOUTS)}, zero3",
     )
     parser.add_argument("--steps", type=int, default=52)
     parser.add_argument("--epochs", type=float, default=2.0)

@@ -13,6 +13,7 @@ from typing import Any
 from recipes.results.plan import Plan
 from recipes.results.prompts import find_conditioned
 
+from lenvm.evals.arms import FEATURES
 from lenvm.evals.bootstrap import Resampler
 from lenvm.evals.lifebench.run import EVALUATION as LIFEBENCH
 from lenvm.evals.lifebench.run import summarise as summarise_lifebench
@@ -273,7 +274,10 @@ def _lifebench(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
 
 
 def _tradeoff(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
-    runs = {s["name"]: _grade(lab, s["name"], TRADEOFF, summarise_tradeoff) for s in steps}
+    runs = {}
+    for step in steps:
+        shared = step["options"].get("unguided_from", "")
+        runs[step["name"]] = _grade(lab, step["name"], TRADEOFF, summarise_tradeoff, shared)
     names = plan.headline["gsm8k"]
     main = next(
         (runs[n] for n in ([names] if isinstance(names, str) else names) if n in runs), None
@@ -342,14 +346,22 @@ def _length_tokens(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
 # -- inside ---------------------------------------------------------------------------------------
 
 
-def _grade(lab: Path, name: str, evaluation: str, summarise: Callable[..., Numbers]) -> Numbers:
-    """Grades and summary of a folder of answers, under lab/graded; made once for what is there."""
+def _grade(
+    lab: Path, name: str, evaluation: str, summarise: Callable[..., Numbers], shared: str = ""
+) -> Numbers:
+    """Grades and summary of a folder of answers, under lab/graded; made once for what is there.
+
+    shared: another step of the same generator, questions and sampling. Its answers without a value
+    model are this step's, too: the same requests with the same seeds.
+    """
     source, target = lab / "answers" / name, lab / "graded" / name
     stamp = (source / "records.jsonl").stat().st_mtime_ns
     made = target / "summary.json"
     if not made.exists() or made.stat().st_mtime_ns < stamp:
         manifest = load_config(source, evaluation)
         records = list(load_records(source).values())
+        if shared:
+            manifest, records = _share(manifest, records, lab / "answers" / shared, evaluation)
         kept = keep_complete(records)
         skipped = dict.fromkeys(manifest["arms"])
         target.mkdir(parents=True, exist_ok=True)
@@ -359,6 +371,21 @@ def _grade(lab: Path, name: str, evaluation: str, summarise: Callable[..., Numbe
     return {"sampling": summary["config"]["sampling"]} | {
         k: v for k, v in summary.items() if k not in dropped
     }
+
+
+def _share(
+    manifest: Numbers, records: list[Record], other: Path, evaluation: str
+) -> tuple[Numbers, list[Record]]:
+    """Both, with the arms of another folder that need no value model. ValueError where its requests
+    were others."""
+    theirs = load_config(other, evaluation)
+    own = {k: v for k, v in manifest.items() if k != "arms"}
+    if own != {k: v for k, v in theirs.items() if k != "arms"}:
+        raise ValueError(f"{other}: answers to other requests; they cannot be shared")
+    arms = [a for a in theirs["arms"] if "control" not in FEATURES.get(a.split(":")[0], ())]
+    arms = [a for a in arms if a not in manifest["arms"]]
+    more = [r for r in load_records(other).values() if r["arm"] in arms]
+    return manifest | {"arms": [*arms, *manifest["arms"]]}, [*more, *records]
 
 
 def keep_complete(records: Sequence[Record]) -> list[Record]:

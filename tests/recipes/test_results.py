@@ -243,6 +243,9 @@ def test_the_result_files_have_the_headlines_of_the_issues(tmp_path, lab, plan, 
     gsm8k = written["tradeoff_h200.json"]["runs"]["coder05-gsm8k"]
     assert gsm8k["num_items"] == 5
     assert {a["arm"] for a in gsm8k["arms"]} >= {"prompt", "tilt:20", "budget:3"}
+    own = written["tradeoff_h200.json"]["runs"]["coder05-gsm8k-own"]
+    assert [a["arm"] for a in own["arms"]] == ["prompt", "budget:3", "budget_answer:4", "tilt:100"]
+    assert own["arms"][0]["pass_at_1"] == gsm8k["arms"][0]["pass_at_1"]
     assert {"unguided, 3 requests", "coder05-lora, 3 requests"} == written["tradeoff_h200.json"][
         "speed"
     ]["coder05-speed"].keys()
