@@ -105,6 +105,29 @@ def test_training_learns_and_saves_what_it_learned(
         assert lengths[0] < 12 < lengths[1]
 
 
+def test_an_adapter_goes_on_learning_and_stays_an_adapter(tmp_path: Path, base: str):
+    first = train(config(tmp_path, base, trainable="lora", lora_rank=4, epochs=2))
+    more = {"trainable": "lora", "output": str(tmp_path / "more"), "epochs": 2}
+    more |= {"data": [str(tmp_path / "t.jsonl")], "learning_rate": 4e-3, "batch_tokens": 256}
+    start = f"{tmp_path / 'model'}@{base}"
+    second = train(TrainingConfig.parse({**more, "init_from": start}))
+    assert second.val_loss_first == pytest.approx(first.val_loss_last, rel=2e-2)
+    assert second.val_loss_last < second.val_loss_first
+    before, after = (
+        json.loads((tmp_path / n / "lenvm.json").read_text()) for n in ("model", "more")
+    )
+    assert before == after
+    assert json.loads((tmp_path / "more/adapter_config.json").read_text())["r"] == 4
+    model = LengthValueModel.from_pretrained(tmp_path / "more")
+    assert mean_loss(model, tmp_path / "t.jsonl") == pytest.approx(second.val_loss_last, rel=2e-2)
+    with pytest.raises(InputError, match="init_from brings its own lora_rank"):
+        TrainingConfig.parse({**more, "init_from": start, "lora_rank": 8})
+    train(config(tmp_path, base, output=str(tmp_path / "whole"), epochs=0.1))
+    whole = {**more, "output": str(tmp_path / "none"), "init_from": str(tmp_path / "whole")}
+    with pytest.raises(InputError, match="has no adapter to go on with"):
+        train(TrainingConfig.parse(whole))
+
+
 def test_loops_are_learned_as_answers_that_never_end(tmp_path: Path, base: str):
     rows = []
     for i in range(250):

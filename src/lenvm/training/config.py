@@ -115,8 +115,11 @@ class TrainingConfig(BaseModel):
             own = {"backbone", "head", "gamma", "num_layers"}
             if given := own & self.model_fields_set:
                 raise ValueError(f"init_from brings its own {', '.join(sorted(given))}")
-            if self.trainable in ("lora", "dora"):
-                raise ValueError("init_from goes with trainable = 'full', 'last' or 'head'")
+            if self.trainable == "dora":
+                raise ValueError("init_from goes with trainable = 'full', 'lora', 'last', 'head'")
+            of_adapter = {"lora_rank", "lora_alpha", "lora_dropout"} & self.model_fields_set
+            if self.trainable == "lora" and of_adapter:
+                raise ValueError(f"init_from brings its own {', '.join(sorted(of_adapter))}")
         given = self.model_fields_set
         if self.trainable != "last" and given & {"last_layers", "cache_frozen"}:
             raise ValueError("last_layers and cache_frozen need trainable = 'last'")

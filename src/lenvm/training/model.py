@@ -81,13 +81,9 @@ def add_adapter(
     dora: bool = False,
     left_out: str | None = None,
 ) -> None:
-    """LoRA (or DoRA) on every linear layer of the backbone but `left_out` (a regular expression);
-    adapters in fp32.
-
-    peft would cast each layer's input to fp32 and autocast would cast it back; autocast alone does.
-    """
+    """LoRA (or DoRA) on every linear layer of the backbone but `left_out` (a regular
+    expression)."""
     from peft import LoraConfig, get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     lora = LoraConfig(
         r=rank,
@@ -97,10 +93,23 @@ def add_adapter(
         target_modules="all-linear",
         exclude_modules=left_out,
     )
+    model.backbone = get_peft_model(model.backbone, lora)
+
+
+def train_adapter(model: LengthValueModel) -> None:
+    """Let the backbone's adapter learn, in fp32 whatever the backbone's type.
+
+    peft would cast each layer's input to fp32 and autocast would cast it back; autocast alone does.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    backbone: Any = model.backbone
     # the first layer's input then has a gradient like all others': checkpointing needs it, and one
     # compilation serves all layers
-    model.backbone.enable_input_require_grads()
-    model.backbone = get_peft_model(model.backbone, lora)
+    backbone.get_base_model().enable_input_require_grads()
+    for parameter in backbone.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     if any(p.dtype != torch.float32 for p in model.backbone.parameters()):
         for module in model.backbone.modules():
             if isinstance(module, BaseTunerLayer):

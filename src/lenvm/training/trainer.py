@@ -25,6 +25,7 @@ from lenvm.files import JsonlWriter, claiming, read_json, read_jsonl, write_json
 from lenvm.model.bundled import resolve_model
 from lenvm.model.device import has_fast_bf16, pick_device
 from lenvm.model.head import DistributionHead
+from lenvm.model.loading import split_name
 from lenvm.model.tokenization import encode_control, hash_tokenizer, load_tokenizer
 from lenvm.model.value_model import CONFIG_FILE, LengthValueModel, LenVMConfig
 from lenvm.training.attention import restore_attention
@@ -38,7 +39,13 @@ from lenvm.training.loop import (
     find_checkpoint,
     plan_evaluations,
 )
-from lenvm.training.model import add_adapter, choose_parameters, compile_layers, use_liger
+from lenvm.training.model import (
+    add_adapter,
+    choose_parameters,
+    compile_layers,
+    train_adapter,
+    use_liger,
+)
 from lenvm.training.steps import Packer, RunSteps, plan_evaluation
 from lenvm.training.vision import freeze_tower, prepare_images
 
@@ -252,7 +259,8 @@ def _control_prefix(config: TrainingConfig) -> ControlPrefix | None:
     """How guided completions are marked, where they are; a model to go on from decides itself."""
     wanted, source = config.control_input, config.backbone
     if config.init_from is not None:
-        source, own = config.init_from, Path(config.init_from) / CONFIG_FILE
+        source = str(split_name(config.init_from)[0])
+        own = Path(source) / CONFIG_FILE
         wanted = own.exists() and read_json(own).get("control_input", False)
     if not wanted:
         return None
@@ -269,8 +277,19 @@ def _build_model(
         # whole on each process until the Trainer shares it out: built in parts, the head would
         # start from other random numbers than elsewhere
         unset_hf_deepspeed_config()
+    # a frozen base needs no fp32 weights; adapters and head have them
+    low = config.trainable in ADAPTERS and _use_bf16(config) and args.device.type == "cuda"
+    dtype = torch.bfloat16 if low else torch.float32
     if config.init_from is not None:
-        model = LengthValueModel.from_pretrained(config.init_from, dtype=torch.float32)
+        goes_on = config.trainable in ADAPTERS
+        if goes_on and not (split_name(config.init_from)[0] / "adapter_config.json").exists():
+            raise InputError(
+                f"trainable is {config.trainable!r}, but {config.init_from} has no adapter to go "
+                "on with; use trainable = 'full', 'last' or 'head'"
+            )
+        model = LengthValueModel.from_pretrained(
+            config.init_from, dtype=dtype, merge_adapter=not goes_on
+        )
         if config.loops_above is not None and not model.config.loops:
             raise InputError(
                 f"loops_above is {config.loops_above}, but {config.init_from} was trained without: "
@@ -280,8 +299,6 @@ def _build_model(
     gamma = config.gamma
     if gamma == "auto":
         gamma = returns.compute_gamma(sequences.lengths.tolist())
-    # a frozen base needs no fp32 weights; adapters and head have them
-    low = config.trainable in ADAPTERS and _use_bf16(config) and args.device.type == "cuda"
     model = LengthValueModel.build(
         config.backbone,
         LenVMConfig(
@@ -292,7 +309,7 @@ def _build_model(
             num_layers=config.num_layers,
             loops=config.loops_above is not None,
         ),
-        dtype=torch.bfloat16 if low else torch.float32,
+        dtype=dtype,
     )
     start_from_marginal(model, sequences.lengths[~sequences.is_loop])
     return model.train()
@@ -328,11 +345,13 @@ def _prepare(
         use_liger(model.backbone)
     left_out = freeze_tower(model.backbone, train_vision=config.train_vision)
     if config.trainable in ADAPTERS:
-        alpha = config.lora_alpha or 2 * config.lora_rank
-        dora = config.trainable == "dora"
-        add_adapter(
-            model, config.lora_rank, alpha, config.lora_dropout, dora=dora, left_out=left_out
-        )
+        if config.init_from is None:
+            alpha = config.lora_alpha or 2 * config.lora_rank
+            dora = config.trainable == "dora"
+            add_adapter(
+                model, config.lora_rank, alpha, config.lora_dropout, dora=dora, left_out=left_out
+            )
+        train_adapter(model)
         model.to(args.device)
     else:
         choose_parameters(model, config.trainable, config.last_layers)
@@ -360,7 +379,10 @@ def _stage(progress: Progress, name: str) -> Callable[[int, int], None]:
 
 def _save(trainer: LenVMTrainer, model: LengthValueModel, config: TrainingConfig) -> None:
     """Write the checkpoint; where the weights are spread over processes, they are gathered."""
-    model.config.base_model = config.backbone if config.trainable in ADAPTERS else None
+    if config.trainable not in ADAPTERS:
+        model.config.base_model = None
+    elif config.init_from is None:
+        model.config.base_model = config.backbone
     restore_attention(model.backbone)
     state = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
