@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lenvm.reports.clouds import draw_cloud
-from results_cells import NAMES, is_plain, pick_length_tokens, point_of
+from results_cells import NAMES, is_plain, pick_length_tokens, point_of, vary_alone
 
 Numbers = Mapping[str, Any]
 COLOURS = {
@@ -246,26 +246,22 @@ def tradeoffs(found: Numbers, images: Path) -> Iterator[Path]:
 
 
 def grids(found: Numbers, images: Path) -> Iterator[Path]:
-    """Each axis of a grid: validation loss and error at the prompt."""
+    """Each axis of a grid: error at the prompt."""
     for name, run in found["runs"].items():
-        axes = [a for a in run["grid"]["axes"] if a != "seed"]
-        if not run["cells"]:
+        panels = list(vary_alone(run))
+        if not panels:
             continue
-        base = run["cells"][0]["axes"]
         figure, plots = plt.subplots(
-            1, len(axes), figsize=(2.6 * len(axes) + 0.8, 3.2), dpi=150, squeeze=False
+            1, len(panels), figsize=(2.6 * len(panels) + 0.8, 3.2), dpi=150, squeeze=False
         )
-        for axis, plot in zip(axes, plots[0], strict=True):
-            rows = [
-                c
-                for c in run["cells"]
-                if all(c["axes"][k] == v for k, v in base.items() if k not in (axis, "seed"))
-            ]
-            rows.sort(key=lambda c: (isinstance(c["axes"][axis], str), c["axes"][axis]))
-            labels = [str(c["axes"][axis]) for c in rows]
-            plot.plot(labels, [100 * c["metrics"]["mre"] for c in rows], "o-", color="#2a6fbb")
+        for (axis, cells), plot in zip(panels, plots[0], strict=True):
+            labels = [str(c["axes"][axis]).replace("_", "\n") for c in cells]
+            style = "o" if isinstance(cells[0]["axes"][axis], str | bool) else "o-"
+            plot.plot(labels, [100 * c["metrics"]["mre"] for c in cells], style, color="#2a6fbb")
             plot.set_title(axis.replace("_", " "), fontsize=9)
-            plot.tick_params(axis="x", labelsize=7, rotation=20)
+            plot.set_ylim(bottom=0)
+            plot.margins(x=0.2)
+            plot.tick_params(axis="x", labelsize=7)
             plot.spines[["top", "right"]].set_visible(False)
         plots[0][0].set_ylabel("mean relative error at the prompt, %", fontsize=8)
         figure.tight_layout()

@@ -1,6 +1,6 @@
 """Cells and tables of the results page: numbers with intervals as Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,21 @@ def point_of(domain: Numbers) -> Numbers:
 
 def value_of(estimate: Numbers | None) -> float | None:
     return None if estimate is None else float(estimate["value"])
+
+
+def vary_alone(run: Numbers) -> Iterator[tuple[str, list[Numbers]]]:
+    """(axis, cells) of a grid's axes with more than one value: the cells that differ from the first
+    one in this axis alone, in its order."""
+    base = run["cells"][0]["axes"] if run["cells"] else {}
+    for axis in (a for a in base if a != "seed"):
+        cells = [
+            c
+            for c in run["cells"]
+            if all(c["axes"][k] == v for k, v in base.items() if k not in (axis, "seed"))
+        ]
+        if len(cells) > 1:
+            numbers = not isinstance(cells[0]["axes"][axis], str)
+            yield axis, sorted(cells, key=lambda c: c["axes"][axis]) if numbers else cells
 
 
 def number(value: float | None, digits: int = 1) -> str:
