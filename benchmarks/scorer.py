@@ -42,6 +42,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 from lenvm.guidance.scorer import CandidateScorer  # noqa: E402
 from lenvm.model.head import ValueHead  # noqa: E402
+from lenvm.model.value_model import LengthValueModel  # noqa: E402
 from scorer_baselines import TwoForward, naive  # noqa: E402
 
 SHAPES = {
@@ -638,6 +639,9 @@ def run_truth(name: str, result: dict[str, Any], arguments: argparse.Namespace) 
         from lenvm.cli._inputs import load_value_model
 
         model = load_value_model(None, device=arguments.device)
+    elif "@" in name:
+        dtype = getattr(torch, arguments.dtype)
+        model = LengthValueModel.from_pretrained(name, dtype=dtype, device=arguments.device)
     else:
         model = load(name, arguments.device, getattr(torch, arguments.dtype))
         model.spread_z()
@@ -648,9 +652,14 @@ def run_truth(name: str, result: dict[str, Any], arguments: argparse.Namespace) 
     )
     wide = [5 + 17 * (i % 40) for i in range(64)]
     few = [8000 if cuda else 1500, 1, 3, 700 if cuda else 300]
+    trained = name == "bundled" or "@" in name
     for prefixes, width in (few, 5), (wide if cuda else wide[:16], 8):
-        found = check_model(scorer, prefixes, width, 20 if cuda else 12)
-        row = {"model": Path(name).name, "dtype": arguments.dtype, "device": arguments.card}
+        found = check_model(scorer, prefixes, width, 20 if cuda else 12, read_text=trained)
+        row = {
+            "model": Path(name.partition("@")[0]).name,
+            "dtype": arguments.dtype,
+            "device": arguments.card,
+        }
         result["model_checks"].append(found | row | {"commit": arguments.commit})
         print(result["model_checks"][-1], flush=True)
         write(result, arguments.out)
@@ -709,7 +718,12 @@ def main() -> None:
     parser.add_argument("--prefixes", type=int, nargs="+", default=[1024, 256, 4096])
     parser.add_argument("--real-share", type=float, default=None, help="candidates / slots")
     parser.add_argument("--check", action="store_true", help="truth of every family first")
-    parser.add_argument("--truth", nargs="*", default=[], help="GGUF files, folders, or bundled")
+    parser.add_argument(
+        "--truth",
+        nargs="*",
+        default=[],
+        help="GGUF files, folders, FOLDER@BASE of a value model, or bundled",
+    )
     parser.add_argument("--value", nargs="*", default=[], help="CPU: `generate` by these too")
     parser.add_argument("--headline", action="store_true", help="the headline's point alone")
     parser.add_argument("--tune", action="store_true", help="find the fastest kernels first")

@@ -101,15 +101,22 @@ def _check(
 
 @torch.inference_mode()
 def check_model(
-    scorer: Any, prefixes: list[int], num_candidates: int, num_compared: int
+    scorer: Any,
+    prefixes: list[int],
+    num_candidates: int,
+    num_compared: int,
+    *,
+    read_text: bool = False,
 ) -> dict[str, Any]:
     """Errors |z - z'| of candidates' logits z of u, over whole sequences, three ways: the scorer
     against a plain forward in its own type, and both against that forward in fp32 (weights of the
     same type, converted). The last two are what rounding costs each.
 
     Two steps, the second on committed candidates; of each, `num_compared` candidates spread over
-    the rows, the longest prefixes included. Also the spread of z, which says what the errors are to
-    be compared with, and how far two plain forwards (batched or not) are apart.
+    the rows, the longest prefixes included. Prefixes and candidates are random tokens, or with
+    `read_text` from the demo's prompts: what a trained model has seen. Also the spread of z,
+    which says what the errors are to be compared with, and how far two plain forwards (batched or
+    not) are apart.
     """
     model, decoder = scorer.model, scorer.decoder
     exact = torch.nn.Module.float(copy.deepcopy(model.backbone))  # transformers refuses GGUF ones
@@ -119,6 +126,14 @@ def check_model(
         r: torch.randint(decoder.vocab_size, (n,), generator=generator).tolist()
         for r, n in zip(ids, prefixes, strict=True)
     }
+    if read_text:
+        text = read_demo(model.tokenizer, max(prefixes))
+        starts = torch.randint(len(text), (len(ids),), generator=generator).tolist()
+        for r, start, n in zip(ids, starts, prefixes, strict=True):
+            prompts[r] = (text[start:] + text)[:n]
+        words = torch.tensor(sorted(set(text)))
+        rows = [words[torch.randperm(len(words), generator=generator)] for _ in ids]
+        candidates = torch.stack(rows)[:, :num_candidates].to(decoder.device)
     candidates = torch.randint(
         decoder.vocab_size, (len(ids), num_candidates), generator=generator
     ).to(decoder.device)
@@ -158,6 +173,15 @@ def check_model(
         "max_apart_z_of_plain_forwards": max(apart, default=None),
         "std_z": float(exact_z.std()),
     }
+
+
+def read_demo(tokenizer: Any, num_tokens: int) -> list[int]:
+    """Token ids of the demo's prompts, as often as makes so many."""
+    from lenvm.data.prompts import load_bundled_prompts
+
+    text = "\n".join(prompt.text for prompt in load_bundled_prompts())
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids * (1 + num_tokens // len(ids))
 
 
 def plain_z(model: Any, backbone: Any, prompt: list[int], token: Tensor, copies: int = 1) -> float:
