@@ -189,7 +189,7 @@ def prepare_training(call: Call) -> dict[str, Any]:
         "batch_tokens": micro,
         "accumulation": 4,
         "epochs": options.epochs,
-        "learning_rate": 2e-5,
+        "learning_rate": options.learning_rate,
         "precision": "bf16",
         "compile": options.compile,
     }
@@ -616,6 +616,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=52)
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--batch-tokens", type=int, default=16_384)
+    parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--layouts", nargs="*", default=["tp1", "tp2", "dp2"])
     parser.add_argument("--concurrency", nargs="*", type=int, default=[64, 256])
