@@ -139,6 +139,7 @@ class Run:
             "VLLM_USE_FLASHINFER_SAMPLER": "0",
             "VLLM_NO_USAGE_STATS": "1",
             "LENVM_GPU_MEMORY": str(share),
+            "LENVM_VLLM_RUNNER": self.arguments.runner,
             "TOKENIZERS_PARALLELISM": "false",
         }
         return env | ({"LENVM_MODEL": str(value)} if value is not None else {})
@@ -465,6 +466,7 @@ def main() -> None:
     parser.add_argument(
         "--half", action="store_true", help="made-up value models of half the layers, too"
     )
+    parser.add_argument("--runner", default="v1", choices=["v1", "v2"], help="LENVM_VLLM_RUNNER")
     parser.add_argument("--counted", action="store_true", help="LENVM_COUNT_CANDIDATES, too")
     parser.add_argument("--questions", type=Path, help="JSON lines with `question`: its prompts")
     parser.add_argument("--real", default="smollm2", help="a real small generator")

@@ -54,6 +54,10 @@ def test_vllm_finds_the_processor_only_where_there_is_a_value_model(tmp_path):
     )
     assert run(code) == "0 False"
     assert run(code, LENVM_MODEL=str(tmp_path)) == "1 True LengthGuidance"
+    assert run(code, LENVM_MODEL=str(tmp_path), LENVM_VLLM_RUNNER="v2") == "0 False"
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        run(code, LENVM_MODEL=str(tmp_path), LENVM_VLLM_RUNNER="v3")
+    assert "LENVM_VLLM_RUNNER is 'v3'; allowed: 'v1', 'v2'" in caught.value.stderr
 
 
 def test_a_sign_is_made_only_where_there_is_a_value_model_and_goes_with_its_process(tmp_path):

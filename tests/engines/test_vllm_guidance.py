@@ -201,10 +201,53 @@ def test_tokens_do_not_depend_on_what_the_scheduler_does(is_async, data):
     assert not guidance._rows.batch._penalties
 
 
+needs_stand_in = pytest.mark.skipif(
+    "LENVM_TEST_VLLM" in os.environ, reason="the real runner needs a GPU: benchmarks/engines.py"
+)
+
+
+class HookedRunner:
+    """0.25's V2 runner, with lenvm inside its sampler, as `V2Machine` calls a processor."""
+
+    def __init__(self, states) -> None:
+        from vllm.v1.engine.input_processor import InputProcessor
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        from lenvm.engines.vllm.runner import hook
+
+        hook()
+        hook()
+        self.runner = GPUModelRunner(config(), states)
+        session = GuidanceSession(OracleScorer(MARKOV), eos_token_ids=())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GuidanceSettings, "load_session", lambda self, device, tokenizer: session)
+            self.runner.load_model()
+        type(self).front = InputProcessor()
+
+    @classmethod
+    def validate_params(cls, params) -> None:
+        cls.front._validate_params(params, ("generate",))
+
+    def add_request(self, index, params) -> None:
+        self.runner.sampler.add_request(index, 3, params)
+
+    def apply(self, logits, context):
+        lengths = torch.from_numpy(context.seq_lens_upper_bound_np)
+        step = SimpleNamespace(
+            idx_mapping_np=context.idx_mapping_np, seq_lens_cpu_upper_bound=lengths
+        )
+        return self.runner.sampler(logits, step)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda states: processor(states=states), pytest.param(HookedRunner, marks=needs_stand_in)],
+    ids=["v2", "0.25"],
+)
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
-def test_the_v2_runner_gives_the_same_tokens(data):
-    machine = V2Machine(lambda states: processor(states=states), model, seats=5)
+def test_the_v2_runner_gives_the_same_tokens(build, data):
+    machine = V2Machine(build, model, seats=5)
     jobs, places = [], st.lists(st.integers(0, 9), max_size=2)
     for _ in range(data.draw(st.integers(5, 25), label="steps")):
         for _ in range(data.draw(st.integers(0, 2), label="new")):
@@ -449,3 +492,29 @@ def test_the_newest_of_a_batch_is_sacrificed_to_an_error_that_names_nobody():
     assert int(logits[0].argmax()) == FAILED
     assert torch.equal(logits[1], untouched)
     assert batch.failure("old") is None
+
+
+@needs_stand_in
+def test_the_hooked_runner_refuses_what_the_processor_refuses():
+    machine = V2Machine(HookedRunner, model)
+    assert machine.processor.runner.sampler.lenvm.guidance._slots is not None
+    with pytest.raises(ValueError, match="equal_to"):
+        machine.submit(params({"equal_to": 0}), [1, 2])
+    with pytest.raises(ValueError, match="max_tokens"):  # vLLM's own check still runs, and first
+        machine.submit(params({"equal_to": 0}, max_tokens=0), [1, 2])
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    other = GPUModelRunner(config(), machine.states, is_last=False)
+    other.load_model()
+    assert other.sampler is None
+
+
+@needs_stand_in
+def test_a_vllm_without_the_hooks_is_refused_by_name(monkeypatch):
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+    from lenvm.engines.vllm.runner import hook
+
+    monkeypatch.delattr(Sampler, "add_request")
+    with pytest.raises(InputError, match=r"no vllm\.v1\.worker\.gpu\.sample\.sampler"):
+        hook()

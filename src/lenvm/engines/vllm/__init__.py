@@ -5,6 +5,7 @@
 | here | `register`, which vLLM calls in every process | `vllm.general_plugins` |
 | guidance.py | `LengthGuidance`, the logits processor | `vllm.logits_processors`, see entry/ |
 | rows.py, slots.py | vLLM's batch as V1 and as V2 describes it, mapped onto a `GuidedBatch` | |
+| runner.py | the processor inside 0.25's V2 runner (LENVM_VLLM_RUNNER=v2) | |
 | request.py | requests and configurations as guidance sees them, and what is refused | |
 | values.py | the value model as a pooling model | the model registry |
 
@@ -12,7 +13,8 @@ Nothing here imports the value model's code until LENVM_MODEL says that there is
 
 vLLM 0.25 falls back to its slower V1 model runner wherever a package declares a logits processor,
 used or not. So lenvm declares its own in entry/, a folder that `register` puts on the path where
-LENVM_MODEL is set and nowhere else: an installed lenvm costs other servers nothing.
+LENVM_MODEL is set and nowhere else: an installed lenvm costs other servers nothing. With
+LENVM_VLLM_RUNNER=v2 it is not declared there either (runner.py).
 """
 
 import atexit
@@ -22,11 +24,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lenvm.errors import InputError
+
 TESTED = ("0.25.0",)
 """vLLM releases that this package was run with."""
 ENTRY = str(Path(__file__).parent / "entry")
 PROCESSOR = "lenvm.engines.vllm.guidance:LengthGuidance"
 ARCHITECTURE = "LengthValueModel"
+RUNNER = "LENVM_VLLM_RUNNER"
+"""v1 (default): a logits processor, which makes vLLM 0.25 run its V1 model runner; v2: none."""
 SIGN = "LENVM_VLLM_SIGN"
 """Names a file that the worker makes once it guides: the front end refuses controls without it."""
 
@@ -40,7 +46,14 @@ def register() -> None:
         ModelRegistry.register_model(ARCHITECTURE, "lenvm.engines.vllm.values:VllmLengthValueModel")
     if not os.environ.get("LENVM_MODEL"):
         return
-    if ENTRY not in sys.path:
+    wanted = os.environ.get(RUNNER, "v1")
+    if wanted == "v2":
+        from lenvm.engines.vllm.runner import hook
+
+        hook()
+    elif wanted != "v1":
+        raise InputError(f"{RUNNER} is {wanted!r}; allowed: 'v1', 'v2'")
+    elif ENTRY not in sys.path:
         sys.path.append(ENTRY)
     if SIGN not in os.environ:  # the first process: the front end
         folder = tempfile.mkdtemp(prefix="lenvm-vllm-")
