@@ -5,12 +5,12 @@ import gc
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lenvm.errors import CapacityError, InputError
-from lenvm.model import packed_linear
+from lenvm.model import attention, packed_linear
 from lenvm.model.ragged import RaggedDecoder
 from model.families import FAMILIES, VOCAB, build, last_hidden
 from model.ragged_machine import History, run_random_history
@@ -20,15 +20,17 @@ BUDGET = {"max_tokens": 300, "max_requests": 5, "max_candidates": 6}
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(monkeypatch):
     torch.set_num_threads(1)
+    monkeypatch.setattr(attention, "GROUP_PAGES", attention.GROUP_PAGES)  # put back afterwards
 
 
 class Machine(RuleBasedStateMachine):
     """hypothesis chooses the calls; `History` makes them and compares."""
 
-    @initialize(family=st.sampled_from(FAMILIES))
-    def start(self, family):
+    @initialize(family=st.sampled_from(FAMILIES), cost=st.sampled_from([0, 1, 8]))
+    def start(self, family, cost):
+        attention.GROUP_PAGES = cost  # 0: rows of every length read alone
         self.history = History(build(family), **BUDGET)
         self.history.decoder._chunk = 24  # prefill in several chunks
 
@@ -186,6 +188,41 @@ def test_what_was_peeked_is_not_computed_again():
     torch.testing.assert_close(
         decoder.peek(["a"], [[9]])[0, 0], last_hidden(model, [1, 2, 3, 5, 9]), atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("most", [1, 6])
+@pytest.mark.parametrize("cost", [0, 1, 8])
+def test_rows_of_any_length_share_a_batch(monkeypatch, cost, most):
+    monkeypatch.setattr(attention, "GROUP_PAGES", cost)
+    model, lengths = build("qwen2"), [3, 120, 16, 64, 17]
+    decoder = RaggedDecoder(model, max_tokens=400, max_requests=5, max_candidates=6)
+    prompts = {str(i): [(7 * i + j) % VOCAB for j in range(n)] for i, n in enumerate(lengths)}
+    decoder.add(prompts)
+    rows = [[(i + j) % VOCAB if j <= i or most == 1 else -1 for j in range(most)] for i in range(5)]
+    out = decoder.peek(list(prompts), rows)
+    for i, (name, row) in enumerate(zip(prompts, rows, strict=True)):
+        for j, token in enumerate(row):
+            if token >= 0:
+                expected = last_hidden(model, [*prompts[name], token])
+                torch.testing.assert_close(out[i, j], expected, atol=1e-4, rtol=1e-4)
+
+
+@given(pages=st.lists(st.integers(0, 40), min_size=1, max_size=7), cost=st.integers(0, 20))
+def test_rows_are_split_as_cheaply_as_can_be(pages, cost):
+    groups = attention.split_rows(tuple(pages), cost)
+    assert sorted(row for group in groups for row in group) == list(range(len(pages)))
+    assert all(list(group) == sorted(group) for group in groups)
+
+    def price(split):
+        return sum(len(g) * max(1, *(pages[r] for r in g), 0) + cost for g in split)
+
+    order = sorted(range(len(pages)), key=lambda row: pages[row])
+    cuts = [
+        [i + 1 for i in range(len(order) - 1) if bits >> i & 1]
+        for bits in range(2 ** (len(order) - 1))
+    ]
+    splits = ([order[a:b] for a, b in zip([0, *c], [*c, len(order)], strict=True)] for c in cuts)
+    assert price(groups) == min(price(split) for split in splits)
 
 
 def test_equal_prompts_and_forks_are_stored_once():

@@ -9,7 +9,9 @@ Shape legend: L layers, P pages, S tokens of a page, N packed tokens, R rows (re
 candidates a row, Hq query heads, Hkv key heads, G = Hq / Hkv, T prefix tokens, D head size.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NAME = "lenvm_ragged"
+GROUP_PAGES = 8
+"""Pages that a group of rows must save over a larger one: as long as its own calls take."""
 MANY_QUERIES = 16
 """Queries of a row and key head from which on attention runs as separate products on a CPU."""
 
@@ -122,6 +126,25 @@ def _causal_mask(start: int, length: int, window: int | None, like: Tensor) -> T
     return mask if window is None else mask & (seen > at - window)
 
 
+@functools.lru_cache(maxsize=256)
+def split_rows(num_pages: tuple[int, ...], cost: int) -> tuple[tuple[int, ...], ...]:
+    """Rows in groups, each read as far as its longest: the split with the least pages, where each
+    group counts as `cost` more. num_pages: of each row. Indices in a group are ascending."""
+    order = sorted(range(len(num_pages)), key=lambda row: num_pages[row])
+    best = [0] + [0] * len(order)  # of the first i rows
+    begins = [0] * (len(order) + 1)
+    for end in range(1, len(order) + 1):
+        most = max(num_pages[order[end - 1]], 1)
+        totals = [best[i] + (end - i) * most + cost for i in range(end)]
+        best[end] = min(totals)
+        begins[end] = totals.index(best[end])
+    groups, end = [], len(order)
+    while end:
+        groups.append(tuple(sorted(order[begins[end] : end])))
+        end = begins[end]
+    return tuple(groups)
+
+
 class Workspace:
     """Buffers for what a layer makes on its way; one doubles when a longer prefix needs more."""
 
@@ -141,17 +164,12 @@ class TorchCandidates:
     """One position for every row: attend to the prefix and to oneself.
 
     With one candidate a row (`single`) its key and value are written to the store at once, where a
-    commit of that token finds it. With several they wait in `stash` for the choice, and stand
-    behind the row's prefix under a mask that shows each its own: one softmax over all, in one call.
+    commit of that token finds it. With several they wait in `stash` for the choice. Rows of about
+    the same length attend together.
     """
 
     data: Tensor
     """[L, 2, P, S, Hkv, D]"""
-    page_table: Tensor
-    """[R, C] pages of each row: of its prefix, with room for the next position when `single`; else
-    followed by those of page 0 that make room for K candidates."""
-    lengths: Tensor
-    """[R] prefix length of each row."""
     flat: Tensor
     """[N] index of each packed candidate in the padded [R * K] layout."""
     width: int
@@ -160,33 +178,71 @@ class TorchCandidates:
     """[R] slot of each row's next position; given means `single`."""
     stash: Tensor
     """[L, 2, >= N, Hkv, D], where not `single`."""
-    work: Workspace
+    groups: Sequence["RowGroup"]
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        store, own = self.data[layer], None
+        if self.next_slots is not None:
+            slots = store.flatten(1, 2)
+            slots[0].index_copy_(0, self.next_slots, k)
+            slots[1].index_copy_(0, self.next_slots, v)
+        else:
+            own = self.stash[layer, :, : len(q)]
+            own[0].copy_(k)
+            own[1].copy_(v)
+        if len(self.groups) == 1:
+            return self.groups[0].attend(store, q, own, scale, window)
+        out = torch.empty_like(q)
+        for group in self.groups:
+            mine = own if own is None else own.index_select(1, group.tokens)
+            part = group.attend(store, q.index_select(0, group.tokens), mine, scale, window)
+            out.index_copy_(0, group.tokens, part)
+        return out
+
+
+@dataclass
+class RowGroup:
+    """Rows whose prefixes are read together, each as far as the longest one.
+
+    Several candidates of a row stand behind its prefix under a mask that shows each its own: one
+    softmax over all, in one call. R, N and `flat` are the group's own here.
+    """
+
+    tokens: Tensor
+    """[N] places of the group's candidates among all packed ones, ascending."""
+    page_table: Tensor
+    """[R, C] pages of each row: of its prefix, with room for the next position when `is_single`;
+    else followed by those of page 0 that make room for K candidates."""
+    lengths: Tensor
+    """[R] prefix length of each row."""
+    flat: Tensor
+    """[N] index of each candidate in the padded [R * K] layout."""
+    width: int
+    """K"""
+    is_single: bool
+    work: "Workspace"
+    name: str = ""
+    """Of its buffers that outlive a layer."""
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
     _places: Tensor | None = None
     _bias: Tensor | None = None
     _bias_of: Tensor | None = None
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+        self, store: Tensor, q: Tensor, own: Tensor | None, scale: float, window: int | None
     ) -> Tensor:
+        """store [2, P, S, Hkv, D] of the layer, q [N, Hq, D], own [2, N, Hkv, D] -> [N, Hq, D]."""
         num_tokens, num_heads, head_size = q.shape
-        num_kv = k.shape[1]
-        store = self.data[layer]
-        if self.next_slots is not None:
-            slots = store.flatten(1, 2)
-            slots[0].index_copy_(0, self.next_slots, k)
-            slots[1].index_copy_(0, self.next_slots, v)
-            found = self._gather(store)
-        else:
-            own = self.stash[layer, :, :num_tokens]
-            own[0].copy_(k)
-            own[1].copy_(v)
-            found = self._gather(store)
+        num_kv = store.shape[3]
+        found = self._gather(store)
+        if own is not None:
             found.flatten(1, 2).index_copy_(1, self._own_places(found.shape[2]), own)
         if window not in self._masks:
             self._masks[window] = self._build_mask(window, num_heads // num_kv, found.shape[2], q)
         keys, values = found.transpose(2, 3)
-        query = self._pad(q.view(num_tokens, num_kv, -1, head_size))
+        query = self._pad(q.reshape(num_tokens, num_kv, -1, head_size))
         mask = self._masks[window]
         if self._by_products(query):
             out = self._attend_by_products(query, keys, values, mask, scale)
@@ -213,7 +269,7 @@ class TorchCandidates:
         q, k = copy_of("q", query, torch.float32), copy_of("k", keys, torch.float32)
         if self._bias is None or self._bias_of is not mask:
             bias = mask.expand(num_rows, num_kv, num_queries, num_keys)
-            self._bias_of, self._bias = mask, copy_of("bias", bias, torch.float32)
+            self._bias_of, self._bias = mask, copy_of(f"bias{self.name}", bias, torch.float32)
         shape = (num_rows * num_kv, num_queries, num_keys)
         scores = take("scores", shape, q, torch.float32)
         torch.baddbmm(self._bias, q, k.transpose(1, 2), alpha=scale, out=scores)
@@ -264,15 +320,15 @@ class TorchCandidates:
         """0 where a candidate may look, else -inf: [R, 1, G * K, T], or [R, 1, 1, T] for one."""
         position = torch.arange(num_keys, device=like.device)
         lengths = self.lengths.unsqueeze(-1)
-        visible = position < (lengths if self.next_slots is None else lengths + 1)
+        visible = position < lengths + self.is_single
         if window is not None:
             visible &= position > lengths - window
         visible = visible.unsqueeze(1)  # [R, 1, T]
-        if self.next_slots is None:
+        if not self.is_single:
             candidate = torch.arange(self.width, device=like.device).unsqueeze(-1)
             visible = visible | (position == candidate + (num_keys - self.width))
         bias = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
         bias.masked_fill_(~visible, -torch.inf)
-        if self.next_slots is None:
+        if not self.is_single:
             bias = bias.repeat(1, group, 1)
         return bias.unsqueeze(1)

@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lenvm.model.attention import AttentionPlan, Segment, TorchCandidates, TorchExtend, Workspace
+from lenvm.model import attention
+from lenvm.model.attention import (
+    AttentionPlan,
+    RowGroup,
+    Segment,
+    TorchCandidates,
+    TorchExtend,
+    Workspace,
+    split_rows,
+)
 from lenvm.model.backbone import run_backbone
 from lenvm.model.kv_pages import Array, KVPages, build_zeros
 from lenvm.model.packed_layers import pack_layers
@@ -95,20 +104,15 @@ class TorchRunner:
         single = width == 1 and bool(given.all())
         rows = self.cache.rows(request_ids)
         lengths = self.cache.lengths(rows)
-        room = 0 if single else -(-width // self.cache.page_size)
-        table = self.cache.gather_table(rows, int(lengths.max()) + single)
-        table = F.pad(table, (0, room))  # of page 0, to be written over
         plan = TorchCandidates(
             data=self.cache.data,
-            page_table=table.to(self.device),
-            lengths=self._tensor(lengths),
             flat=flat,
             width=width,
             next_slots=self._tensor(self.cache.next_slots(rows)) if single else None,
             stash=self._stash,
-            work=self._work,
+            groups=self._group(rows, lengths, flat, width, single),
         )
-        positions = plan.lengths.repeat_interleave(width)[flat]
+        positions = self._tensor(lengths).repeat_interleave(width)[flat]
         out = self._forward(candidates.view(-1)[flat].clamp(min=0), positions, plan)
         if self.head is not None:
             out = self.head(out)
@@ -116,6 +120,35 @@ class TorchRunner:
         padded = out.new_zeros(candidates.numel(), out.shape[-1])
         padded[flat] = out.masked_fill_(~given[flat].unsqueeze(-1), 0)
         return padded.view(num_rows, width, -1)
+
+    def _group(
+        self, rows: Array, lengths: Array, flat: Tensor, width: int, single: bool
+    ) -> list[RowGroup]:
+        """The rows of a peek, those of about the same length together."""
+        size = self.cache.page_size
+        room = 0 if single else -(-width // size)
+        pages = -(-(lengths + single) // size)
+        at, columns = flat // width, flat % width
+        groups = []
+        for number, chosen in enumerate(split_rows(tuple(pages.tolist()), attention.GROUP_PAGES)):
+            mine = list(chosen)
+            place = torch.full((len(rows),), -1, device=self.device)
+            place[mine] = torch.arange(len(mine), device=self.device)
+            tokens = (place[at] >= 0).nonzero().squeeze(-1)
+            table = self.cache.gather_table(rows[mine], int(lengths[mine].max()) + single)
+            groups.append(
+                RowGroup(
+                    tokens=tokens,
+                    page_table=F.pad(table, (0, room)).to(self.device),  # page 0 is written over
+                    lengths=self._tensor(lengths[mine]),
+                    flat=place[at[tokens]] * width + columns[tokens],
+                    width=width,
+                    is_single=single,
+                    work=self._work,
+                    name=str(number),
+                )
+            )
+        return groups
 
     def keep(self, request_ids: Sequence[str], rows: Sequence[int], token_ids: Tensor) -> None:
         plan = self._plan
