@@ -10,6 +10,8 @@ Shape legend: R rows, V vocabulary, K candidates, E ending tokens, P parts of a 
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc,attr-defined"
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ MAX_BLOCKS = 4096
 """Of a row: what a program holds in registers."""
 PART = 32
 """Blocks that a program of the first kernel reads."""
+OF_ROWS = ["ending_ptr", "temperature_ptr", "num_generated_ptr", "may_end_from_ptr"]
+"""One or few numbers a row: what they are aligned to changes with R, and is not worth a kernel."""
 
 BLOCK = tl.constexpr(candidates.BLOCK)
 BANNED = tl.constexpr(candidates.BANNED)
@@ -75,10 +79,10 @@ def _pick(keys, num, SIZE: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=["num_endings", "num_parts"])
+@triton.jit(do_not_specialize=["num_endings", "num_parts"], do_not_specialize_on_alignment=OF_ROWS)
 def _read_kernel(
     logits_ptr, ending_ptr, temperature_ptr, num_generated_ptr, may_end_from_ptr,
-    maxima_ptr, part_max_ptr, part_sum_ptr, stride, num_tokens, num_endings, num_parts,
+    maxima_ptr, parts_ptr, stride, num_tokens, num_endings, num_parts,
     PART: tl.constexpr,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
@@ -99,14 +103,17 @@ def _read_kernel(
     mass = tl.exp2((x - tl.where(most > -INF, most, 0.0)) * scale)
     place = row * num_parts + part
     tl.store(maxima_ptr + place * PART + blocks, maxima)
-    tl.store(part_max_ptr + place, most)
-    tl.store(part_sum_ptr + place, tl.sum(tl.sum(mass, 1), 0))
+    tl.store(parts_ptr + 2 * place, most)
+    tl.store(parts_ptr + 2 * place + 1, tl.sum(tl.sum(mass, 1), 0))
 
 
-@triton.jit(do_not_specialize=["num_endings", "num_parts", "num"])
+@triton.jit(
+    do_not_specialize=["num_endings", "num_parts", "num"],
+    do_not_specialize_on_alignment=[*OF_ROWS, "must_end_from_ptr"],
+)
 def _choose_kernel(
     logits_ptr, ending_ptr, temperature_ptr, num_generated_ptr, may_end_from_ptr, must_end_from_ptr,
-    maxima_ptr, part_max_ptr, part_sum_ptr, top_ptr, ids_ptr,
+    maxima_ptr, parts_ptr, top_ptr, ids_ptr,
     stride, num_tokens, num_endings, num_parts, num,
     PART: tl.constexpr, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -131,8 +138,8 @@ def _choose_kernel(
         parts = tl.arange(0, P)
         has_part = parts < num_parts
         place = row * num_parts + parts
-        part_max = tl.load(part_max_ptr + place, has_part, other=-INF)
-        part_sum = tl.load(part_sum_ptr + place, has_part, other=0.0)
+        part_max = tl.load(parts_ptr + 2 * place, has_part, other=-INF)
+        part_sum = tl.load(parts_ptr + 2 * place + 1, has_part, other=0.0)
         most = tl.max(part_max, 0)
         part_sum *= tl.exp2((part_max - tl.where(most > -INF, most, 0.0)) * scale)
         total = tl.sum(part_sum, 0)
@@ -197,9 +204,9 @@ def search(
     num_parts = -(-num_tokens // (PART * candidates.BLOCK))
     endings = truncation.ending_ids.contiguous()
     temperature = truncation.temperature.contiguous()
-    parts = torch.empty(PART + 2, rows, num_parts, dtype=torch.float32, device=logits_RV.device)
-    read = parts[:PART], parts[PART], parts[PART + 1]
-    top = torch.empty(rows, num, dtype=torch.float32, device=logits_RV.device)
+    floats: dict[str, Any] = {"dtype": torch.float32, "device": logits_RV.device}
+    read = torch.empty(rows, num_parts, PART, **floats), torch.empty(rows, num_parts, 2, **floats)
+    top = torch.empty(rows, num, **floats)
     ids = torch.empty(rows, num, dtype=torch.int64, device=logits_RV.device)
     sizes = (logits_RV.stride(0), num_tokens, endings.shape[-1], num_parts)
     _read_kernel[(num_parts, rows)](
