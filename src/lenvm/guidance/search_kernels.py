@@ -50,7 +50,8 @@ def _may_end(num_generated_ptr, may_end_from_ptr, row):
 
 @triton.jit
 def _key(x, index):
-    """int64 that sort as logits x do, equal ones by index, the lowest first. NaN has a place."""
+    """int64 that sort as logits x do, equal ones by index, the lowest first. -0 is below 0, and NaN
+    has a place."""
     bits = x.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & LOW_BITS)
     return (ordered.to(tl.int64) << 32) | (index ^ LOW_BITS).to(tl.int64)
