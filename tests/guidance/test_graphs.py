@@ -20,7 +20,10 @@ from guidance.oracle import EOS, Guided, Markov, OracleScorer
 from guidance.test_no_waiting import META, MetaScorer, Transfers
 from lenvm.engines.adapter import Admission, GuidedBatch, _draw_tokens
 from lenvm.guidance import graphs as module
+from lenvm.guidance import session as session_module
+from lenvm.guidance.candidates import Truncation, search
 from lenvm.guidance.graphs import CudaRecorder, Outputs, StepGraphs, bucket
+from lenvm.guidance.params import RuleParams
 from lenvm.guidance.request import LengthControl
 from lenvm.guidance.scorer import CandidateScorer
 from lenvm.guidance.session import GuidanceSession
@@ -159,6 +162,38 @@ def oracle(head: str) -> Callable[[], OracleScorer]:
         return scorer
 
     return build_scorer
+
+
+@given(seed=st.integers(0, 10**6), mixed=st.booleans())
+@settings(max_examples=8)
+def test_a_life_with_a_search_outside_of_graphs_equals_one_without(seed: int, mixed: bool):
+    def search_plain(logits: Tensor, truncation: Truncation, params: RuleParams) -> Any:
+        may_end, must_end = params.endings()
+        return search(logits, truncation, may_end_R=may_end, must_end_R=must_end)
+
+    live_searched(search_plain, seed, mixed)
+
+
+def live_searched(search_fused: Callable[..., Any], seed: int, mixed: bool) -> None:
+    """A life of a session whose candidates `search_fused` finds, beside one without."""
+    pair = Pair(oracle("distribution"), graphs := StepGraphs(MockRecorder()))
+    num_searches = 0
+
+    def count(*given: Any) -> Any:
+        nonlocal num_searches
+        num_searches += 1
+        return search_fused(*given)
+
+    def find(*given: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:  # the other session searches as ever
+            patch.setattr(session_module, "search_fused", count)
+            return GuidanceSession._find(pair.graphed, *given)
+
+    pair.graphed._find = find  # type: ignore[method-assign]
+    live(pair, seed, 12, mixed)
+    assert num_searches > 10
+    assert graphs.num_replays
+    assert not any("find_candidates" in str(key) for key in graphs._graphs), "logits were copied"
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -317,7 +352,10 @@ def test_replayed_steps_neither_read_back_nor_transfer():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("head", ["scalar", "distribution"])
-def test_real_graphs_equal_plain_steps(head: str, monkeypatch):
+@pytest.mark.parametrize("fused", [True, False])
+def test_real_graphs_equal_plain_steps(head: str, fused: bool, monkeypatch):
+    if not fused:
+        monkeypatch.setattr(session_module, "search_fused", lambda *_: None)
     torch.manual_seed(3)
     model = LengthValueModel.build(build("qwen2"), LenVMConfig(gamma=0.99, head=head)).eval().cuda()
     graphs = StepGraphs(CudaRecorder())

@@ -8,7 +8,8 @@ ending is a candidate like any other token. (Were it always one, a penalty on ev
 would end an answer at a token that the generator gives a chance of one in a billion.)
 
 All of it is tensor code without a host synchronisation or a data-dependent shape. A row's
-candidates depend on that row alone.
+candidates depend on that row alone. `search` reads the vocabulary (on a GPU `search_kernels` does
+the same in one read of the logits), `truncate` the few tokens that it found.
 
 Shape legend: R guided rows, B rows of an engine's batch, V vocabulary, K candidates, E ending
 tokens, M tokens with a temperature factor.
@@ -62,16 +63,31 @@ class Truncation:
 def build_candidates(
     logits_RV: Tensor, truncation: Truncation, *, may_end_R: Tensor, must_end_R: Tensor
 ) -> Candidates:
-    """Candidates of each row. A row keeps at least one, whatever the parameters.
+    """Candidates of each row, see `search` and `truncate`."""
+    found = search(logits_RV, truncation, may_end_R=may_end_R, must_end_R=must_end_R)
+    return truncate(*found, truncation)
+
+
+def search(
+    logits_RV: Tensor, truncation: Truncation, *, may_end_R: Tensor, must_end_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of each row, most likely first: (log-probabilities [R, K] fp32 under all
+    of the row that is allowed, ids [R, K] int64).
 
     may_end_R, must_end_R: bool. A ban on ending is void where nothing else has a finite logit, an
-    order to end where no ending token has one.
+    order to end where no ending token has one. A row of -inf, or with a NaN, has no
+    log-probabilities: what comes back there is -inf or NaN.
     """
     restricted = _restrict(logits_RV.float(), truncation.ending_ids, may_end_R, must_end_R)
     temperature = torch.where(truncation.temperature > 0, truncation.temperature, 1.0)
     # as cold as 1e-6 is greedy already, and no logit overflows there
     log_probs_RV = restricted.div_(temperature.clamp(min=1e-6).unsqueeze(-1)).log_softmax(-1)
-    top, ids = largest(log_probs_RV, min(truncation.max_candidates, restricted.shape[-1]))
+    return largest(log_probs_RV, min(truncation.max_candidates, restricted.shape[-1]))
+
+
+def truncate(top: Tensor, ids: Tensor, truncation: Truncation) -> Candidates:
+    """Candidates of what `search` found, [R, K] each. A row keeps at least one, whatever the
+    parameters."""
     top = top.nan_to_num(nan=-torch.inf)  # a row of -inf: whatever comes first is certain
     top = torch.cat([top[:, :1].clamp(min=-1e30), top[:, 1:]], -1)
     mask = _keep(top, truncation)

@@ -26,7 +26,7 @@ from torch import Tensor
 from lenvm.guidance.candidates import Candidates, Truncation, find_endings
 from lenvm.guidance.params import RuleParams
 from lenvm.guidance.rules import RULES, apply_rules
-from lenvm.guidance.scoring import Draw, find_candidates, read_drawn
+from lenvm.guidance.scoring import Draw, find_candidates, keep_candidates, read_drawn
 from lenvm.model.head import LengthBelief
 
 MAX_GRAPHS = 128
@@ -128,6 +128,22 @@ class StepGraphs:
 
         key = ("find_candidates", *_key(truncation, params))
         given = (logits_RV, params.num_generated)
+        found = self.call(key, run, given, lambda: _tensors(truncation, params), truncation)
+        return None if found is None else (Candidates(*found[1:]), found[0])
+
+    def keep_candidates(
+        self, top_RK: Tensor, ids_RK: Tensor, truncation: Truncation, params: RuleParams
+    ) -> tuple[Candidates, Tensor] | None:
+        """`scoring.keep_candidates`: the same, from what a search outside of graphs has found."""
+
+        def run(given: Tensors, fixed: Tensors) -> Outputs:
+            top, ids, done = given
+            cut, asked = _with_tensors(truncation, params, fixed, done)
+            found, scored = keep_candidates(top, ids, cut, asked)
+            return scored, found.ids, found.log_probs, found.mask, found.is_ending
+
+        key = ("keep_candidates", *_key(truncation, params))
+        given = (top_RK, ids_RK, params.num_generated)
         found = self.call(key, run, given, lambda: _tensors(truncation, params), truncation)
         return None if found is None else (Candidates(*found[1:]), found[0])
 

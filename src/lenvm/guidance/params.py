@@ -53,9 +53,10 @@ class Asked:
     """None: the generator."""
     gamma: float
     floats: tuple[float, ...]
-    """low, high, scale, horizon, min_entropy, min_value, centre, below, above of `RuleParams`."""
+    """low, high, scale, horizon, min_entropy, min_value, centre, below, above, may_end_from,
+    must_end_from of `RuleParams`."""
     integers: tuple[int, ...]
-    """mode, is_total, strict, neutral."""
+    """mode, is_total, neutral."""
 
     @classmethod
     def read(
@@ -72,8 +73,9 @@ class Asked:
         mode = EXPECTED_MODES.index(control.expected_mode)
         total = control.counts_tokens and not control.remaining
         strict = name != "hard" if control.strict is None else control.strict
-        floats = (low, high, scale, *gates, *_peak(control))
-        return cls(name, gamma, floats, (mode, total, strict, scale == unchanged))
+        ends = (low, high) if total and strict else (-math.inf, math.inf)
+        floats = (low, high, scale, *gates, *_peak(control), *ends)
+        return cls(name, gamma, floats, (mode, total, scale == unchanged))
 
 
 @dataclass
@@ -89,7 +91,6 @@ class RuleParams:
     low: Tensor
     high: Tensor
     is_total: Tensor
-    strict: Tensor
     scale: Tensor
     """Tilt scale s, soft strength, conditional evidence, or expected_scale."""
     centre: Tensor
@@ -98,6 +99,10 @@ class RuleParams:
     """Nats that a token less than the centre costs."""
     above: Tensor
     """Nats that a token more than the centre costs."""
+    may_end_from: Tensor
+    """Tokens in total, the ending one among them, from which on the answer may end; -inf: any."""
+    must_end_from: Tensor
+    """The same, from which on it must end; inf: none."""
     mode: Tensor
     """Index into EXPECTED_MODES."""
     horizon: Tensor
@@ -135,10 +140,11 @@ class RuleParams:
             (codes[a.rule], gammas.index(a.gamma), done, *a.integers)
             for a, done in zip(asked, num_generated, strict=True)
         ]
-        low_R, high_R, scale_R, horizon, min_entropy, min_value, centre, below, above = (
-            _upload_columns(floats, torch.float32, device)
+        low_R, high_R, scale_R, horizon, min_entropy, min_value, *peak_and_ends = _upload_columns(
+            floats, torch.float32, device
         )
-        code_R, gamma_index, done_R, mode_R, total_R, strict_R, neutral = _upload_columns(
+        centre, below, above, may_end_from, must_end_from = peak_and_ends
+        code_R, gamma_index, done_R, mode_R, total_R, neutral = _upload_columns(
             integers, torch.int64, device
         )
         return cls(
@@ -146,11 +152,12 @@ class RuleParams:
             low=low_R,
             high=high_R,
             is_total=total_R.bool(),
-            strict=strict_R.bool(),
             scale=scale_R,
             centre=centre,
             below=below,
             above=above,
+            may_end_from=may_end_from,
+            must_end_from=must_end_from,
             mode=mode_R,
             horizon=horizon,
             min_entropy=min_entropy,
@@ -161,7 +168,7 @@ class RuleParams:
             rules=rules,
             gammas=gammas,
             has_value_gate=any(row[5] > 0 for row in floats),
-            has_peak=any(row[-2] > 0 or row[-1] > 0 for row in floats),
+            has_peak=any(row[7] > 0 or row[8] > 0 for row in floats),
             scores_all=not any(row[4] > 0 for row in floats) and not any(r[-1] for r in integers),
         )
 
@@ -177,9 +184,8 @@ class RuleParams:
 
     def endings(self) -> tuple[Tensor, Tensor]:
         """(may end with the next token, must end with it): bool [R] each."""
-        low, high = (bound.squeeze(-1) for bound in self.rest())
-        promised = self.is_total & self.strict
-        return ~promised | (low <= 0), promised & (high <= 0)
+        length = self.num_generated + 1
+        return length >= self.may_end_from, length >= self.must_end_from
 
     def advanced(self) -> "RuleParams":
         """The same one token later."""

@@ -5,14 +5,16 @@
 Shape legend: R rows of a step, K candidates.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lenvm.errors import InputError
-from lenvm.guidance.candidates import Candidates, Truncation, build_candidates, entropy
+from lenvm.guidance.candidates import Candidates, Truncation, entropy, search, truncate
 from lenvm.guidance.params import Guided, RuleParams, rule_name, widest
 from lenvm.guidance.rules import find_rule
 from lenvm.model.head import LengthBelief
@@ -58,8 +60,39 @@ def find_candidates(
 ) -> tuple[Candidates, Tensor]:
     """Candidates of each row, and those of them to score: ids [R, K], -1 elsewhere."""
     may_end, must_end = params.endings()
-    candidates = build_candidates(logits_RV, truncation, may_end_R=may_end, must_end_R=must_end)
+    found = search(logits_RV, truncation, may_end_R=may_end, must_end_R=must_end)
+    return keep_candidates(*found, truncation, params)
+
+
+def keep_candidates(
+    top_RK: Tensor, ids_RK: Tensor, truncation: Truncation, params: RuleParams
+) -> tuple[Candidates, Tensor]:
+    """`find_candidates` from what `search` has found."""
+    candidates = truncate(top_RK, ids_RK, truncation)
     return candidates, to_score(candidates, params)
+
+
+def search_fused(
+    logits_RV: Tensor, truncation: Truncation, params: RuleParams
+) -> tuple[Tensor, Tensor] | None:
+    """`search` by kernels that read the logits once, in place and in their own type: ids of equal
+    logits may differ, the lowest come first. None where the kernels do not apply."""
+    if not logits_RV.is_cuda or not _has_triton():
+        return None
+    from lenvm.guidance import search_kernels
+
+    if not search_kernels.can_search(logits_RV, truncation):
+        return None
+    ends = params.may_end_from, params.must_end_from
+    found: tuple[Tensor, Tensor] = search_kernels.search(
+        logits_RV, truncation, params.num_generated, *ends
+    )
+    return found
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def read_drawn(

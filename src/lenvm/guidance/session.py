@@ -27,7 +27,15 @@ from lenvm.guidance.graphs import StepGraphs
 from lenvm.guidance.params import Asked, RuleParams, build_truncation, pad
 from lenvm.guidance.params import Guided as Guided
 from lenvm.guidance.rules import RuleFailure, apply_rules
-from lenvm.guidance.scoring import Draw, Scorer, find_candidates, find_fault, read_drawn
+from lenvm.guidance.scoring import (
+    Draw,
+    Scorer,
+    find_candidates,
+    find_fault,
+    keep_candidates,
+    read_drawn,
+    search_fused,
+)
 from lenvm.model.device import upload
 from lenvm.model.head import LengthBelief
 
@@ -207,8 +215,7 @@ class GuidanceSession:
         batch = self._batch_of(request_ids)
         asked = batch.truncation, batch.params
         logits = logits_RV[:, : self.scorer.vocab_size]
-        found = self.graphs.find_candidates(logits, *asked) if self.graphs else None
-        candidates, scored_ids = found or find_candidates(logits, *asked)
+        candidates, scored_ids = self._find(logits, *asked)
         num = int((scored_ids >= 0).sum()) if self.count_candidates else None
         try:
             belief = self.scorer.score(request_ids, scored_ids, num_candidates=num)
@@ -237,6 +244,19 @@ class GuidanceSession:
         )
         candidates.log_probs = ruled[0] if ruled else self._apply_rules(candidates, belief, batch)
         return candidates, drawn[0] if drawn else None
+
+    def _find(
+        self, logits_RV: Tensor, truncation: Truncation, params: RuleParams
+    ) -> tuple[Candidates, Tensor]:
+        """Candidates of each row and the ids to score [R, K]. Only where no kernel searches does a
+        graph get the logits, for which they are copied."""
+        asked = truncation, params
+        top = search_fused(logits_RV, *asked)
+        if top is not None:
+            kept = self.graphs.keep_candidates(*top, *asked) if self.graphs else None
+            return kept or keep_candidates(*top, *asked)
+        found = self.graphs.find_candidates(logits_RV, *asked) if self.graphs else None
+        return found or find_candidates(logits_RV, *asked)
 
     @torch.inference_mode()
     def commit(self, request_ids: Sequence[str], token_ids_R: Tensor | Sequence[int]) -> None:

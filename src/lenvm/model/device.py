@@ -1,5 +1,8 @@
 """Where models run, and in which precision."""
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lenvm.errors import InputError
@@ -44,3 +47,42 @@ def pin(values: Any, dtype: Any, device: Any) -> Any:
 def upload(values: Any, dtype: Any, device: Any) -> Any:
     """Numbers as a tensor on `device`, without waiting for what it has still to do."""
     return pin(values, dtype, device).to(device, non_blocking=True)
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """fp32 matrix products on CUDA run in TF32 inside: factors of 10 bits, sums in fp32. A graph
+    that is captured inside keeps it. The process's own setting comes back afterwards; meanwhile
+    other threads have this one."""
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if before == "tf32":
+        yield
+        return
+    # The older of torch's two settings sets the newer one as well. The newer alone would leave them
+    # at odds, and then whoever reads the older raises (the profiler, for one).
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that it is the older
+        matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = before  # "ieee" and "none" are told apart
+
+
+def with_fast_products(head: Callable[[Any], Any], dtype: Any, device: Any) -> Callable[[Any], Any]:
+    """A value head over hidden states of `dtype`, for serving: in TF32 where they come from a model
+    in 16 bits on a GPU, which rounds them as coarsely; else `head` itself, in full fp32."""
+    import torch
+
+    if torch.device(device).type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return head
+
+    def run(hidden: Any) -> Any:
+        with tf32_products():
+            return head(hidden)
+
+    return run

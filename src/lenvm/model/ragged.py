@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lenvm.errors import CapacityError, InputError
 from lenvm.model import attention
+from lenvm.model.device import with_fast_products
 from lenvm.model.kv_pages import Array, KVPages
 from lenvm.model.support import check_supported
 from lenvm.model.torch_runner import Head, Runner, TorchRunner
@@ -63,7 +64,8 @@ class RaggedDecoder:
         """backbone: a decoder without LM head (`AutoModel`).
 
         `kv_bytes` bounds the KV store in bytes and lowers `max_tokens` to what fits. `head` maps
-        hidden states [N, H] to what the calls return; without one they return hidden states.
+        hidden states [N, H] to what the calls return (its fp32 products are TF32's where the
+        backbone is in 16 bits on a GPU); without one they return hidden states.
         `kernels` "auto" is Triton on CUDA and torch elsewhere. Raises InputError where the model's
         attention is of a kind that cannot be served exactly; the message names it.
         """
@@ -96,6 +98,8 @@ class RaggedDecoder:
             with_table=triton,
             **shape,
         )
+        if head is not None:
+            head = with_fast_products(head, self.dtype, self.device)
         self._runner: Runner
         if triton:
             if find_spec("triton") is None:
