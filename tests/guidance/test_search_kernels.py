@@ -251,10 +251,29 @@ def test_what_the_kernels_take():
         pytest.param("compare('cpu')", marks=pytest.mark.slow),
         "compare_rows_of_no_number('cpu')",
         "compare_sessions()",
+        "from lenvm.guidance.search_kernels import try_out; try_out('cpu')",
     ],
 )
 def test_under_the_interpreter(call: str):
     interpret(f"from guidance.test_search_kernels import *; {call}; print('compared')")
+
+
+def test_kernels_that_fail_are_left_out_with_a_warning(monkeypatch, caplog):
+    from types import SimpleNamespace
+
+    from lenvm.guidance import scoring
+
+    def try_out() -> None:
+        raise RuntimeError("ptxas is missing")
+
+    kernels = SimpleNamespace(try_out=try_out)
+    monkeypatch.setitem(sys.modules, "lenvm.guidance.search_kernels", kernels)
+    monkeypatch.setattr("lenvm.guidance.search_kernels", kernels, raising=False)
+    monkeypatch.setattr(scoring, "find_spec", lambda name: name)
+    assert not scoring._can_fuse.__wrapped__()
+    assert "ptxas is missing" in caplog.text
+    monkeypatch.setattr(scoring, "find_spec", lambda name: None)
+    assert not scoring._can_fuse.__wrapped__()
 
 
 def interpret(script: str) -> None:

@@ -6,6 +6,7 @@ Shape legend: R rows of a step, K candidates.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from lenvm.guidance.params import Guided, RuleParams, rule_name, widest
 from lenvm.guidance.rules import find_rule
 from lenvm.model.head import LengthBelief
 
+log = logging.getLogger(__name__)
 Draw = Callable[..., Tensor]
 """(log-probabilities [R, K], ids [R, K], the engine's own [R] each) -> tokens [R]; row-wise."""
 
@@ -77,7 +79,7 @@ def search_fused(
 ) -> tuple[Tensor, Tensor] | None:
     """`search` by kernels that read the logits once, in place and in their own type: ids of equal
     logits may differ, the lowest come first. None where the kernels do not apply."""
-    if not logits_RV.is_cuda or not _has_triton():
+    if not logits_RV.is_cuda or not _can_fuse():
         return None
     from lenvm.guidance import search_kernels
 
@@ -91,8 +93,21 @@ def search_fused(
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _can_fuse() -> bool:
+    """Whether the kernels run here: tried once, on a row of their own, so that a Triton that cannot
+    compile them costs speed and no answer."""
+    if find_spec("triton") is None:
+        return False
+    from lenvm.guidance import search_kernels
+
+    try:
+        search_kernels.try_out()
+    except torch.AcceleratorError:
+        raise  # the device itself is lost
+    except Exception:
+        log.warning("candidates are searched without kernels: they failed here", exc_info=True)
+        return False
+    return True
 
 
 def read_drawn(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lenvm.errors import LenVMError
 from lenvm.guidance import candidates
 from lenvm.guidance.candidates import Truncation
 from lenvm.model.kernels import tl, triton  # the one file that imports Triton
@@ -224,3 +225,23 @@ def search(
         num_warps=8,
     )  # fmt: skip
     return top, ids
+
+
+def try_out(device: str = "cuda") -> None:
+    """Search one row there, against the torch code. LenVMError where they differ."""
+    one: dict[str, Any] = {"device": device}
+    logits = torch.linspace(3, -3, 5 * candidates.BLOCK, **one).roll(77).unsqueeze(0)
+    cut = Truncation(
+        temperature=torch.full((1,), 0.7, **one),
+        top_k=torch.full((1,), 15, **one),
+        top_p=torch.ones(1, **one),
+        min_p=torch.zeros(1, **one),
+        ending_ids=torch.full((1, 1), 77, **one),
+        max_candidates=15,
+    )
+    ends = torch.full((1,), 9.0, **one), torch.full((1,), torch.inf, **one)
+    top, ids = search(logits, cut, torch.zeros(1, dtype=torch.long, **one), *ends)
+    no = torch.zeros(1, dtype=torch.bool, **one)
+    want, want_ids = candidates.search(logits, cut, may_end_R=no, must_end_R=no)
+    if not torch.equal(ids, want_ids) or not torch.allclose(top, want, atol=1e-4):
+        raise LenVMError(f"ids {ids.tolist()}, expected {want_ids.tolist()}")
