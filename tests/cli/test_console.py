@@ -1,13 +1,20 @@
 """Progress as it is read in a log: counts, rates and time left, of this run alone."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from lenvm.cli import _console
 
 
+def set_clock(monkeypatch, *times):
+    """The console's own clock: the process's is also read by threads of other tests."""
+    clock = SimpleNamespace(monotonic=iter(times).__next__)
+    monkeypatch.setattr(_console, "time", clock)
+
+
 def test_rate_and_time_left_do_not_count_what_was_there(monkeypatch, capsys):
-    now = iter([0.0, 10.0, 40.0])
-    monkeypatch.setattr(_console.time, "monotonic", lambda: next(now))
+    set_clock(monkeypatch, 0.0, 10.0, 40.0)
     with _console.stages() as progress:
         progress("sample", 600, 1000)
         progress("sample", 650, 1000)  # within 15 s of the last line: not printed
@@ -18,8 +25,7 @@ def test_rate_and_time_left_do_not_count_what_was_there(monkeypatch, capsys):
 
 
 def test_a_stage_that_ends_is_always_printed(monkeypatch, capsys):
-    now = iter([0.0, 1.0])
-    monkeypatch.setattr(_console.time, "monotonic", lambda: next(now))
+    set_clock(monkeypatch, 0.0, 1.0)
     with _console.stages() as progress:
         progress("train", 0, 4)
         progress("train", 4, 4)
