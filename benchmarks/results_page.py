@@ -155,7 +155,10 @@ def scaling(found: Numbers | None, images: Path) -> str:
         found,
         images,
         "## Scaling",
-        "Paper: the loss falls with model size, prompts, and completions per prompt (1, 2, 4, 16).",
+        "Paper: the loss falls with model size, prompts, and completions per prompt (1, 2, 4, 16). "
+        "Ours, one epoch of a scalar head each: it falls with completions of the same 200 prompts "
+        "and with prompts, the error at the prompt from 4 to 16 completions hardly any more. The "
+        "cells for 0.5B by prompts and for 1.5B are still to be measured.",
     )
 
 
@@ -166,7 +169,11 @@ def ablations(found: Numbers | None, images: Path) -> str:
         "## Ablations",
         "Paper: the discounted return beats the log-length, then raw and normalised length; "
         "shuffled beats grouped batches; a larger gamma is better early and a smaller one late; "
-        "bf16, fp16 and fp32 are equal.",
+        "bf16, fp16 and fp32 are equal. Ours, 340 prompts x 8 completions, LoRA, one epoch, one "
+        "seed: raw and normalised length are worst, as in the paper; the log-length is nearest at "
+        "the prompt and inside answers, unlike there; the smaller gamma is better at every place. "
+        "With a scalar head so little trained an error inside answers is over 100%, because a few "
+        "tokens are left at its end. Grouping, lambda and precision are still to be measured.",
     )
 
 
