@@ -11,6 +11,15 @@ GENERATORS = {"coder05-frontier": "0.5B", "coder15-frontier": "1.5B"}
 ARMS = ("prompt", "hard", "conditional:2 tolerance=0.05")
 OTHER = "conditional:2 tolerance=0.1 focus=10"
 MODEL = "coder05-constrained-prompt"
+TRADEOFF = "coder05-more16-gsm8k"
+SHORTER = {
+    "prompt": "alone",
+    "concise": "asked to be concise",
+    "budget_answer:225": "cut off and made to answer",
+    "tilt:30": "LenVM, `tilt` 30",
+    "tilt:42": "LenVM, `tilt` 42",
+}
+"""Arms of that run."""
 PENALTY = "coder05-clean-frontier"
 """Measured also with a repetition penalty, as the step of that name with `-repetition`."""
 
@@ -18,13 +27,17 @@ PENALTY = "coder05-clean-frontier"
 def update(readme: Path, results: Path) -> str:
     """The README with its blocks written anew; as it is where files are missing."""
     text = readme.read_text(encoding="utf-8")
-    files = [results / f"{name}_h200.json" for name in ("frontier", "lifebench", "prediction")]
+    names = ("frontier", "lifebench", "prediction", "tradeoff")
+    files = [results / f"{name}_h200.json" for name in names]
     if not all(f.exists() for f in files):
         return text
-    frontier, lifebench, prediction = (json.loads(f.read_text(encoding="utf-8")) for f in files)
+    frontier, lifebench, prediction, tradeoff = (
+        json.loads(f.read_text(encoding="utf-8")) for f in files
+    )
+    parts = _equal_to(frontier, lifebench), _prediction(prediction), _shorter(tradeoff)
     blocks = {
         "caption": f"{_caption(frontier)}\n",
-        "results": f"{_equal_to(frontier, lifebench)}\n\n{_prediction(prediction)}\n\n",
+        "results": "".join(f"{part}\n\n" for part in parts if part),
     }
     for name, body in blocks.items():
         begin = BEGIN.format(name)
@@ -142,6 +155,30 @@ def _half(found: Numbers) -> str:
 def _loss(arm: Numbers) -> str:
     loss = value_of(arm["quality"]["log_prob_loss"])
     return "-" if loss is None or loss == 0 else f"{loss:.2f}"
+
+
+def _shorter(found: Numbers) -> str:
+    """Accuracy of shorter answers."""
+    run = found["runs"].get(TRADEOFF)
+    if run is None:
+        return ""
+    arms = {a["arm"]: a for a in run["arms"]}
+    plain = value_of(arms["prompt"]["pass_at_1"])
+    rows = []
+    for name, title in SHORTER.items():
+        arm = arms[name]
+        cells = [
+            f"{value_of(arm['mean_length']):.0f} ({percent(arm['relative_length'], short=True)})",
+            percent(arm["pass_at_1"]),
+            f"{value_of(arm['pass_at_1']) / plain:.0%}",
+        ]
+        rows.append([title, *(f"**{c}**" if name.startswith("tilt") else c for c in cells)])
+    return (
+        f"Shorter answers, Qwen2.5-Coder-0.5B on {run['num_items']} questions of GSM8K, "
+        f"{run['num_samples']} answers each, a value model that has seen more maths than the one "
+        "in the box ([file](benchmarks/results/tradeoff_h200.json)):\n\n"
+        + table(["", "mean tokens", "right", "of the accuracy alone"], rows)
+    )
 
 
 def _prediction(found: Numbers) -> str:
