@@ -173,6 +173,7 @@ class V2Machine:
             all_token_ids=_Plain(seats, 512),
             prompt_len=_Plain(seats),
             prefill_len=_Plain(seats),
+            remove_request=lambda index: index,
         )
         self.processor = build(self.states)
         self.free = list(range(seats))
@@ -196,7 +197,7 @@ class V2Machine:
         for place in preempt:
             if order and (index := order[place % len(order)]) in self.slots:
                 self.waiting.append(self.slots.pop(index))
-                self.free.append(index)
+                self.free.append(self.states.remove_request(index))
         while self.waiting and self.free:
             job, index = self.waiting.pop(0), self.free.pop()
             tokens = [*job.prompt, *job.tokens]
@@ -231,7 +232,7 @@ class V2Machine:
             job.take(token)
             if job.is_done:
                 del self.slots[index]
-                self.free.append(index)
+                self.free.append(self.states.remove_request(index))
 
     def _logits(self, job: Job) -> Tensor:
         logits = self.model([*job.prompt, *job.tokens]).clone()

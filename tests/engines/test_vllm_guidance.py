@@ -218,7 +218,8 @@ class HookedRunner:
         hook()
         hook()
         self.runner = GPUModelRunner(config(), states)
-        session = GuidanceSession(OracleScorer(MARKOV), eos_token_ids=())
+        self.scorer = OracleScorer(MARKOV)
+        session = GuidanceSession(self.scorer, eos_token_ids=())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(GuidanceSettings, "load_session", lambda self, device, tokenizer: session)
             self.runner.load_model()
@@ -258,6 +259,8 @@ def test_the_v2_runner_gives_the_same_tokens(build, data):
     for job, control in jobs:
         if control is not None:
             assert job.tokens == plain_loop(job, control)
+    if isinstance(machine.processor, HookedRunner):
+        assert not machine.processor.scorer.requests  # each is freed with its request
 
 
 def chi_square(counts: dict[int, int], probs: dict[int, float]) -> float:

@@ -106,6 +106,11 @@ class LengthGuidance(*_bases()):  # type: ignore[misc]  # one class of one or tw
         """V2: a request takes a slot; whether this processor has to do with it."""
         return self._slots is not None and self._slots.add(req_idx, sampling_params)
 
+    def remove_request(self, req_idx: int) -> None:
+        """V2, where the runner says so: the request of a slot has left."""
+        if self._slots is not None:
+            self._slots.remove(req_idx)
+
     def apply(self, logits: "Tensor", ctx: Any = None) -> "Tensor":
         """Guided rows get their token, the others stay bit for bit."""
         if self._rows is not None:

@@ -6,7 +6,8 @@ call a processor themselves. Written against vLLM 0.25.0: `v1/worker/gpu/model_r
 `v1/worker/gpu/sample/sampler.py`, `v1/engine/input_processor.py`. Facts that this file stands on:
 
 * `GPUModelRunner.load_model` makes the sampler; another process' runner has none (`None`).
-* `Sampler.add_request` is told the slot of every request that enters or comes back.
+* `Sampler.add_request` is told the slot of every request that enters or comes back, and
+  `RequestState.remove_request` gives the slot of one that ends or is preempted.
 * `Sampler.__call__` gets the step's rows; `bad_words_state.apply_bad_words` is the last to change
   fp32 logits in place before temperature, after logit bias and penalties.
 * `seq_lens_cpu_upper_bound` is exact without speculative decoding, which is refused.
@@ -27,8 +28,9 @@ HOOKS = {
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"): ("load_model",),
     ("vllm.v1.worker.gpu.sample.sampler", "Sampler"): ("add_request", "__call__"),
     ("vllm.v1.engine.input_processor", "InputProcessor"): ("_validate_params",),
+    ("vllm.v1.worker.gpu.states", "RequestState"): ("remove_request",),
 }
-"""What is wrapped, by (module, class)."""
+"""What is wrapped, by (module, class): of the classes, or of the one object that the worker has."""
 
 
 def hook() -> None:
@@ -42,7 +44,7 @@ def hook() -> None:
                 f"this vLLM has no {module}.{name}.{missing[0]}: leave LENVM_VLLM_RUNNER=v2 out"
             )
         classes[name] = found
-    runner, sampler, front = (classes[name] for _, name in HOOKS)
+    runner, sampler, front, _ = (classes[name] for _, name in HOOKS)
     if hasattr(runner.load_model, "__wrapped__"):
         return
     _wrap(runner, "load_model", _after_load)
@@ -95,6 +97,7 @@ class SamplerGuide:
         """The InputBatch of the step that is being sampled."""
         sampler = runner.sampler
         add, bad_words = sampler.add_request, sampler.bad_words_state.apply_bad_words
+        remove = runner.req_states.remove_request
 
         @functools.wraps(add)
         def add_request(index: int, prompt_len: int, params: Any) -> None:
@@ -106,6 +109,14 @@ class SamplerGuide:
             bad_words(logits, *args, **more)
             self._apply(logits)
 
+        @functools.wraps(remove)
+        def remove_request(request_id: str) -> int | None:
+            index: int | None = remove(request_id)
+            if index is not None:
+                self.guidance.remove_request(index)
+            return index
+
+        runner.req_states.remove_request = remove_request
         sampler.add_request = add_request
         sampler.bad_words_state.apply_bad_words = apply_bad_words
 

@@ -5,8 +5,9 @@ Written against the V2 base class of vLLM's main branch after 0.25,
 
 * `apply` runs after logit_bias, penalties, bad words and the grammar mask, before temperature,
   min_p, top-k and top-p: logits come with their penalties.
-* A request keeps its slot. Nobody says when it leaves; its slot is given to another one, or is seen
-  no more. A preempted request comes back by `add_request` with what it has generated.
+* A request keeps its slot. The interface does not say when it leaves (0.25's runner does, see
+  runner.py); its slot is given to another one, or is seen no more. A preempted request comes back
+  by `add_request` with what it has generated.
 * Tokens stand on the device (`all_token_ids`): they are read once, at a request's first draw.
 * `seq_lens_upper_bound_np` counts the tokens before the one to be drawn, on the host; below
   `prefill_len` the row is a chunk of a prompt and its token is thrown away.
@@ -49,13 +50,17 @@ class BatchSlots:
 
     def add(self, index: int, params: Any) -> bool:
         """A request takes a slot; whether it is guided."""
-        old = self._slots.pop(index, None)
-        if old is not None and old.request_id is not None:
-            self.batch.remove(old.request_id)
+        self.remove(index)
         if FIELD not in (params.extra_args or {}):
             return False
         self._slots[index] = _Slot(params)
         return True
+
+    def remove(self, index: int) -> None:
+        """The request of a slot is over, or will come back anew."""
+        old = self._slots.pop(index, None)
+        if old is not None and old.request_id is not None:
+            self.batch.remove(old.request_id)
 
     def apply(self, logits_BV: Tensor, context: Any) -> None:
         """Draw for the guided slots of this step, in place."""
