@@ -59,7 +59,9 @@ def launch(tmp_path: Path, settings: dict[str, Any], layout: str | None) -> subp
     path.write_text(json.dumps(settings))
     command = [sys.executable, str(SCRIPT), str(path)]
     if layout is not None:
-        port = str(random.randint(20_000, 60_000))
+        # not from `random`, which hypothesis seeds alike in every worker, and below the ports that
+        # the system gives to outgoing connections
+        port = str(random.SystemRandom().randint(20_000, 32_000))
         options = ["--config_file", f"configs/{layout}.yaml", "--num_processes", "2"]
         options += ["--main_process_port", port]
         command[1:1] = ["-m", "accelerate.commands.launch", *options]
