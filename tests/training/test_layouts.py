@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from lenvm.model.value_model import LengthValueModel
 from lenvm.training.config import TrainingConfig
 from lenvm.training.trainer import train
 from tiny import tiny_generator, tiny_tokenizer
-from training.test_processes import SCRIPT, finish, kill_after, losses
+from training.test_processes import SCRIPT, finish, kill_after, losses, pick_port
 from training.test_trainer import write_data
 
 ROOT = Path(__file__).parents[2]
@@ -59,11 +58,8 @@ def launch(tmp_path: Path, settings: dict[str, Any], layout: str | None) -> subp
     path.write_text(json.dumps(settings))
     command = [sys.executable, str(SCRIPT), str(path)]
     if layout is not None:
-        # not from `random`, which hypothesis seeds alike in every worker, and below the ports that
-        # the system gives to outgoing connections
-        port = str(random.SystemRandom().randint(20_000, 32_000))
         options = ["--config_file", f"configs/{layout}.yaml", "--num_processes", "2"]
-        options += ["--main_process_port", port]
+        options += ["--main_process_port", pick_port()]
         command[1:1] = ["-m", "accelerate.commands.launch", *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(

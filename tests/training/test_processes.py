@@ -40,13 +40,18 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     }
 
 
+def pick_port() -> str:
+    """Not from `random`, which hypothesis seeds alike in every worker, and below the ports that the
+    system gives to outgoing connections."""
+    return str(random.SystemRandom().randint(20_000, 32_000))
+
+
 def start(tmp_path: Path, settings: dict[str, Any], processes: int = 1) -> subprocess.Popen[bytes]:
     path = tmp_path / f"{Path(settings['output']).name}.json"
     path.write_text(json.dumps(settings))
     launcher = [sys.executable, str(SCRIPT), str(path)]
     if processes > 1:
-        port = str(random.randint(20_000, 60_000))
-        options = ["--nproc-per-node", str(processes), "--master-port", port]
+        options = ["--nproc-per-node", str(processes), "--master-port", pick_port()]
         launcher[1:1] = ["-m", "torch.distributed.run", *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(launcher, env=env, stderr=subprocess.PIPE, start_new_session=True)
