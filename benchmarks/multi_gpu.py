@@ -230,10 +230,19 @@ def start_training(
 
 
 def find_layout(call: Call, name: str) -> str:
-    """The shipped file; `fsdp2_kept`: fsdp2.yaml with the weights kept gathered during a step."""
+    """The shipped file. `fsdp2_kept`: fsdp2.yaml with the weights kept gathered during a step;
+    `zero3_kept`: zero3.yaml with no weight so large that it is shared out."""
+    path = call.work / f"{name}.yaml"
+    if name == "zero3_kept":
+        settings = read_json(ROOT / "configs/zero3.json")
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 10**10
+        write_json(path.with_suffix(".zero.json"), settings)
+        text = (ROOT / "configs/zero3.yaml").read_text()
+        path.write_text(text.replace("configs/zero3.json", str(path.with_suffix(".zero.json"))))
+        return str(path)
     if name != "fsdp2_kept":
         return f"configs/{name}.yaml"
-    key, path = "fsdp_reshard_after_forward", call.work / f"{name}.yaml"
+    key = "fsdp_reshard_after_forward"
     text = (ROOT / "configs/fsdp2.yaml").read_text()
     assert f"{key}: true" in text
     path.write_text(text.replace(f"{key}: true", f"{key}: false"))
@@ -275,9 +284,10 @@ def train(call: Call) -> None:
     runs: dict[str, tuple[str | None, dict[str, Any]]] = {
         "one": (None, {}),
         "one_otherwise": (None, otherwise),  # how far one GPU is from itself: other micro batches
-        **{name: (name, {}) for name in (*LAYOUTS, "zero3")},
+        **{name: (name, {}) for name in (*LAYOUTS, "zero3", "zero3_kept")},
     }
-    wanted = call.arguments.runs or [n for n in runs if n != "zero3" or not call.is_dry]
+    usual = [n for n in runs if not n.startswith("zero3") or (n == "zero3" and not call.is_dry)]
+    wanted = call.arguments.runs or usual
     runs = {name: run for name, run in runs.items() if name in wanted}
     call.found |= {"settings": settings, "runs": {}}
     one: dict[str, Any] = {}
@@ -611,7 +621,7 @@ def main() -> None:
     parser.add_argument(
         "--runs",
         nargs="*",
-        help=f"of `train`, `profile`: one, one_otherwise, {', '.join(LAYOUTS)}, zero3",
+        help=f"of `train`, `profile`: one, one_otherwise, {', '.join(LAYOUTS)}, zero3, zero3_kept",
     )
     parser.add_argument("--steps", type=int, default=52)
     parser.add_argument("--epochs", type=float, default=2.0)
