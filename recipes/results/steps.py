@@ -92,8 +92,7 @@ def sample(lab: Lab, name: str, o: Options) -> Found:
 
 
 def train(lab: Lab, name: str, o: Options) -> Found:
-    """A value model: {backbone, data: [token folders], seconds, tokens_per_s, max_epochs, options,
-    init_from?: a model of the lab to go on from}.
+    """A value model: {backbone, data: [token folders], seconds, tokens_per_s, max_epochs, options}.
 
     As many epochs as fit: seconds x tokens_per_s / tokens read, at most max_epochs.
     """
@@ -115,8 +114,9 @@ def train(lab: Lab, name: str, o: Options) -> Found:
         {
             "data": [str(f) for f in files],
             "output": str(lab.folder / "models" / name),
+            "backbone": lab.generator(o["backbone"]),
             "epochs": epochs,
-            **_start(lab, o),
+            **o.get("options", {}),
         }
     )
     start = time.monotonic()
@@ -131,18 +131,6 @@ def train(lab: Lab, name: str, o: Options) -> Found:
         "gpu_seconds": time.monotonic() - start,
         **{k: v for k, v in vars(result).items() if k != "num_dropped"},
     }, True
-
-
-def _start(lab: Lab, o: Options) -> Options:
-    """Options of `lenvm train`, with what the training starts from."""
-    options = dict(o.get("options", {}))
-    if "init_from" not in o:
-        return {"backbone": lab.generator(o["backbone"])} | options
-    source = lab.value_source(o["init_from"])
-    base = f"@{source['base_model']}" if source["base_model"] else ""
-    return {k: v for k, v in options.items() if k not in ("lora_rank", "num_layers")} | {
-        "init_from": source["folder"] + base
-    }
 
 
 # -- prediction -----------------------------------------------------------------------------------
