@@ -13,7 +13,7 @@ from typing import Any
 from recipes.results.plan import Plan
 from recipes.results.prompts import find_conditioned
 
-from lenvm.evals.arms import FEATURES
+from lenvm.evals.arms import DEFAULTS, FEATURES, Arm
 from lenvm.evals.bootstrap import Resampler
 from lenvm.evals.lifebench.run import EVALUATION as LIFEBENCH
 from lenvm.evals.lifebench.run import summarise as summarise_lifebench
@@ -355,13 +355,14 @@ def _grade(
     model are this step's, too: the same requests with the same seeds.
     """
     source, target = lab / "answers" / name, lab / "graded" / name
-    stamp = (source / "records.jsonl").stat().st_mtime_ns
+    sources = [source, *([lab / "answers" / shared] if shared else [])]
+    stamp = max((folder / "records.jsonl").stat().st_mtime_ns for folder in sources)
     made = target / "summary.json"
     if not made.exists() or made.stat().st_mtime_ns < stamp:
         manifest = load_config(source, evaluation)
         records = list(load_records(source).values())
-        if shared:
-            manifest, records = _share(manifest, records, lab / "answers" / shared, evaluation)
+        for other in sources[1:]:
+            manifest, records = _share(manifest, records, other, evaluation)
         kept = keep_complete(records)
         skipped = dict.fromkeys(manifest["arms"])
         target.mkdir(parents=True, exist_ok=True)
@@ -382,8 +383,12 @@ def _share(
     own = {k: v for k, v in manifest.items() if k != "arms"}
     if own != {k: v for k, v in theirs.items() if k != "arms"}:
         raise ValueError(f"{other}: answers to other requests; they cannot be shared")
-    arms = [a for a in theirs["arms"] if "control" not in FEATURES.get(a.split(":")[0], ())]
-    arms = [a for a in arms if a not in manifest["arms"]]
+    arms = [
+        name
+        for name in theirs["arms"]
+        if "control" not in FEATURES.get(Arm.parse(name, DEFAULTS).kind, ())
+        and name not in manifest["arms"]
+    ]
     more = [r for r in load_records(other).values() if r["arm"] in arms]
     return manifest | {"arms": [*arms, *manifest["arms"]]}, [*more, *records]
 
