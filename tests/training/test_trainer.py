@@ -126,6 +126,8 @@ def test_an_adapter_goes_on_learning_and_stays_an_adapter(tmp_path: Path, base: 
     whole = {**more, "output": str(tmp_path / "none"), "init_from": str(tmp_path / "whole")}
     with pytest.raises(InputError, match="has no adapter to go on with"):
         train(TrainingConfig.parse(whole))
+    with pytest.raises(CheckpointError, match="not a folder"):
+        train(TrainingConfig.parse({**whole, "init_from": str(tmp_path / "nowhere")}))
 
 
 def test_loops_are_learned_as_answers_that_never_end(tmp_path: Path, base: str):

@@ -282,14 +282,14 @@ def _build_model(
     dtype = torch.bfloat16 if low else torch.float32
     if config.init_from is not None:
         goes_on = config.trainable in ADAPTERS
+        model = LengthValueModel.from_pretrained(
+            config.init_from, dtype=dtype, merge_adapter=not goes_on
+        )
         if goes_on and not (split_name(config.init_from)[0] / "adapter_config.json").exists():
             raise InputError(
                 f"trainable is {config.trainable!r}, but {config.init_from} has no adapter to go "
                 "on with; use trainable = 'full', 'last' or 'head'"
             )
-        model = LengthValueModel.from_pretrained(
-            config.init_from, dtype=dtype, merge_adapter=not goes_on
-        )
         if config.loops_above is not None and not model.config.loops:
             raise InputError(
                 f"loops_above is {config.loops_above}, but {config.init_from} was trained without: "
