@@ -286,8 +286,8 @@ def train(call: Call) -> None:
         "one_otherwise": (None, otherwise),  # how far one GPU is from itself: other micro batches
         **{name: (name, {}) for name in (*LAYOUTS, "zero3", "zero3_kept")},
     }
-    usual = [n for n in runs if not n.startswith("zero3") or (n == "zero3" and not call.is_dry)]
-    wanted = call.arguments.runs or usual
+    not_usual = ("zero3_kept", "zero3") if call.is_dry else ("zero3_kept",)
+    wanted = call.arguments.runs or [n for n in runs if n not in not_usual]
     runs = {name: run for name, run in runs.items() if name in wanted}
     call.found |= {"settings": settings, "runs": {}}
     one: dict[str, Any] = {}

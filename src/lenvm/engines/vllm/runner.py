@@ -44,11 +44,11 @@ def hook() -> None:
                 f"this vLLM has no {module}.{name}.{missing[0]}: leave LENVM_VLLM_RUNNER=v2 out"
             )
         classes[name] = found
-    runner, sampler, front, _ = (classes[name] for _, name in HOOKS)
+    runner, sampler = classes["GPUModelRunner"], classes["Sampler"]
     if hasattr(runner.load_model, "__wrapped__"):
         return
     _wrap(runner, "load_model", _after_load)
-    _wrap(front, "_validate_params", _after_validation)
+    _wrap(classes["InputProcessor"], "_validate_params", _after_validation)
     call = sampler.__call__
 
     @functools.wraps(call)
