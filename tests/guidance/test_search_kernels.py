@@ -269,10 +269,10 @@ def test_kernels_that_fail_are_left_out_with_a_warning(monkeypatch, caplog):
     kernels = SimpleNamespace(try_out=try_out)
     monkeypatch.setitem(sys.modules, "lenvm.guidance.search_kernels", kernels)
     monkeypatch.setattr("lenvm.guidance.search_kernels", kernels, raising=False)
-    monkeypatch.setattr(scoring, "find_spec", lambda name: name)
+    monkeypatch.setattr(scoring, "has_triton", lambda: True)
     assert not scoring._can_fuse.__wrapped__()
     assert "ptxas is missing" in caplog.text
-    monkeypatch.setattr(scoring, "find_spec", lambda name: None)
+    monkeypatch.setattr(scoring, "has_triton", lambda: False)
     assert not scoring._can_fuse.__wrapped__()
 
 

@@ -8,7 +8,6 @@ Shape legend: R rows of a step, K candidates.
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +17,7 @@ from lenvm.errors import InputError
 from lenvm.guidance.candidates import Candidates, Truncation, entropy, search, truncate
 from lenvm.guidance.params import Guided, RuleParams, rule_name, widest
 from lenvm.guidance.rules import find_rule
+from lenvm.model.device import has_triton
 from lenvm.model.head import LengthBelief
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def search_fused(
 def _can_fuse() -> bool:
     """Whether the kernels run here: tried once, on a row of their own, so that a Triton that cannot
     compile them costs speed and no answer."""
-    if find_spec("triton") is None:
+    if not has_triton():
         return False
     from lenvm.guidance import search_kernels
 

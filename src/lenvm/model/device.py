@@ -1,8 +1,10 @@
 """Where models run, and in which precision."""
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from lenvm.errors import InputError
@@ -34,6 +36,12 @@ def pick_dtype(device: str) -> Any:
     import torch
 
     return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether kernels can be compiled at all."""
+    return find_spec("triton") is not None
 
 
 def pin(values: Any, dtype: Any, device: Any) -> Any:

@@ -16,7 +16,6 @@ import copy
 import functools
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from lenvm import returns
 from lenvm.errors import InputError
+from lenvm.model.device import has_triton
 
 HeadName = Literal["scalar", "distribution"]
 MAX_REMAINING = 131_072
@@ -338,14 +338,9 @@ def _log_geometric(count: Tensor, slope: Tensor) -> Tensor:
     return torch.where(flat, count, ratio).log()
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def _kernels(logits: Tensor) -> Any:
     """The fused kernels where they apply: on a GPU, outside of training."""
-    if not logits.is_cuda or logits.requires_grad or not logits.numel() or not _has_triton():
+    if not logits.is_cuda or logits.requires_grad or not logits.numel() or not has_triton():
         return None
     from lenvm.model import belief_kernels
 

@@ -13,7 +13,6 @@ Shape legend: R requests of a call, K candidates each, E outputs: the hidden siz
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from lenvm.errors import CapacityError, InputError
 from lenvm.model import attention
-from lenvm.model.device import with_fast_products
+from lenvm.model.device import has_triton, with_fast_products
 from lenvm.model.kv_pages import Array, KVPages
 from lenvm.model.support import check_supported
 from lenvm.model.torch_runner import Head, Runner, TorchRunner
@@ -102,7 +101,7 @@ class RaggedDecoder:
             head = with_fast_products(head, self.dtype, self.device)
         self._runner: Runner
         if triton:
-            if find_spec("triton") is None:
+            if not has_triton():
                 raise InputError("the GPU path needs triton (pip install it), or kernels='torch'")
             from lenvm.model.cuda_runner import CudaRunner
 
