@@ -2,17 +2,15 @@
 interpreter. What depends on no kernel (who searches, what a session makes of it) runs anywhere."""
 
 import importlib.util
-import os
-import subprocess
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from interpreter import interpret
 from lenvm.guidance.candidates import Truncation, search, truncate
 from lenvm.guidance.params import RuleParams
 from lenvm.guidance.scoring import search_fused
@@ -274,19 +272,3 @@ def test_kernels_that_fail_are_left_out_with_a_warning(monkeypatch, caplog):
     assert "ptxas is missing" in caplog.text
     monkeypatch.setattr(scoring, "has_triton", lambda: False)
     assert not scoring._can_fuse.__wrapped__()
-
-
-def interpret(script: str) -> None:
-    root = Path(__file__).parents[2]
-    paths = [root / "src", root / "tests", *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-    }
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if "0-dimensional arrays" in done.stderr:
-        pytest.skip("Triton's interpreter needs numpy < 2.4")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "compared" in done.stdout

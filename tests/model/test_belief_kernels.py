@@ -2,16 +2,13 @@
 Triton's interpreter."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from interpreter import interpret
 from lenvm.model.head import DistributionBelief, LengthBins, Peak
 
 BINS = LengthBins()
@@ -77,17 +74,4 @@ def test_on_the_gpu():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_under_the_interpreter():
-    root = Path(__file__).parents[2]
-    paths = [root / "src", root / "tests", *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-    }
-    script = "from model.test_belief_kernels import compare; compare('cpu')"
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if "0-dimensional arrays" in done.stderr:
-        pytest.skip("Triton's interpreter needs numpy < 2.4")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "compared" in done.stdout
+    interpret("from model.test_belief_kernels import compare; compare('cpu')")

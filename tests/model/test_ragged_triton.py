@@ -5,12 +5,10 @@ Graphs, 16-bit types (the interpreter's dot is wrong in bf16) and timing are the
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from interpreter import interpret
 
 SCRIPT = """
 import sys, torch
@@ -123,24 +121,3 @@ def test_a_random_history_under_the_interpreter(family, fused, products):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_kernels_end_where_the_packed_candidates_do():
     interpret(KERNELS)
-
-
-def interpret(script, *arguments):
-    root = Path(__file__).parents[2]
-    paths = [root / "src", root / "tests", *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    if "0-dimensional arrays" in done.stderr:
-        pytest.skip("Triton's interpreter needs numpy < 2.4")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "compared" in done.stdout
