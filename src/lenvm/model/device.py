@@ -71,14 +71,23 @@ def tf32_products() -> Iterator[None]:
         return
     # The older of torch's two settings sets the newer one as well. The newer alone would leave them
     # at odds, and then whoever reads the older raises (the profiler, for one).
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says once that it is the older
-        matmul.allow_tf32 = True
+    _hear_once_that_it_is_older()
+    matmul.allow_tf32 = True
     try:
         yield
     finally:
         matmul.allow_tf32 = False
         matmul.fp32_precision = before  # "ieee" and "none" are told apart
+
+
+@functools.cache
+def _hear_once_that_it_is_older() -> None:
+    """torch warns at the first use of a process; filters of warnings are not for every step."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.backends.cuda.matmul.allow_tf32 = True
 
 
 def with_fast_products(head: Callable[[Any], Any], dtype: Any, device: Any) -> Callable[[Any], Any]:
