@@ -30,6 +30,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 from lenvm.guidance.scorer import CandidateScorer  # noqa: E402
 from lenvm.model.head import ValueHead  # noqa: E402
+from lenvm.model.ragged import RaggedDecoder  # noqa: E402
 from lenvm.model.value_model import LengthValueModel  # noqa: E402
 from scorer_baselines import TwoForward, naive  # noqa: E402
 
@@ -70,6 +72,12 @@ SHAPES = {
     },
 }
 HEADLINE = {"model": "0.5b", "batch": 64, "candidates": 8, "prefix": 1024}
+RAGGED = {
+    "8 of 135": [135] * 8,
+    "7 of 50, one of 730": [*[50] * 7, 730],
+    "8 from 50 to 800": [50, 100, 150, 200, 300, 400, 600, 800],
+    "48 from 50 to 990": [50 + 20 * i for i in range(48)],
+}
 
 
 class BenchmarkModel(nn.Module):
@@ -616,6 +624,41 @@ def measure_generate(value: str | None = None, num_tokens: int = 64) -> dict[str
 
 
 @torch.inference_mode()
+def measure_ragged() -> list[dict[str, Any]]:
+    """Batches of unequal prefixes on SmolLM2 with the bundled value model: milliseconds of a plain
+    step and of 14 candidates a row (up to 16 rows), rows of about one length read together, and all
+    rows read as far as the longest."""
+    from lenvm.cli._inputs import load_value_model
+    from lenvm.model import attention
+    from lenvm.model.bundled import bundled_model
+    from lenvm.model.device import pick_dtype
+
+    generator = load(str(bundled_model()), "cpu", pick_dtype("cpu")).backbone
+    plain = RaggedDecoder(generator, max_tokens=48 * 1100, max_requests=48, max_candidates=1)
+    value_model = load_value_model(None, device="cpu")
+    scorer = CandidateScorer(value_model, max_tokens=16 * 1100, max_requests=16, max_candidates=16)
+    cost, found = attention.GROUP_PAGES, []
+    for name, lengths in RAGGED.items():
+        ids = [str(i) for i in range(len(lengths))]
+        wide = torch.stack([torch.randperm(scorer.vocab_size)[:14] for _ in ids])
+        prompts = {r: list(range(100, 100 + n)) for r, n in zip(ids, lengths, strict=True)}
+        row: dict[str, Any] = {"prefixes": name, "rows": len(ids)}
+        calls = {"step_ms": (plain, torch.full((len(ids), 1), 5))}
+        if len(ids) <= 16:
+            calls["candidates_ms"] = (scorer.decoder, wide)
+        for what, (decoder, candidates) in calls.items():
+            decoder.add(prompts)
+            for way, pages in (("", cost), ("_as_the_longest", 10**9)):
+                attention.GROUP_PAGES = pages
+                row[what + way] = time_ms(partial(decoder.peek, ids, candidates), "cpu", 2, 9)
+            decoder.remove(ids)
+        found.append(row)
+        print(row, flush=True)
+    attention.GROUP_PAGES = cost
+    return found
+
+
+@torch.inference_mode()
 def time_products(backbone: Any, num_tokens: int) -> float:
     """All packed products of the layers alone, for so many tokens: what nothing can be faster
     than that runs them one after another."""
@@ -779,6 +822,7 @@ def main() -> None:
         write(result, arguments.out)
     if arguments.device == "cpu" and not shapes:
         result["generate"] = measure_generate()
+        result["ragged"] = measure_ragged()
         result["generate_by"] = {Path(v).name: measure_generate(v) for v in arguments.value}
         print(json.dumps(result["generate"]), flush=True)
         write(result, arguments.out)
