@@ -94,10 +94,25 @@ def test_loops_are_found_and_kept():
         )
     ]
     found = Sequences.from_trajectories(whole, loops_above=0.5)
-    assert found.is_loop.tolist() == [True, True, False]
+    assert found.is_endless.tolist() == [True, True, False]
     assert found.complete.tolist() == [False, False, True]
     assert found.dropped == {"truncated": 1}
-    assert not Sequences.from_trajectories(whole).is_loop.any()
+    assert not Sequences.from_trajectories(whole).is_endless.any()
+
+
+def test_answers_of_a_low_reward_never_end():
+    rows = [
+        trajectory(i, 20, "train", finish_reason=reason, **({} if r is None else {"reward": r}))
+        for i, (r, reason) in enumerate(
+            [(1.0, "stop"), (0.0, "stop"), (None, "stop"), (0.0, "length"), (1.0, "length")]
+        )
+    ]
+    found = Sequences.from_trajectories(rows, rewards_below=0.5)
+    assert found.is_endless.tolist() == [False, True, False, True]
+    assert found.complete.tolist() == [True, False, True, False]
+    assert found.dropped == {"truncated": 1}
+    with pytest.raises(DataError, match=r"rewards_below is 0\.5, and no completion has a reward"):
+        Sequences.from_trajectories(rows[2:3], rewards_below=0.5)
 
 
 def test_repetition_is_the_share_of_four_grams_that_stood_before():

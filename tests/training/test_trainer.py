@@ -142,9 +142,9 @@ def test_loops_are_learned_as_answers_that_never_end(tmp_path: Path, base: str):
         )
     write_rows(tmp_path / "t.jsonl", rows)
     result = train(config(tmp_path, base, loops_above=0.5, epochs=8))
-    assert result.num_loops == 100
+    assert result.num_endless == 100
     only = write_rows(tmp_path / "loops.jsonl", rows[1::2])
-    with pytest.raises(DataError, match="every train sequence repeats more of itself"):
+    with pytest.raises(DataError, match=r"with loops_above = 0\.5 every train sequence"):
         train(config(tmp_path, base, loops_above=0.5, data=[only], output=str(tmp_path / "none")))
     model = LengthValueModel.from_pretrained(tmp_path / "model")
     assert model.config.loops
@@ -158,6 +158,17 @@ def test_loops_are_learned_as_answers_that_never_end(tmp_path: Path, base: str):
     settings = {"data": [str(tmp_path / "t.jsonl")], "loops_above": 0.5, **more}
     with pytest.raises(InputError, match="loops_above"):
         train(TrainingConfig.parse(settings))
+
+
+def test_wrong_answers_are_learned_as_ones_that_never_end(tmp_path: Path, base: str):
+    rows = [
+        trajectory(i, 12, "validation" if i % 5 == 0 else "train", reward=float(i % 2))
+        for i in range(100)
+    ]
+    write_rows(tmp_path / "t.jsonl", rows)
+    result = train(config(tmp_path, base, rewards_below=0.5, epochs=0.1))
+    assert result.num_endless == 40
+    assert LengthValueModel.from_pretrained(tmp_path / "model").config.loops
 
 
 @pytest.mark.parametrize("trainable", ["full", "last", "lora"])

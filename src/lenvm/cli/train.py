@@ -49,7 +49,7 @@ def register(app: typer.Typer) -> None:
             ["", ""],
             [
                 ["sequences (dropped)", f"{result.num_sequences} ({dropped})"],
-                *([["never ending", str(result.num_loops)]] if settings.loops_above else []),
+                *([["never ending", str(result.num_endless)]] if settings.endless else []),
                 ["tokens", f"{result.num_tokens:,}"],
                 ["tokens/s", f"{result.tokens_per_s:,.0f}"],
                 ["gamma", f"{result.gamma:.6f}"],

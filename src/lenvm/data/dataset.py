@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -29,7 +30,7 @@ from lenvm.data.trajectory import Trajectory, read_trajectories
 from lenvm.errors import DataError, InputError
 from lenvm.files import explaining, read_json, write_json
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 NUM_TEXTS = 16
 Censoring = Literal["drop", "one_sided", "bootstrap"]
 Split = Literal["train", "validation", "test"]
@@ -45,6 +46,7 @@ INDEX = np.dtype(
         ("domain", "<i2"),
         ("group", "<i8"),  # hash of the prompt
         ("images", "<i4"),  # entry of `images`, -1 for none
+        ("reward", "<f4"),  # NaN for none
     ]
 )
 
@@ -203,6 +205,7 @@ def _write_tokens(
                     domains.setdefault(t.domain, len(domains)),
                     hash_group(t.prompt_hash),
                     images.setdefault(files, len(images)) if files else -1,
+                    math.nan if t.reward is None else t.reward,
                 )
             )
             start += len(prompt) + t.length
@@ -242,8 +245,9 @@ class Sequences:
     """Entry of `domains`."""
     image_sets: Array
     """Entry of the store's `images`, -1 for none."""
-    is_loop: Array
-    """bool: repeats itself so much that it counts as an answer that never ends; not `complete`."""
+    is_endless: Array
+    """bool: counts as an answer that never ends, as it repeats itself so much or is no good; not
+    `complete`."""
     domains: tuple[str, ...]
     dropped: Counter[str] = field(default_factory=Counter)
     """What was left out, by reason."""
@@ -259,6 +263,7 @@ class Sequences:
         max_prompts: int | None = None,
         max_per_prompt: int | None = None,
         loops_above: float | None = None,
+        rewards_below: float | None = None,
         seed: int = 0,
     ) -> "Sequences":
         """The sequences of `split` (None: of all) that can be used.
@@ -266,7 +271,8 @@ class Sequences:
         Sequences over `max_tokens` are dropped and counted, never cut; truncated completions too
         where `censoring` is "drop". Down-sampling keeps `max_prompts` prompts and `max_per_prompt`
         completions of each, chosen by hash and seed, so that a smaller choice is part of a larger.
-        Completions whose `repetition` is over `loops_above` are loops, kept whatever the censoring.
+        Completions whose `repetition` is over `loops_above`, or whose reward is under
+        `rewards_below`, count as answers that never end, and are kept whatever the censoring.
         """
         index = np.concatenate([np.asarray(store.index) for store in stores])
         source = np.repeat(np.arange(len(stores)), [len(store.index) for store in stores])
@@ -276,12 +282,19 @@ class Sequences:
         keep = np.ones(len(index), bool)
         if split is not None:
             keep &= index["split"] == SPLITS.index(split)
-        is_loop = np.zeros(len(index), bool)
+        is_endless = np.zeros(len(index), bool)
         if loops_above is not None:
             for i in np.flatnonzero(keep):
                 first = int(index["start"][i]) + int(index["prompt_length"][i])
                 ids = stores[source[i]].tokens[first : first + int(index["length"][i])]
-                is_loop[i] = repetition(ids) > loops_above
+                is_endless[i] = repetition(ids) > loops_above
+        if rewards_below is not None:
+            if np.isnan(index["reward"]).all():
+                raise DataError(
+                    f"rewards_below is {rewards_below}, and no completion has a reward; put one in "
+                    "each line of the file, or grade answers with `lenvm grade`"
+                )
+            is_endless |= index["reward"] < rewards_below  # not where there is none: NaN
         dropped: Counter[str] = Counter()
 
         def drop(reason: str, bad: Array) -> None:
@@ -290,7 +303,7 @@ class Sequences:
             keep = keep & ~bad
 
         if censoring == "drop":
-            drop("truncated", ~index["complete"] & ~is_loop)
+            drop("truncated", ~index["complete"] & ~is_endless)
         total = index["prompt_length"].astype(np.int64) + index["length"]
         drop("too_long", total > max_tokens)
         drop("not_sampled", ~_downsample(index["group"], keep, max_prompts, max_per_prompt, seed))
@@ -302,11 +315,11 @@ class Sequences:
             start=index["start"].astype(np.int64),
             prompt_lengths=index["prompt_length"].astype(np.int64),
             lengths=index["length"].astype(np.int64),
-            complete=index["complete"] & ~is_loop[rows],
+            complete=index["complete"] & ~is_endless[rows],
             groups=index["group"],
             domain=domain[rows],
             image_sets=index["images"],
-            is_loop=is_loop[rows],
+            is_endless=is_endless[rows],
             domains=tuple(domains),
             dropped=+dropped,
         )

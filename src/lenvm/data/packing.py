@@ -62,7 +62,7 @@ class PackedBatch:
     """[C] of the completions."""
     complete: Tensor
     """[C] bool; False: the length is a lower bound."""
-    is_loop: Tensor
+    is_endless: Tensor
     """[C] bool: counts as never ending; not complete."""
     domain: Tensor
     """[C]"""
@@ -329,7 +329,7 @@ def _describe(sequences: Sequences, rows: Array) -> dict[str, Any]:
         "state_offsets": torch.from_numpy(np.concatenate([[0], np.cumsum(lengths + 1)])),
         "lengths": torch.from_numpy(lengths),
         "complete": torch.from_numpy(sequences.complete[rows].copy()),
-        "is_loop": torch.from_numpy(sequences.is_loop[rows].copy()),
+        "is_endless": torch.from_numpy(sequences.is_endless[rows].copy()),
         "domain": torch.from_numpy(sequences.domain[rows]),
         "groups": torch.from_numpy(sequences.groups[rows].copy()),
         "sequences": torch.from_numpy(rows),

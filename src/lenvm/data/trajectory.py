@@ -45,6 +45,9 @@ class Trajectory(BaseModel):
     """temperature, top_p, top_k, min_p, seed, max_tokens, n."""
     length_control: dict[str, Any] | None = None
     """The LengthControl that guided this completion, for on-policy refinement; None = unguided."""
+    reward: float | None = None
+    """How good the answer is, by any measure, such as 1.0 for right and 0.0 for wrong; None: nobody
+    said. `lenvm train` reads it with `rewards_below`."""
     model: str
     images: list[str] = Field(default_factory=list)
     """Image files, relative to the JSONL file or absolute."""

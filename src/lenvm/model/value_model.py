@@ -56,7 +56,8 @@ class LenVMConfig(BaseModel):
     bin_growth: float = 1.07
     """The distribution head's bins (`LengthBins`)."""
     loops: bool = False
-    """Its last bin is for answers that never end: it was trained with `loops_above`."""
+    """Its last bin is for answers that never end: it was trained with `loops_above` or
+    `rewards_below`."""
     control_input: bool = False
     """A guided completion's control stands before its prompt, as `encode_control` writes it."""
     num_layers: Annotated[int, Field(ge=1)] | None = None

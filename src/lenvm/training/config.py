@@ -58,6 +58,9 @@ class TrainingConfig(BaseModel):
     loops_above: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Completions with a larger share of repeated 4-grams of tokens are taught as answers that
     never end, so that control keeps away from them. None: as long as they are."""
+    rewards_below: float | None = None
+    """Completions with a reward under it, such as wrong answers, are taught as ones that never end,
+    so that control looks for short answers that are right. None: rewards are not read."""
     trainable: Trainable = "full"
     last_layers: Annotated[int, Field(ge=1)] = 6
     """With trainable = "last": how many upper layers train. What lies below is computed once."""
@@ -132,6 +135,13 @@ class TrainingConfig(BaseModel):
         if self.share_prompts and self.cache_frozen:
             raise ValueError("share_prompts does not go with cache_frozen")
         return self
+
+    @property
+    def endless(self) -> str:
+        """What makes a completion count as one that never ends; empty: nothing does."""
+        names = ("loops_above", "rewards_below")
+        given = [(name, getattr(self, name)) for name in names]
+        return ", ".join(f"{name} = {value}" for name, value in given if value is not None)
 
     def objective(self, longest: int) -> Objective:
         """The loss. longest: completion of the training data, tokens."""

@@ -41,7 +41,7 @@ class States:
     """[C]"""
     complete: Tensor
     """[C] bool"""
-    is_loop: Tensor
+    is_endless: Tensor
     """[C] bool: never ends."""
     last: Tensor
     """[C] place of s_L among the M."""
@@ -60,7 +60,7 @@ class States:
             steps,
             lengths,
             batch.complete,
-            batch.is_loop,
+            batch.is_endless,
             last,
             batch.longest,
             batch.any_cut,
@@ -70,7 +70,7 @@ class States:
     def remaining(self) -> Tensor:
         """[M] L - t: tokens still to come, or a lower bound less one where it was cut off; of a
         loop, more than any length."""
-        lengths = self.lengths + MAX_REMAINING * self.is_loop
+        lengths = self.lengths + MAX_REMAINING * self.is_endless
         return lengths[self.completion] - self.steps
 
     @property

@@ -64,8 +64,8 @@ class TrainingResult:
     val_loss_last: float
     gamma: float
     seconds: float
-    num_loops: int = 0
-    """Sequences taught as answers that never end (`loops_above`)."""
+    num_endless: int = 0
+    """Sequences taught as answers that never end (`loops_above`, `rewards_below`)."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
         val_loss_last=trainer.val_losses[-1],
         gamma=model.config.gamma,
         seconds=seconds,
-        num_loops=int(splits.train.is_loop.sum()),
+        num_endless=int(splits.train.is_endless.sum()),
     )
     _save(trainer, model, config)
     if is_first:
@@ -223,6 +223,7 @@ def _select(stores: list[TokenStore], config: TrainingConfig) -> Splits:
             max_tokens=config.max_tokens,
             censoring=config.censoring,
             loops_above=config.loops_above,
+            rewards_below=config.rewards_below,
             seed=config.seed,
             **sampling,
         )
@@ -231,10 +232,10 @@ def _select(stores: list[TokenStore], config: TrainingConfig) -> Splits:
                 f"no usable {name} sequence in {', '.join(config.data)}; dropped: "
                 f"{dict(found.dropped) or 'none'}"
             )
-        if found.is_loop.all():
+        if found.is_endless.all():
             raise DataError(
-                f"loops_above is {config.loops_above}, and every {name} sequence repeats more of "
-                "itself: no answer is left that ends; raise it"
+                f"with {config.endless} every {name} sequence counts as one that never ends, and "
+                "no length is left to learn: raise loops_above, or lower rewards_below"
             )
         splits[name] = found
     weights = mixing_weights(config.weights, stores) if config.weights else None
@@ -290,9 +291,9 @@ def _build_model(
                 f"trainable is {config.trainable!r}, but {config.init_from} has no adapter to go "
                 "on with; use trainable = 'full', 'last' or 'head'"
             )
-        if config.loops_above is not None and not model.config.loops:
+        if config.endless and not model.config.loops:
             raise InputError(
-                f"loops_above is {config.loops_above}, but {config.init_from} was trained without: "
+                f"training with {config.endless}, but {config.init_from} was trained without: "
                 "its head knows no answers that never end; train on a backbone"
             )
         return model.train()
@@ -307,11 +308,11 @@ def _build_model(
             target=config.target,
             control_input=config.control_input,
             num_layers=config.num_layers,
-            loops=config.loops_above is not None,
+            loops=bool(config.endless),
         ),
         dtype=dtype,
     )
-    start_from_marginal(model, sequences.lengths[~sequences.is_loop])
+    start_from_marginal(model, sequences.lengths[~sequences.is_endless])
     return model.train()
 
 
