@@ -286,8 +286,10 @@ def time_places(name: str, batch: int, mean: int, prefix: int) -> dict[str, dict
 
 
 def combinations(found: dict[str, dict[Any, float]]) -> Iterator[Choices]:
-    """Plain kernels; each set of fused places with the best attention, with and without PDL."""
+    """Plain kernels; each set of fused places with the best attention, in one stream and in two
+    (programmatic dependent launch was within noise)."""
     yield Choices()
+    yield Choices(lane=0.5)
     best: dict[str, Any] = {
         place: next((c for c in times if c != PLAIN), None) for place, times in found.items()
     }
@@ -295,8 +297,8 @@ def combinations(found: dict[str, dict[Any, float]]) -> Iterator[Choices]:
     for picked in itertools.product((True, False), repeat=len(best)):
         chosen = zip(best.items(), picked, strict=True)
         tiles: dict[str, Any] = {place: tile if use else None for (place, tile), use in chosen}
-        for pdl in (True, False):
-            yield Choices(**tiles, attention=attention, pdl=pdl)
+        for lane in (None, 0.5):
+            yield Choices(**tiles, attention=attention, lane=lane)
 
 
 def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict[str, Any]:
@@ -341,7 +343,7 @@ def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict
         error = float((out - truth).norm() / truth.norm())
         limit = error * 1.5 + 1e-4 if limit is None else limit  # the first are the plain kernels
         ok = repeats and error <= limit
-        names = f"{'+'.join(choices.tiles) or 'cublas':27} pdl {choices.pdl!s:5}"
+        names = f"{'+'.join(choices.tiles) or 'cublas':27} lane {choices.lane!s:5}"
         print(f"{us:9.1f} us a step  {names} error {error:.2e} repeats {repeats}", flush=True)
         tried.append((us, error, ok, choices))
     plain_us, plain_error, _, _ = tried[0]
@@ -355,6 +357,7 @@ def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict
         "choices": choices.to_json(),
         "step_us": round(us, 1),
         "plain_step_us": round(plain_us, 1),
+        "steps_us": {str(choices): round(us, 1) for us, _, _, choices in tried},
         "error": error,
         "plain_error": plain_error,
         "places_us": {
@@ -404,7 +407,8 @@ def tune_trimmed(name: str, batch: int, mean: int, prefix: int, deadline: float)
     print(
         f"{plain_us:9.1f} us plain, {us:9.1f} us, {errors['error']:.2e} apart: {best}", flush=True
     )
-    changes: list[dict[str, Any]] = [{"pdl": True}]
+    half = sum(steady.counts) / num_tokens / 2
+    changes: list[dict[str, Any]] = [{"lane": share * half} for share in (1.0, 0.75, 1.25)]
     for place in ("gate_up", "down", "out", "qkv"):
         changes += [{place: tile} for tile in tiles_of(place, num_tokens, shape.head_size)]
     changes += [{"attention": choice} for choice in ATTENTION if not choice.merges]
@@ -454,7 +458,7 @@ def keep_record(record: dict[str, Any], path: Path = kernel_choices.PATH) -> Non
     key = ("device_kind", "shape", "num_tokens")
     part = "trimmed_records" if record["choices"].get("trims") else "records"
     told[part] = [r for r in told[part] if any(r[k] != record[k] for k in key)] + [
-        {k: v for k, v in record.items() if k != "places_us"}
+        {k: v for k, v in record.items() if k not in ("places_us", "steps_us")}
     ]
     path.write_text(json.dumps(told, indent=1) + "\n")
     kernel_choices._records.cache_clear()

@@ -5,7 +5,8 @@ package's own evaluation prompts, is held out. A tenth of the training prompts i
 
 Three quarters of the held-out instructions are IFEval's, requests with conditions on form ("in
 lowercase", "exactly 3 bullet points"), which no training file has. `constrained` prompts are such
-requests of our own: a shippable instruction and one or two of `CONDITIONS`.
+requests of our own: a shippable instruction and one or two of `CONDITIONS`. `asked` prompts are
+training questions of mathematics, asked in the trade-off's words.
 """
 
 import json
@@ -17,6 +18,8 @@ from typing import Any
 
 from lenvm.data.prompts import Prompt, load_bundled_prompts
 from lenvm.errors import InputError
+from lenvm.evals.tradeoff.grader import guess_kind
+from lenvm.evals.tradeoff.items import Question
 from lenvm.files import read_jsonl
 
 DOMAINS = ("math", "code", "instructions")
@@ -154,26 +157,42 @@ def constrain(text: str, seed: int) -> str:
     return f"{conditions} {text.strip()}"
 
 
+def asked_questions(data: Path) -> dict[str, Question]:
+    """Training questions of GSM8K and MATH by the prompt that asks them, mixed; none that is also
+    held out, or has no answer."""
+    held_out = {text.strip() for domain, t in HELD_OUT if domain == "math" for text in t(data)}
+    files = []
+    for name, key in (("gsm8k/train.jsonl", "question"), ("math/train.jsonl", "problem")):
+        rows = [
+            (str(row[key]).strip(), str(row.get("answer", "")).rsplit("####", 1)[-1].strip())
+            for row in read(data, name)
+        ]
+        random.Random(0).shuffle(rows)
+        files.append([(text, gold) for text, gold in rows if gold and text not in held_out])
+    found = [Question(text, text, gold, guess_kind(gold)) for text, gold in _interleave(files)]
+    return {question.prompt(concise=False): question for question in found}
+
+
 def load_prompts(data: Path, which: str, per_domain: Mapping[str, int] | int) -> list[Prompt]:
-    """`which`: "shippable", "all", "not_shippable" or "constrained" (training), or "held_out". At
-    most `per_domain` prompts of each domain (0: none; instructions to constrain), drawn evenly from
-    its files, in an order that mixes domains.
+    """`which`: "shippable", "all", "not_shippable", "constrained" or "asked" (training), or
+    "held_out". At most `per_domain` prompts of each domain (0: none; instructions to constrain),
+    drawn evenly from its files, in an order that mixes domains.
     """
-    allowed = ("shippable", "all", "not_shippable", "constrained", "held_out")
-    if which not in allowed:
+    shipping = {"shippable": (True,), "not_shippable": (False,), "all": (True, False)}
+    if which not in (allowed := (*shipping, "constrained", "asked", "held_out")):
         raise InputError(f"prompts are {which!r}; allowed: {', '.join(allowed)}")
     if which == "constrained":
         return _constrained(load_prompts(data, "shippable", per_domain))
-    held_out = _prompts(data, [(d, t) for d, t in HELD_OUT], "test")
-    found = held_out
+    found = held_out = _prompts(data, list(HELD_OUT), "test")
     if which != "held_out":
-        wanted = {"shippable": (True,), "not_shippable": (False,), "all": (True, False)}[which]
-        chosen = [(d, t) for d, may_ship, t in TRAINING if may_ship in wanted]
+        texts: list[tuple[str, Texts]] = [("math", lambda data: list(asked_questions(data)))]
+        if which in shipping:
+            texts = [(domain, t) for domain, ships, t in TRAINING if ships in shipping[which]]
         kept_out = {p.prompt_hash for row in held_out.values() for p in row}
         kept_out |= {p.prompt_hash for p in load_bundled_prompts() if p.split != "train"}
         found = {
             domain: [p for p in row if p.prompt_hash not in kept_out]
-            for domain, row in _prompts(data, chosen, "train").items()
+            for domain, row in _prompts(data, texts, "train").items()
         }
     limits = per_domain if isinstance(per_domain, Mapping) else dict.fromkeys(DOMAINS, per_domain)
     parts = [row[: limits.get(domain, 0)] for domain, row in found.items()]

@@ -3,6 +3,7 @@ as they come, and returns (figures, whether it is finished). Nothing is graded h
 graded on a machine without a GPU (`collect.py`).
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 from recipes.results.answers import lifebench, speed, tradeoff
 from recipes.results.lab import MEAN_PROMPT, Found, Lab, Options, OutOfTime, end_of
-from recipes.results.prompts import load_prompts
+from recipes.results.prompts import asked_questions, load_prompts
 from recipes.results.tokens import TokenWriter
 
 from lenvm.data.prompts import Prompt
 from lenvm.engines.sampling import SamplingParams
 from lenvm.engines.transformers import Request
+from lenvm.evals.tradeoff.grading_pool import Task, grade_all
 from lenvm.guidance.request import LengthControl
 from lenvm.model.tokenization import encode_prompt
 
@@ -42,7 +44,11 @@ def sample(lab: Lab, name: str, o: Options) -> Found:
     )
     controls = [c and LengthControl.parse(c) for c in o.get("controls", [None])]
     params = SamplingParams(
-        top_k=o.get("top_k", 0), top_p=o.get("top_p", 1.0), max_tokens=o["max_tokens"], seed=1
+        top_k=o.get("top_k", 0),
+        top_p=o.get("top_p", 1.0),
+        min_p=o.get("min_p", 0.0),
+        max_tokens=o["max_tokens"],
+        seed=1,
     )
     writers = {s["name"]: lab.tokens(s["name"]).write() for s in o["sets"]}
     origin: dict[str, tuple[TokenWriter, Prompt, int]] = {}
@@ -86,6 +92,22 @@ def sample(lab: Lab, name: str, o: Options) -> Found:
     rate = {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / max(seconds, 1e-9)}
     sets = {s["name"]: lab.tokens(s["name"]).summary() for s in o["sets"]}
     return {"generator": o["generator"], "rate": rate, "sets": sets}, all(finished.values())
+
+
+def grade(lab: Lab, name: str, o: Options) -> Found:
+    """Rewards of the `asked` completions of a set, 1 right and 0 wrong: {generator, tokens}."""
+    folder, tokenizer = lab.tokens(o["tokens"]), lab.tokenizer(o["generator"])
+    questions = asked_questions(lab.data)
+    tasks = []
+    for row in folder.trajectories():
+        question = questions[row["messages"][-1]["content"].strip()]
+        text = tokenizer.decode(row["completion_token_ids"], skip_special_tokens=True)
+        is_complete = row["finish_reason"] == "stop"
+        tasks.append(Task(text, question.gold, question.kind, question.options, is_complete))
+    num_processes = max(2, (os.cpu_count() or 2) // 3)
+    right = [float(r["correct"]) for r in grade_all(tasks, num_processes=num_processes)]
+    folder.write_rewards(right)
+    return {"tokens": o["tokens"], "graded": len(right), "right": sum(right) / len(right)}, True
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -248,6 +270,7 @@ def length_tokens(lab: Lab, name: str, o: Options) -> Found:
 
 KINDS: dict[str, Callable[[Lab, str, Options], Found]] = {
     "sample": sample,
+    "grade": grade,
     "train": train,
     "prediction": prediction,
     "lifebench": lifebench,

@@ -1,18 +1,20 @@
 """Sampled completions as token ids on disk: small enough to travel, safe to kill, made to grow.
 
-A folder of three files that are only ever appended to:
+A folder of three files that are only ever appended to, and perhaps one that is replaced:
 
     prompts.jsonl       one line per prompt: hash, domain, split, messages, token ids
     completions.jsonl   one line per completion: p (prompt's line), k (sample), n (tokens), stop,
                         lp (mean log-probability), control
     tokens.u32          the completions' token ids, little-endian
+    rewards.json        of each completion, in their order: 1 right, 0 wrong
 
 Texts are left out: the tokenizer gives them back.
 """
 
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from lenvm.data.prompts import Prompt
 from lenvm.data.trajectory import SCHEMA
 from lenvm.engines.transformers import Completion
 from lenvm.errors import DataError
-from lenvm.files import JsonlWriter, read_jsonl
+from lenvm.files import JsonlWriter, read_json, read_jsonl, write_json
 
 ITEM = np.dtype("<u4")
 
@@ -51,6 +53,20 @@ class TokenFolder:
                 break
             found.append(row)
         return found
+
+    @property
+    def _rewards_file(self) -> Path:
+        return self.folder / "rewards.json"
+
+    def rewards(self) -> list[float | None]:
+        """Of each completion that a step `grade` found when it ran."""
+        if not self._rewards_file.exists():
+            return []
+        found: list[float | None] = read_json(self._rewards_file)
+        return found
+
+    def write_rewards(self, rewards: Sequence[float | None]) -> None:
+        write_json(self._rewards_file, list(rewards))
 
     def summary(self) -> dict[str, Any]:
         """Counts: prompts, completions, their tokens (`num_read`: with the prompt of each), those
@@ -81,7 +97,8 @@ class TokenFolder:
             raise DataError(f"{self.folder} holds no completions")
         tokens = np.fromfile(self.folder / "tokens.u32", dtype=ITEM)
         start = 0
-        for row in rows:
+        rewards = self.rewards()
+        for row, reward in itertools.zip_longest(rows, rewards[: len(rows)]):
             prompt = prompts[row["p"]]
             ids = tokens[start : start + row["n"]].tolist()
             start += row["n"]
@@ -99,15 +116,17 @@ class TokenFolder:
                 "finish_reason": "stop" if row["stop"] else "length",
                 "sampling": dict(sampling or {}),
                 **({"length_control": row["control"]} if row.get("control") else {}),
+                **({} if reward is None else {"reward": reward}),
                 "model": model,
             }
 
     def export(self, path: Path) -> None:
         """Write the trajectory file, unless it is there and newer than what it is made of."""
-        index = self.folder / "completions.jsonl"
         if not self.exists:
             raise DataError(f"no sampled completions in {self.folder}")
-        if path.exists() and path.stat().st_mtime_ns > index.stat().st_mtime_ns:
+        sources = (self.folder / "completions.jsonl", self._rewards_file)
+        newest = max(file.stat().st_mtime_ns for file in sources if file.exists())
+        if path.exists() and path.stat().st_mtime_ns > newest:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several may export it at once
