@@ -73,3 +73,10 @@ def test_labels_name_the_number():
     assert arm.label == "LenVM conditional, evidence 2, tolerance 0.05"
     assert arm.settings == (("tolerance", 0.05),)
     assert Arm.parse("hard", KINDS).label == "LenVM hard"
+
+
+def test_a_price_takes_evidence_and_a_conditional_arm_is_its_evidence():
+    arm = Arm.parse("price:0.02 evidence=5", ["price", "conditional"])
+    assert (arm.parameter, arm.settings) == (0.02, (("evidence", 5),))
+    with pytest.raises(InputError, match="'evidence=5' is no field=value"):
+        Arm.parse("conditional:1 evidence=5", ["price", "conditional"])

@@ -66,7 +66,7 @@ LABELS = {
 }
 TARGETS = {"equal_to", "at_most", "at_least", "shortest", "price", "tilt"}
 GOALS = TARGETS | {"remaining", "rule", "strength", "evidence"}
-"""What an arm is: not for its settings."""
+"""What an arm is: not for its settings; the evidence of `price` and `shortest` is one."""
 FEATURES: dict[str, tuple[Feature, ...]] = {
     "countdown": (),
     "eos_bias": ("eos_bias",),
@@ -144,10 +144,11 @@ def _parse_settings(text: str, kind: str, fields: list[str]) -> tuple[tuple[str,
     """`tolerance=0.05` ... as fields; values are JSON, `none` is null. InputError for others."""
     if "control" not in FEATURES.get(kind, ()):
         raise InputError(f"arm {text!r}: settings go with LenVM's arms only")
+    goals = GOALS - {"evidence"} if kind in ("price", "shortest") else GOALS
     values: dict[str, Any] = {}
     for entry in fields:
         name, equals, value = entry.partition("=")
-        if not equals or name in GOALS or name in values:
+        if not equals or name in goals or name in values:
             raise InputError(f"arm {text!r}: {entry!r} is no field=value that an arm may set")
         try:
             values[name] = None if value.lower() == "none" else json.loads(value)
