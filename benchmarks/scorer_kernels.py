@@ -286,10 +286,9 @@ def time_places(name: str, batch: int, mean: int, prefix: int) -> dict[str, dict
 
 
 def combinations(found: dict[str, dict[Any, float]]) -> Iterator[Choices]:
-    """Plain kernels; each set of fused places with the best attention, in one stream and in two
-    (programmatic dependent launch was within noise)."""
+    """Plain kernels; each set of fused places with the best attention. (Programmatic dependent
+    launch was within noise; half the tokens on another stream took up to 16% more.)"""
     yield Choices()
-    yield Choices(lane=0.5)
     best: dict[str, Any] = {
         place: next((c for c in times if c != PLAIN), None) for place, times in found.items()
     }
@@ -297,8 +296,7 @@ def combinations(found: dict[str, dict[Any, float]]) -> Iterator[Choices]:
     for picked in itertools.product((True, False), repeat=len(best)):
         chosen = zip(best.items(), picked, strict=True)
         tiles: dict[str, Any] = {place: tile if use else None for (place, tile), use in chosen}
-        for lane in (None, 0.5):
-            yield Choices(**tiles, attention=attention, lane=lane)
+        yield Choices(**tiles, attention=attention)
 
 
 def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict[str, Any]:
@@ -331,7 +329,7 @@ def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict
             break
         if not runner._forward.can_run(choices, sum(steady.counts)):
             continue
-        runner._steps.clear()
+        forget_graphs(runner)
         runner.choose = lambda *_, choices=choices: choices
         try:
             out = peek(steady).double()
@@ -343,12 +341,12 @@ def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict
         error = float((out - truth).norm() / truth.norm())
         limit = error * 1.5 + 1e-4 if limit is None else limit  # the first are the plain kernels
         ok = repeats and error <= limit
-        names = f"{'+'.join(choices.tiles) or 'cublas':27} lane {choices.lane!s:5}"
+        names = f"{'+'.join(choices.tiles) or 'cublas':27}"
         print(f"{us:9.1f} us a step  {names} error {error:.2e} repeats {repeats}", flush=True)
         tried.append((us, error, ok, choices))
     plain_us, plain_error, _, _ = tried[0]
     us, error, _, choices = min((t for t in tried if t[2]), key=lambda t: t[0])
-    runner._steps.clear()
+    forget_graphs(runner)
     return {
         "device_kind": kernel_choices.device_kind(torch.device("cuda")),
         "device": torch.cuda.get_device_name(),
@@ -385,7 +383,7 @@ def tune_trimmed(name: str, batch: int, mean: int, prefix: int, deadline: float)
     runner: Any = scorer.decoder._runner
 
     def attempt(choices: Choices) -> tuple[float, torch.Tensor]:
-        runner._steps.clear()
+        forget_graphs(runner)
         runner.choose = lambda _, trims=False: (
             choices if trims == choices.trims else kernel_choices.PLAIN
         )
@@ -407,8 +405,7 @@ def tune_trimmed(name: str, batch: int, mean: int, prefix: int, deadline: float)
     print(
         f"{plain_us:9.1f} us plain, {us:9.1f} us, {errors['error']:.2e} apart: {best}", flush=True
     )
-    half = sum(steady.counts) / num_tokens / 2
-    changes: list[dict[str, Any]] = [{"lane": share * half} for share in (1.0, 0.75, 1.25)]
+    changes: list[dict[str, Any]] = []
     for place in ("gate_up", "down", "out", "qkv"):
         changes += [{place: tile} for tile in tiles_of(place, num_tokens, shape.head_size)]
     changes += [{"attention": choice} for choice in ATTENTION if not choice.merges]
@@ -429,7 +426,7 @@ def tune_trimmed(name: str, batch: int, mean: int, prefix: int, deadline: float)
         if tried[str(choices)] < us and error <= limit:
             best, us = choices, tried[str(choices)]
             errors["error"] = error
-    runner._steps.clear()
+    forget_graphs(runner)
     return {
         "device_kind": kernel_choices.device_kind(torch.device("cuda")),
         "device": torch.cuda.get_device_name(),
@@ -441,6 +438,12 @@ def tune_trimmed(name: str, batch: int, mean: int, prefix: int, deadline: float)
         **errors,
         "places_us": tried,
     }
+
+
+def forget_graphs(runner: Any) -> None:
+    """A pool whose last graph is gone takes no other."""
+    runner._steps.clear()
+    runner._pool = torch.cuda.graph_pool_handle()
 
 
 def peek(steady: Any, counted: bool = True) -> torch.Tensor:

@@ -110,8 +110,8 @@ def lifebench(lab: Lab, name: str, o: Options) -> Found:
 
 def tradeoff(lab: Lab, name: str, o: Options) -> Found:
     """Questions by arms: {generator, value_model, source, arms, samples, limit, max_tokens,
-    sampling, batch, seconds, unguided_from?}. Graded by `collect`, which takes the arms without a
-    value model from the step that `unguided_from` names."""
+    sampling, batch, seconds, arms_from?}. Graded by `collect`, which adds the arms of the steps in
+    `arms_from`: those without a value model, and all where it is the same."""
     from lenvm.evals.tradeoff.arms import KINDS
     from lenvm.evals.tradeoff.run import TradeoffConfig, answer_questions
 

@@ -274,15 +274,20 @@ def _lifebench(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
 
 
 def _tradeoff(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
+    options = {step.name: step.options for step in plan.steps}
     runs = {}
-    for step in steps:
-        shared = step["options"].get("unguided_from", "")
-        runs[step["name"]] = _grade(lab, step["name"], TRADEOFF, summarise_tradeoff, shared)
+    for name in (step["name"] for step in steps):
+        own = options[name].get("value_model")
+        shared = {
+            other: options[other].get("value_model") == own
+            for other in options[name].get("arms_from", [])
+        }
+        runs[name] = _grade(lab, name, TRADEOFF, summarise_tradeoff, shared)
     names = plan.headline["gsm8k"]
     main = next(
         (runs[n] for n in ([names] if isinstance(names, str) else names) if n in runs), None
     )
-    own = _at_two_thirds(main, OWN)
+    guided = _at_two_thirds(main, OWN)
     # a single prompt is no curve: it counts where its answers are about as short
     single = [
         a["pass_at_1"]["value"]
@@ -296,7 +301,7 @@ def _tradeoff(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
     return {
         "headline": {
             "gsm8k_accuracy_unguided": _value(plain.get("pass_at_1")),
-            "gsm8k_accuracy_at_two_thirds_length": own,
+            "gsm8k_accuracy_at_two_thirds_length": guided,
             "best_baseline_at_two_thirds_length": other,
         },
         "runs": runs,
@@ -347,22 +352,28 @@ def _length_tokens(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
 
 
 def _grade(
-    lab: Path, name: str, evaluation: str, summarise: Callable[..., Numbers], shared: str = ""
+    lab: Path,
+    name: str,
+    evaluation: str,
+    summarise: Callable[..., Numbers],
+    shared: Mapping[str, bool] | None = None,
 ) -> Numbers:
     """Grades and summary of a folder of answers, under lab/graded; made once for what is there.
 
-    shared: another step of the same generator, questions and sampling. Its answers without a value
-    model are this step's, too: the same requests with the same seeds.
+    shared: other steps of the same generator, questions and sampling, and whether their value model
+    is the same. Their answers without one, or with the same, are this step's, too: the same
+    requests with the same seeds.
     """
     source, target = lab / "answers" / name, lab / "graded" / name
-    sources = [source, *([lab / "answers" / shared] if shared else [])]
+    shared = {lab / "answers" / other: same for other, same in (shared or {}).items()}
+    sources = [source, *shared]
     stamp = max((folder / "records.jsonl").stat().st_mtime_ns for folder in sources)
     made = target / "summary.json"
     if not made.exists() or made.stat().st_mtime_ns < stamp:
         manifest = load_config(source, evaluation)
         records = list(load_records(source).values())
-        for other in sources[1:]:
-            manifest, records = _share(manifest, records, other, evaluation)
+        for other, all_arms in shared.items():
+            manifest, records = _share(manifest, records, other, evaluation, all_arms)
         kept = keep_complete(records)
         skipped = dict.fromkeys(manifest["arms"])
         target.mkdir(parents=True, exist_ok=True)
@@ -375,10 +386,10 @@ def _grade(
 
 
 def _share(
-    manifest: Numbers, records: list[Record], other: Path, evaluation: str
+    manifest: Numbers, records: list[Record], other: Path, evaluation: str, all_arms: bool
 ) -> tuple[Numbers, list[Record]]:
-    """Both, with the arms of another folder that need no value model. ValueError where its requests
-    were others."""
+    """Both, with the arms of another folder, or those that need no value model. ValueError where
+    its requests were others."""
     theirs = load_config(other, evaluation)
     own = {k: v for k, v in manifest.items() if k != "arms"}
     if own != {k: v for k, v in theirs.items() if k != "arms"}:
@@ -386,7 +397,7 @@ def _share(
     arms = [
         name
         for name in theirs["arms"]
-        if "control" not in FEATURES.get(Arm.parse(name, DEFAULTS).kind, ())
+        if (all_arms or "control" not in FEATURES.get(Arm.parse(name, DEFAULTS).kind, ()))
         and name not in manifest["arms"]
     ]
     more = [r for r in load_records(other).values() if r["arm"] in arms]

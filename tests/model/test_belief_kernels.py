@@ -2,6 +2,7 @@
 Triton's interpreter."""
 
 import importlib.util
+import itertools
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from interpreter import interpret
 from lenvm.model.head import DistributionBelief, LengthBins, Peak
 
-BINS = LengthBins()
+BINS, ENDLESS = LengthBins(), LengthBins(loops=True)
 
 
 def ask(belief: DistributionBelief, fused: Any = None) -> list[Tensor]:
@@ -30,12 +31,17 @@ def ask(belief: DistributionBelief, fused: Any = None) -> list[Tensor]:
         return found + [belief.log_interval(*interval) for interval in intervals]
     logits, bins, terminal = belief.logits, belief.bins, belief.is_terminal
     found = [fused.expect(logits, bins.values(gamma), terminal) for gamma in (0.997, 0.9)]
-    found += [fused.quantile(logits, bins.lower, bins.width, q, terminal) for q in (0.1, 0.5, 0.9)]
+    tables = (bins.lower, bins.width)
+    found += [
+        fused.quantile(logits, *tables, q, terminal, bins.num_lengths) for q in (0.1, 0.5, 0.9)
+    ]
     for low, high, peak in intervals:
         numbers = (low, high) if peak is None else (low, high, peak.centre, peak.below, peak.above)
-        numbers = [x.to(logits.device) for x in numbers]
-        tables = (bins.lower, bins.upper, bins.width)
-        found.append(fused.log_interval(logits, *tables, numbers, terminal))
+        low, high, *rest = (x.to(logits.device) for x in numbers)
+        numbers = [low, high.clamp(max=bins.longest) if bins.loops else high, *rest]
+        found.append(
+            fused.log_interval(logits, bins.lower, bins.upper, bins.width, numbers, terminal)
+        )
     return found
 
 
@@ -43,14 +49,15 @@ def compare(device: str) -> None:
     from lenvm.model import belief_kernels
 
     generator = torch.Generator().manual_seed(0)
-    for spread, rows, width in ((1.0, 3, 5), (30.0, 2, 4), (3000.0, 4, 1)):
-        logits = spread * torch.randn(rows, width, len(BINS), generator=generator)
+    sizes = ((1.0, 3, 5), (30.0, 2, 4), (3000.0, 4, 1))
+    for (spread, rows, width), bins in itertools.product(sizes, (BINS, ENDLESS)):
+        logits = spread * torch.randn(rows, width, len(bins), generator=generator)
         logits[torch.rand(logits.shape, generator=generator) < 0.2] = -torch.inf
         ended = torch.rand(rows, width, generator=generator) < 0.3
         for terminal in (None, ended):
-            expected = ask(DistributionBelief(logits, 0.997, BINS, terminal))
+            expected = ask(DistributionBelief(logits, 0.997, bins, terminal))
             there = None if terminal is None else terminal.to(device)
-            belief = DistributionBelief(logits.to(device), 0.997, BINS, there)
+            belief = DistributionBelief(logits.to(device), 0.997, bins, there)
             found = [x.cpu() for x in ask(belief, belief_kernels)]
             # a quantile inside a bin is rounded up to whole tokens: a rounding may cost one
             for i, (a, b) in enumerate(zip(found, expected, strict=True)):

@@ -66,6 +66,7 @@ def test_what_never_ends_lies_in_no_interval_and_in_no_mean():
     one, far = torch.tensor(1.0), torch.tensor(torch.inf)
     assert belief.log_interval(one, far).exp().item() == pytest.approx(0.5, abs=1e-4)
     assert belief.mean().item() == pytest.approx(10, abs=0.1)
+    assert [belief.quantile(q).item() for q in (0.1, 0.5, 0.9)] == [10, 10, 10]
     assert belief.value().item() == pytest.approx((GAMMA**10 - 1) / 2 - 0.5, abs=1e-3)
     plain = DistributionBelief(logits, GAMMA, LengthBins())
     assert plain.log_interval(one, far).exp().item() == pytest.approx(1, abs=1e-4)

@@ -72,15 +72,6 @@ def test_a_trimmed_step_fuses_all_products():
         Choices(**{**EVERY, "out": None}, trims=True)
 
 
-def test_lanes_are_cut_at_whole_tiles_and_small_buckets_have_one():
-    choices = Choices(lane=0.5)
-    assert [choices.cut(n) for n in (8, 16, 32, 48, 512)] == [0, 0, 16, 32, 256]
-    assert Choices().cut(512) == 0
-    assert Choices.from_json(choices.to_json()) == choices
-    with pytest.raises(ValueError, match="lane is a share between 0 and 1; got 1"):
-        Choices(lane=1.0)
-
-
 def test_the_hint_follows_lasting_shares_and_does_not_flip_between_its_bounds():
     hint = TrimHint()
     said = []

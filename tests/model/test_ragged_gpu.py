@@ -32,24 +32,16 @@ def test_a_random_history_equals_plain_forwards(family, dtype):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mistral"])
-@pytest.mark.parametrize("change", [{}, {"pdl": True}, {"lane": 0.5}, {"lane": 0.3}])
-def test_fused_products(family, change):
+@pytest.mark.parametrize("pdl", [False, True])
+def test_fused_products(family, pdl):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs the tensor copy engine")
     model = build(family, dtype=torch.bfloat16, hidden_size=128).cuda()
     history = DeviceHistory(model, **BUDGET)
     runner = history.decoder._runner
-    choices = dataclasses.replace(FUSED, **change)
+    choices = dataclasses.replace(FUSED, pdl=pdl)
     assert runner._forward.can_run(choices, 64)
     runner.choose = lambda *_: choices
-    run_random_history(history, 5, 60, VOCAB)
-
-
-@pytest.mark.parametrize("graphs", [False, True])
-def test_two_streams_of_plain_kernels(graphs):
-    model = build("qwen2", dtype=torch.bfloat16, hidden_size=128).cuda()
-    history = DeviceHistory(model, cuda_graphs=graphs, **BUDGET)
-    history.decoder._runner.choose = lambda *_: dataclasses.replace(PLAIN, lane=0.5)
     run_random_history(history, 5, 60, VOCAB)
 
 
@@ -97,14 +89,14 @@ def test_a_step_makes_no_host_sync():
     assert (out - expected).norm() <= 4e-2 * expected.norm()
 
 
-@pytest.mark.parametrize("change", [{}, {"pdl": True}, {"lane": 0.25}])
-def test_a_trimmed_step_equals_the_plain_one_without_a_host_sync(change):
+@pytest.mark.parametrize("pdl", [False, True])
+def test_a_trimmed_step_equals_the_plain_one_without_a_host_sync(pdl):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs the tensor copy engine")
     model = build("qwen2", dtype=torch.bfloat16, hidden_size=128).cuda()
     decoder = RaggedDecoder(model, **BUDGET)
     runner = decoder._runner
-    trimmed = dataclasses.replace(FUSED, trims=True, **change)
+    trimmed = dataclasses.replace(FUSED, pdl=pdl, trims=True)
     assert runner._forward.can_run(trimmed, 72)
     runner.choose = lambda _, trims: trimmed if trims else PLAIN
     ids = [f"r{i}" for i in range(8)]

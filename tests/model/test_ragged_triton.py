@@ -16,17 +16,17 @@ torch.set_num_threads(1)
 from model.families import VOCAB, build
 from model.ragged_machine import History, run_random_history
 from lenvm.model.kernel_choices import PLAIN, AttentionChoice, Choices, Tile
-family, fused, (products, *lanes) = sys.argv[1], sys.argv[2] == "True", sys.argv[3].split()
+family, fused, products = sys.argv[1], sys.argv[2] == "True", sys.argv[3]
 trims = products == "trimmed"
-history = History(build(family), max_tokens=400, max_requests=3, page_size=16, kernels="triton",
-                  max_candidates=24 if trims or lanes else 5)
+history = History(build(family), max_tokens=400, max_requests=3, max_candidates=24 if trims else 5,
+                  kernels="triton", page_size=16)
 history.decoder._chunk = 40
 runner = history.decoder._runner
 if products != "plain":  # every product fused, splits merged by the last to arrive
     choices = Choices(
         qkv=Tile(16, 16, 32), out=Tile(16, 32, 32, splits=2), gate_up=Tile(16, 32, 32),
         down=Tile(16, 64, 32, splits=2), attention=AttentionChoice(block=32, waves=8, merges=True),
-        trims=trims, lane=0.4 if lanes else None,
+        trims=trims,
     )
     assert runner._forward.can_run(choices, 32)
     runner.choose = lambda _, trim: choices if trim == trims else PLAIN
@@ -42,7 +42,6 @@ if trims:  # nobody counts: buckets have room for all slots
 assert runner.is_fused == fused, "fused"
 run_random_history(history, 1, 9, VOCAB)
 assert all(bucket.trims == trims for bucket in runner._steps)
-assert not lanes or any(choices.cut(bucket.num_tokens) for bucket in runner._steps), "one lane"
 assert not trims or max(padding) > 16, "no tile was left out"
 runner._steps.clear()
 history.decoder.warm_up(2, 3)
@@ -113,8 +112,6 @@ print("compared")
         ("mistral", True, "fused"),
         ("qwen2", True, "trimmed"),
         ("mistral", True, "trimmed"),
-        ("qwen2", True, "fused in lanes"),
-        ("mistral", True, "trimmed in lanes"),
     ],
 )
 def test_a_random_history_under_the_interpreter(family, fused, products):

@@ -44,15 +44,18 @@ def _expect_kernel(
 @triton.jit
 def _quantile_kernel(
     logits_ptr, lower_ptr, width_ptr, terminal_ptr, out_ptr, q,
-    K: tl.constexpr, BLOCK: tl.constexpr, HAS_TERMINAL: tl.constexpr,
+    COUNT: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, HAS_TERMINAL: tl.constexpr,
 ):  # fmt: skip
     state = tl.program_id(0)
     logits, top = _load(logits_ptr, state, K, BLOCK)
     bins = tl.arange(0, BLOCK)
+    if COUNT < K:  # the last bin is of what never ends
+        logits = tl.where(bins < COUNT, logits, -float("inf"))
+        top = tl.max(logits, 0)
     mass = tl.exp(logits - top)
     probs = mass / tl.sum(mass, 0)
     cdf = tl.cumsum(probs, 0)
-    index = tl.minimum(tl.sum(((cdf < q) & (bins < K)).to(tl.int32), 0), K - 1)
+    index = tl.minimum(tl.sum(((cdf < q) & (bins < COUNT)).to(tl.int32), 0), COUNT - 1)
     own = tl.sum(tl.where(bins == index, probs, 0.0), 0)
     before = tl.sum(tl.where(bins == index, cdf, 0.0), 0) - own
     inside = tl.minimum(tl.maximum((q - before) / tl.maximum(own, 1e-30), 0.0), 1.0)
@@ -136,11 +139,19 @@ def expect(logits: Tensor, table_K: Tensor, is_terminal: Tensor | None) -> Tenso
 
 
 def quantile(
-    logits: Tensor, lower_K: Tensor, width_K: Tensor, q: float, is_terminal: Tensor | None
+    logits: Tensor,
+    lower_K: Tensor,
+    width_K: Tensor,
+    q: float,
+    is_terminal: Tensor | None,
+    num_lengths: int,
 ) -> Tensor:
-    """Least n with P(remaining <= n) >= q, 0 where terminal: [...] fp32."""
+    """Least n with P(remaining <= n | one of the first num_lengths bins) >= q, 0 where terminal:
+    [...] fp32."""
     logits, terminal, out, options = _prepare(logits, is_terminal)
-    _quantile_kernel[(out.numel(),)](logits, lower_K, width_K, terminal, out, q, **options)
+    _quantile_kernel[(out.numel(),)](
+        logits, lower_K, width_K, terminal, out, q, COUNT=num_lengths, **options
+    )
     return out
 
 

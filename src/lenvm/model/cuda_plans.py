@@ -21,8 +21,6 @@ class CudaPlan(Protocol):
     """Kernels of the layers around the attention."""
     total: Tensor | None
     """[1] int32: packed tokens from there on are padding. None: compute all."""
-    lane: int
-    """0 or 1: which of two streams runs it. Each has counters of its own."""
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Where the keys and values of the packed tokens go: k, v [*, Hkv, D], index [N] int64."""
@@ -62,7 +60,6 @@ class CudaExtend(_StoreFirst):
     """[B, 4] int32, as `kernels.causal_attention` reads them."""
     choices: Choices = PLAIN
     total: Tensor | None = None
-    lane: int = 0
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         k, v = self.data[layer].flatten(1, 2)
@@ -98,7 +95,6 @@ class CudaCandidates(_StoreFirst):
     """int32 of `kernels.count_size`, 0 between kernels."""
     choices: Choices = PLAIN
     total: Tensor | None = None
-    lane: int = 0
     _scratch: tuple[Tensor, Tensor, Tensor] | None = None
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:

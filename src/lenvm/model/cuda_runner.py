@@ -104,11 +104,7 @@ class CudaRunner:
         self._stash = torch.zeros(shape, dtype=cache.data.dtype, device=self.device)
         most_queries = kernels.next_power_of_2(max_candidates) * self._group
         counters = kernels.count_size(cache.max_requests, num_kv, most_queries, 16)
-        self._counts = self._meta.new_zeros(2, counters)
-        self._side: Any = None
-        if self.device.type == "cuda":
-            self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        """Runs the second lane of a step that has two."""
+        self._count = self._meta.new_zeros(counters)
         self._steps: dict[Bucket, _Step] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if self.graphs else None
         self._last: tuple[list[str], Bucket] | None = None
@@ -268,45 +264,22 @@ class CudaRunner:
 
     def _run_packed(self, bucket: Bucket, choices: Choices) -> Tensor:
         """Outputs of the packed candidates in the static buffers: [N, E]."""
-        end, cut = bucket.num_tokens, choices.cut(bucket.num_tokens)
-        first = self._first[: bucket.num_rows + 1]
-        if not cut:
-            return self._run_lane(0, slice(0, end), first, bucket, choices)
-        # a row whose candidates lie in both lanes has its prefix read by both
-        firsts = first.clamp(max=cut), (first - cut).clamp_(min=0)
-        if self._side is None:
-            parts = slice(0, cut), slice(cut, end)
-            outs = [self._run_lane(i, parts[i], firsts[i], bucket, choices) for i in (0, 1)]
-            return torch.cat(outs)
-        main = torch.cuda.current_stream(self.device)
-        self._side.wait_stream(main)
-        with torch.cuda.stream(self._side):
-            rest = self._run_lane(1, slice(cut, end), firsts[1], bucket, choices)
-        out = self._run_lane(0, slice(0, cut), firsts[0], bucket, choices)
-        main.wait_stream(self._side)
-        return torch.cat([out, rest])
-
-    def _run_lane(
-        self, lane: int, part: slice, first: Tensor, bucket: Bucket, choices: Choices
-    ) -> Tensor:
-        """Outputs of that part of the packed candidates. first: where in it each row's begin."""
-        count = part.stop - part.start
+        count = bucket.num_tokens
         plan = CudaCandidates(
             data=self.cache.data,
             table=self.cache.table(),
             rows=self._meta[0, : bucket.num_rows],
             lengths=self._meta[1],
-            first=first,
-            index=self._slots[part] if bucket.single else self._places[:count],
-            stash=None if bucket.single else self._stash[:, :, part],
+            first=self._first[: bucket.num_rows + 1],
+            index=(self._slots if bucket.single else self._places)[:count],
+            stash=None if bucket.single else self._stash,
             max_candidates=bucket.width,
             num_splits=self._choose_splits(bucket, choices.attention.waves),
-            count=self._counts[lane],
+            count=self._count,
             choices=choices,
-            total=first[-1:] if choices.trims else None,
-            lane=lane,
+            total=self._first[-1:] if choices.trims else None,
         )
-        hidden = self._forward(self._tokens[part], self._positions[part], plan)
+        hidden = self._forward(self._tokens[:count], self._positions[:count], plan)
         return hidden if self.head is None else self.head(hidden)
 
     def _choose_splits(self, bucket: Bucket, waves: int) -> int:

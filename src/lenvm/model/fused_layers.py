@@ -61,7 +61,7 @@ class FusedLayers:
             _build_layer(i, layer, *settings[i]) for i, layer in enumerate(backbone.layers)
         ]
         weight = self.layers[0].out[0]
-        self._counts = torch.zeros(2, MAX_TILES, dtype=torch.int32, device=weight.device)
+        self._count = torch.zeros(MAX_TILES, dtype=torch.int32, device=weight.device)
 
     @property
     def shape(self) -> LayerShape:
@@ -137,7 +137,7 @@ class FusedLayers:
                     pdl,
                 )
             attended = plan.attend_stored(layer.index, q, layer.scale, layer.window).flatten(1)
-            rows = self._add(attended, layer.out, residual, layer.mlp_norm, choices.out, plan)
+            rows = self._add(attended, layer.out, residual, layer.mlp_norm, choices.out, pdl, total)
             activated = rows.x.new_empty(rows.x.shape[0], layer.down[0].shape[1])
             weight, bias = layer.gate_up
             if choices.gate_up is not None:
@@ -147,7 +147,7 @@ class FusedLayers:
             else:
                 gate_up = F.linear(rows.x, weight, bias)
                 kernels.silu_mul(gate_up, activated, rows.squares, eps, rows.x.shape[1], pdl)
-            rows = self._add(activated, layer.down, residual, next_norm, choices.down, plan)
+            rows = self._add(activated, layer.down, residual, next_norm, choices.down, pdl, total)
         if rows.squares is not None:
             kernels.add_norm(None, residual, final, eps, rows.x, pdl, total)
         return rows.x
@@ -159,10 +159,10 @@ class FusedLayers:
         residual: Tensor,
         norm: Tensor,
         tile: Tile | None,
-        plan: CudaPlan,
+        pdl: bool,
+        total: Tensor | None,
     ) -> Rows:
         """residual (fp32) += linear(x), in place; the rows that the next product takes."""
-        pdl, count = plan.choices.pdl, self._counts[plan.lane]
         if tile is None:
             rows = Rows(torch.empty_like(residual, dtype=x.dtype))
             kernels.add_norm(F.linear(x, *linear), residual, norm, self.eps, rows.x, pdl)
@@ -172,7 +172,7 @@ class FusedLayers:
         squares = torch.empty(parts, dtype=torch.float32, device=x.device)
         rows = Rows(torch.empty_like(residual, dtype=x.dtype), squares)
         products.project_out(
-            x, linear[0], residual, norm, rows, count, tile=tile, pdl=pdl, total=plan.total
+            x, linear[0], residual, norm, rows, self._count, tile=tile, pdl=pdl, total=total
         )
         return rows
 

@@ -230,7 +230,7 @@ class DistributionBelief:
         return self._mask(self._expect(table).clamp(max=0.0))
 
     def length(self) -> Tensor:
-        """The median: robust, and what a user means by "about n more tokens"."""
+        """The median of what ends: robust, and what a user means by "about n more tokens"."""
         if self._median is None:
             self._median = self.quantile(0.5)
         return self._median
@@ -245,16 +245,22 @@ class DistributionBelief:
         return self._mask(self._expect_length(self.bins.mean_log).exp())
 
     def quantile(self, q: float) -> Tensor:
+        """Of what ends, where some do not."""
         if not 0.0 < q < 1.0:
             raise InputError(f"a quantile lies strictly between 0 and 1; got {q!r}")
         if kernels := _kernels(self.logits):
             found: Tensor = kernels.quantile(
-                self.logits, self.bins.lower, self.bins.width, q, self.is_terminal
+                self.logits,
+                self.bins.lower,
+                self.bins.width,
+                q,
+                self.is_terminal,
+                self.bins.num_lengths,
             )
             return found
-        probs = self.log_probs.exp()
+        probs = self.logits[..., : self.bins.num_lengths].softmax(-1)
         cdf = probs.cumsum(-1)
-        index = (cdf < q).sum(-1, keepdim=True).clamp(max=len(self.bins) - 1)
+        index = (cdf < q).sum(-1, keepdim=True).clamp(max=self.bins.num_lengths - 1)
         before = cdf.gather(-1, index) - probs.gather(-1, index)
         inside = ((q - before) / probs.gather(-1, index).clamp(min=1e-30)).clamp(0.0, 1.0)
         width, lower = self.bins.width[index], self.bins.lower[index]

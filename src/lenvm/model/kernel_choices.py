@@ -59,15 +59,10 @@ class Choices:
     trims: bool = False
     """Kernels end where the packed candidates do, which they read on the device. cuBLAS would
     compute the rest of the bucket, so all four products are fused ones."""
-    lane: float | None = None
-    """Share of a bucket's tokens that one stream computes while another computes the rest, so that
-    the gaps and last waves of either are filled by the other. None: all in one stream."""
 
     def __post_init__(self) -> None:
         if self.trims and len(self.tiles) < len(_PRODUCTS):
             raise ValueError(f"trims needs tiles of {_PRODUCTS}; got {tuple(self.tiles)}")
-        if self.lane is not None and not 0 < self.lane < 1:
-            raise ValueError(f"lane is a share between 0 and 1; got {self.lane}")
 
     @property
     def tiles(self) -> dict[str, Tile]:
@@ -79,12 +74,10 @@ class Choices:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Choices":
-        made: dict[str, Any] = {**values, "attention": AttentionChoice(**values["attention"])}
-        return cls(**made | {k: Tile(**v) for k, v in values.items() if k in _PRODUCTS and v})
-
-    def cut(self, num_tokens: int) -> int:
-        """Tokens of the first lane of a bucket, whole tiles of 16; 0: it has one lane."""
-        return 0 if self.lane is None else round(num_tokens * self.lane / 16) * 16 % num_tokens
+        tiles = {k: Tile(**v) if v else None for k, v in values.items() if k in _PRODUCTS}
+        attention = AttentionChoice(**values["attention"])
+        trims = values.get("trims", False)
+        return cls(**tiles, attention=attention, pdl=values["pdl"], trims=trims)
 
 
 _PRODUCTS = ("qkv", "out", "gate_up", "down")

@@ -70,7 +70,7 @@ class _Probe:
     """An attention of its own, one token each: a function of q, k and v that shows any mistake in
     them. Notes the scale and the window that the model's code asks for."""
 
-    choices, total, lane = PLAIN, None, 0
+    choices, total = PLAIN, None
 
     def __init__(self) -> None:
         self.settings: dict[int, tuple[float, int | None]] = {}
