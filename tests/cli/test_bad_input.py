@@ -146,6 +146,27 @@ CASES = {
         5,
         "127.0.0.1:{port}",
     ),
+    "no file to grade": (["grade", "none.jsonl", "-o", "out/g.jsonl"], 3, "none.jsonl"),
+    "nothing to grade by": (
+        ["grade", "{base}/good.jsonl", "-o", "out/g.jsonl"],
+        3,
+        "name the questions with --answers",
+    ),
+    "answers that are no questions": (
+        ["grade", "{base}/good.jsonl", "-o", "out/g.jsonl", "--answers", "{base}/prompts.jsonl"],
+        3,
+        "prompts.jsonl:1: no answer",
+    ),
+    "no such answers": (
+        ["grade", "{base}/good.jsonl", "-o", "out/g.jsonl", "--answers", "none.jsonl"],
+        3,
+        "no prompt file none.jsonl",
+    ),
+    "grades over their file": (
+        ["grade", "{base}/good.jsonl", "-o", "{base}/good.jsonl"],
+        2,
+        "good.jsonl is the file to grade",
+    ),
     "an unknown option": (["generate", "--equals", "3", "w7"], 2, "--equals"),
     "an unknown command": (["generte"], 2, "generte"),
     "a GPU that is not there": ([*GENERATE, "--device", "cuda", "w7"], 2, "no GPU"),

@@ -23,6 +23,7 @@ COMMANDS = (
     "sample",
     "convert",
     "merge",
+    "grade",
     "stats",
     "train",
     "eval",

@@ -47,7 +47,7 @@ class Trajectory(BaseModel):
     """The LengthControl that guided this completion, for on-policy refinement; None = unguided."""
     reward: float | None = None
     """How good the answer is, by any measure, such as 1.0 for right and 0.0 for wrong; None: nobody
-    said. `lenvm train` reads it with `rewards_below`."""
+    said. `lenvm grade` writes it, `lenvm train` reads it with `rewards_below`."""
     model: str
     images: list[str] = Field(default_factory=list)
     """Image files, relative to the JSONL file or absolute."""

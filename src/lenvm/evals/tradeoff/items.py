@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lenvm.data.prompt_sources import read_hub_rows, read_rows
 from lenvm.errors import DataError, InputError
@@ -33,6 +33,14 @@ BENCHMARKS: dict[str, tuple[str, str, str | None]] = {
     "mathvision": ("MathLLMs/MathVision", "testmini", None),
 }
 """Names that stand for hub data sets: (data set, split, configuration)."""
+
+
+class Gold(NamedTuple):
+    """A gold answer as the grader takes it."""
+
+    gold: str
+    kind: Kind
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,24 @@ def load_questions(source: str, *, limit: int | None = None) -> list[Question]:
     return list(found.values())
 
 
+def find_gold(row: Mapping[str, Any]) -> Gold | None:
+    """The gold answer among a row's fields; None where no field of ANSWER holds one.
+
+    Raises InputError where it is none of the row's options, or these are no list.
+    """
+    fields = {key.lower(): value for key, value in row.items()}
+    found = _first(fields, ANSWER)
+    gold = "" if found is None else str(found).rsplit("####", 1)[-1].strip()
+    if not gold:
+        return None
+    listed = _first(fields, OPTIONS) or ()
+    if not isinstance(listed, list | tuple):
+        raise InputError(f"the options are {listed!r:.80}; they must be a list")
+    options = tuple(str(option) for option in listed)
+    kind = guess_kind(gold, options)
+    return Gold(gold_letter(gold, options) if kind == "choice" else gold, kind, options)
+
+
 def hash_questions(questions: list[Question]) -> str:
     """16 hex digits over all questions and gold answers."""
     return hashlib.sha256(repr(questions).encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -99,27 +125,20 @@ def hash_questions(questions: list[Question]) -> str:
 def _to_question(where: str, index: int, row: dict[str, Any], base: Path) -> Question:
     fields = {key.lower(): value for key, value in row.items()}
     text = _first(fields, QUESTION)
-    gold = _first(fields, ANSWER)
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}: no question; looked for {', '.join(QUESTION)}")
-    if gold is None or not str(gold).strip():
+    try:
+        gold = find_gold(row)
+    except InputError as error:
+        raise DataError(f"{where}: {error}") from None
+    if gold is None:
         raise DataError(f"{where}: no answer; looked for {', '.join(ANSWER)}")
-    gold = str(gold).rsplit("####", 1)[-1].strip()
-    options = tuple(str(option) for option in _first(fields, OPTIONS) or ())
-    kind = guess_kind(gold, options)
-    if kind == "choice":
-        try:
-            gold = gold_letter(gold, options)
-        except InputError as error:
-            raise DataError(f"{where}: {error}") from None
     name = _first(fields, NAME)
     return Question(
         id=str(name if name is not None else index),
         question=text,
-        gold=gold,
-        kind=kind,
-        options=options,
         image=_find_image(where, fields, base),
+        **gold._asdict(),
     )
 
 
