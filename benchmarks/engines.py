@@ -16,7 +16,7 @@ trained models (`--generator`, `--value`), whose text has fewer. All engines of 
 and then work one at a time. The JSON is written after each point.
 
 What is compared (`kind`): `stock`, the engine alone with its default settings; `stock_v1`, vLLM
-alone with its V1 model runner, which it falls back to where any logits processor is installed;
+alone with its V1 model runner, which it falls back to where a logits processor is installed;
 `unguided`, lenvm's plugin loaded and no request with a control; `guided`, every request with one;
 `guided_counted`, the same with LENVM_COUNT_CANDIDATES; `guided_half` and `guided_NAME`, the same
 with another value model (`--half`, a further `--value`).
@@ -139,10 +139,12 @@ class Run:
             "VLLM_USE_FLASHINFER_SAMPLER": "0",
             "VLLM_NO_USAGE_STATS": "1",
             "LENVM_GPU_MEMORY": str(share),
-            "LENVM_VLLM_RUNNER": self.arguments.runner,
             "TOKENIZERS_PARALLELISM": "false",
         }
-        return env | ({"LENVM_MODEL": str(value)} if value is not None else {})
+        if value is None:
+            return env
+        runner = self.v1()["env"] if self.arguments.runner == "v1" else {}
+        return env | {"LENVM_MODEL": str(value)} | runner
 
     def await_ready(self, engines: dict[str, Engine], timeout_s: float) -> dict[str, Engine]:
         end = time.monotonic() + min(timeout_s, self.left_s)
@@ -184,18 +186,20 @@ class Run:
         value = setup.write_real_value_model(self.work, real, is_tiny=self.is_dry)
         small = {"num_gpu_blocks_override": 420} if self.engine == "vllm" else {}
         share = share_of("real")
+        same = self.v1() if self.engine == "vllm" and self.arguments.runner == "v1" else {}
         engines = {
             "real_plugin": self.start("real_plugin", real, value, "real", share, **small),
-            "real_stock": self.start("real_stock", real, None, "real", 0.05, **self.v1()),
+            "real_stock": self.start("real_stock", real, None, "real", 0.05, **same),
         }
         if not self.is_dry:
             engines["http"] = self.start_http(real, value)
             engines["values"] = self.start_values(value)
         return real, value, engines
 
-    def v1(self) -> dict[str, Any]:
-        """vLLM's V1 runner, which is what the plugin runs in: same kernels, same rounding."""
-        return {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}} if self.engine == "vllm" else {}
+    @staticmethod
+    def v1() -> dict[str, Any]:
+        """vLLM's V1 model runner: other kernels, other rounding."""
+        return {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
 
     def start_http(self, real: Path, value: Path) -> Engine:
         own = {
@@ -466,7 +470,7 @@ def main() -> None:
     parser.add_argument(
         "--half", action="store_true", help="made-up value models of half the layers, too"
     )
-    parser.add_argument("--runner", default="v1", choices=["v1", "v2"], help="LENVM_VLLM_RUNNER")
+    parser.add_argument("--runner", default="v2", choices=["v1", "v2"], help="vLLM's model runner")
     parser.add_argument("--counted", action="store_true", help="LENVM_COUNT_CANDIDATES, too")
     parser.add_argument("--questions", type=Path, help="JSON lines with `question`: its prompts")
     parser.add_argument("--real", default="smollm2", help="a real small generator")

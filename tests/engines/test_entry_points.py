@@ -54,10 +54,22 @@ def test_vllm_finds_the_processor_only_where_there_is_a_value_model(tmp_path):
     )
     assert run(code) == "0 False"
     assert run(code, LENVM_MODEL=str(tmp_path)) == "1 True LengthGuidance"
-    assert run(code, LENVM_MODEL=str(tmp_path), LENVM_VLLM_RUNNER="v2") == "0 False"
-    with pytest.raises(subprocess.CalledProcessError) as caught:
-        run(code, LENVM_MODEL=str(tmp_path), LENVM_VLLM_RUNNER="v3")
-    assert "LENVM_VLLM_RUNNER is 'v3'; allowed: 'v1', 'v2'" in caught.value.stderr
+
+
+def test_lenvm_alone_leaves_vllm_on_its_v2_runner(tmp_path):
+    code = (
+        "from lenvm.engines.vllm import register\n"
+        "from vllm.config.vllm import VllmConfig\n"
+        "register(); register()\n"
+        "for made in ({}, {'enable_prompt_embeds': True}, {'tensor_parallel_size': 2}):\n"
+        "    print(VllmConfig(**made)._get_v2_model_runner_unsupported_features())\n"
+        "mine = VllmConfig(); mine.model_config.logits_processors = ['mine:Mine']\n"
+        "print(mine._get_v2_model_runner_unsupported_features())"
+    )
+    processors = "['custom logits processors']"
+    expected = ["[]", "['prompt embeds']", processors, processors]
+    assert run(code, LENVM_MODEL=str(tmp_path)).splitlines() == expected
+    assert run(code).splitlines() == ["[]", "['prompt embeds']", "[]", processors]
 
 
 def test_a_sign_is_made_only_where_there_is_a_value_model_and_goes_with_its_process(tmp_path):

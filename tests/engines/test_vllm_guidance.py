@@ -210,24 +210,24 @@ class HookedRunner:
     """0.25's V2 runner, with lenvm inside its sampler, as `V2Machine` calls a processor."""
 
     def __init__(self, states) -> None:
-        from vllm.v1.engine.input_processor import InputProcessor
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
         from lenvm.engines.vllm.runner import hook
 
-        hook()
-        hook()
+        assert hook()
+        assert hook()
         self.runner = GPUModelRunner(config(), states)
         self.scorer = OracleScorer(MARKOV)
         session = GuidanceSession(self.scorer, eos_token_ids=())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(GuidanceSettings, "load_session", lambda self, device, tokenizer: session)
             self.runner.load_model()
-        type(self).front = InputProcessor()
 
     @classmethod
     def validate_params(cls, params) -> None:
-        cls.front._validate_params(params, ("generate",))
+        from lenvm.engines.vllm.guidance import LengthGuidance
+
+        LengthGuidance.validate_params(params)
 
     def add_request(self, index, params) -> None:
         self.runner.sampler.add_request(index, 3, params)
@@ -503,8 +503,6 @@ def test_the_hooked_runner_refuses_what_the_processor_refuses():
     assert machine.processor.runner.sampler.lenvm.guidance._slots is not None
     with pytest.raises(ValueError, match="equal_to"):
         machine.submit(params({"equal_to": 0}), [1, 2])
-    with pytest.raises(ValueError, match="max_tokens"):  # vLLM's own check still runs, and first
-        machine.submit(params({"equal_to": 0}, max_tokens=0), [1, 2])
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     other = GPUModelRunner(config(), machine.states, is_last=False)
@@ -513,11 +511,10 @@ def test_the_hooked_runner_refuses_what_the_processor_refuses():
 
 
 @needs_stand_in
-def test_a_vllm_without_the_hooks_is_refused_by_name(monkeypatch):
+def test_a_vllm_without_the_hooks_keeps_its_v1_runner(monkeypatch):
     from vllm.v1.worker.gpu.sample.sampler import Sampler
 
     from lenvm.engines.vllm.runner import hook
 
     monkeypatch.delattr(Sampler, "add_request")
-    with pytest.raises(InputError, match=r"no vllm\.v1\.worker\.gpu\.sample\.sampler"):
-        hook()
+    assert not hook()

@@ -12,7 +12,6 @@ length control is refused.
 | LENVM_GPU_MEMORY | 0.15 | part of the GPU's memory for the value model and its KV cache |
 | LENVM_COUNT_CANDIDATES | none | 1: score real candidates only, for one wait for the GPU a step |
 | LENVM_GAMMA | none | for checkpoints of the published system, which store none |
-| LENVM_VLLM_RUNNER | v1 | vLLM's model runner: v1, or v2 (engines/vllm/runner.py) |
 | LENVM_UNTESTED_ENGINE | none | 1: run with an engine version that was not tested |
 """
 

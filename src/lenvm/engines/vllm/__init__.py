@@ -5,7 +5,7 @@
 | here | `register`, which vLLM calls in every process | `vllm.general_plugins` |
 | guidance.py | `LengthGuidance`, the logits processor | `vllm.logits_processors`, see entry/ |
 | rows.py, slots.py | vLLM's batch as V1 and as V2 describes it, mapped onto a `GuidedBatch` | |
-| runner.py | the processor inside 0.25's V2 runner (LENVM_VLLM_RUNNER=v2) | |
+| runner.py | the processor inside 0.25's V2 runner, which takes none by itself | |
 | request.py | requests and configurations as guidance sees them, and what is refused | |
 | values.py | the value model as a pooling model | the model registry |
 
@@ -13,48 +13,43 @@ Nothing here imports the value model's code until LENVM_MODEL says that there is
 
 vLLM 0.25 falls back to its slower V1 model runner wherever a package declares a logits processor,
 used or not. So lenvm declares its own in entry/, a folder that `register` puts on the path where
-LENVM_MODEL is set and nowhere else: an installed lenvm costs other servers nothing. With
-LENVM_VLLM_RUNNER=v2 it is not declared there either (runner.py).
+LENVM_MODEL is set and nowhere else: an installed lenvm costs other servers nothing. There runner.py
+keeps vLLM on V2 all the same, and guides inside it.
 """
 
 import atexit
 import contextlib
+import logging
 import os
 import sys
 import tempfile
 from pathlib import Path
-
-from lenvm.errors import InputError
 
 TESTED = ("0.25.0",)
 """vLLM releases that this package was run with."""
 ENTRY = str(Path(__file__).parent / "entry")
 PROCESSOR = "lenvm.engines.vllm.guidance:LengthGuidance"
 ARCHITECTURE = "LengthValueModel"
-RUNNER = "LENVM_VLLM_RUNNER"
-"""v1 (default): a logits processor, which makes vLLM 0.25 run its V1 model runner; v2: none."""
+log = logging.getLogger(__name__)
 SIGN = "LENVM_VLLM_SIGN"
 """Names a file that the worker makes once it guides: the front end refuses controls without it."""
 
 
 def register() -> None:
-    """Make the value model's architecture known, and with LENVM_MODEL the logits processor. Imports
-    nothing heavy; changes nothing else."""
+    """Make the value model's architecture known, and with LENVM_MODEL the logits processor. Without
+    it, imports nothing heavy and changes nothing else."""
     from vllm import ModelRegistry
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "lenvm.engines.vllm.values:VllmLengthValueModel")
     if not os.environ.get("LENVM_MODEL"):
         return
-    wanted = os.environ.get(RUNNER, "v1")
-    if wanted == "v2":
-        from lenvm.engines.vllm.runner import hook
-
-        hook()
-    elif wanted != "v1":
-        raise InputError(f"{RUNNER} is {wanted!r}; allowed: 'v1', 'v2'")
-    elif ENTRY not in sys.path:
+    if ENTRY not in sys.path:
         sys.path.append(ENTRY)
+    from lenvm.engines.vllm.runner import hook
+
+    if not hook():
+        log.warning("lenvm does not know this vLLM's V2 model runner: V1 runs, somewhat slower")
     if SIGN not in os.environ:  # the first process: the front end
         folder = tempfile.mkdtemp(prefix="lenvm-vllm-")
         os.environ[SIGN] = str(Path(folder, "guides"))

@@ -60,9 +60,8 @@ class LengthGuidance(*_bases()):  # type: ignore[misc]  # one class of one or tw
             if not sees_sign():
                 raise InputError(
                     "no worker of this vLLM guides: speculative decoding turns logits processors "
-                    "off, VLLM_PLUGINS may leave lenvm out, and with LENVM_VLLM_RUNNER=v2 vLLM "
-                    "may run its V1 runner all the same (its log says why); start without the "
-                    "first, with the second, without the third, or send no lenvm"
+                    "off, and VLLM_PLUGINS may leave lenvm out; start without the first, with the "
+                    "second, or send no lenvm"
                 )
         except LenVMError as error:
             raise ValueError(str(error)) from error

@@ -1,54 +1,67 @@
 """Guidance in vLLM 0.25's V2 model runner, which takes no logits processor yet.
 
 vLLM falls back to its slower V1 runner wherever a processor is declared, for unguided requests,
-too. With LENVM_VLLM_RUNNER=v2 none is declared; `hook` puts `LengthGuidance` where later releases
-call a processor themselves. Written against vLLM 0.25.0: `v1/worker/gpu/model_runner.py`,
-`v1/worker/gpu/sample/sampler.py`, `v1/engine/input_processor.py`. Facts that this file stands on:
+too. `hook` puts `LengthGuidance` where later releases call a processor themselves, and takes lenvm
+off the list of what V2 does not support. Where vLLM runs V1 all the same (other processors, models
+that need it, VLLM_USE_V2_MODEL_RUNNER=0, or tensor parallelism, which was run with V1 alone),
+lenvm is its processor. Written against vLLM 0.25.0: `config/vllm.py`,
+`v1/worker/gpu/model_runner.py`, `v1/worker/gpu/sample/sampler.py`. Facts that this file stands on:
 
+* `VllmConfig.use_v2_model_runner` asks `_get_v2_model_runner_unsupported_features`, in every
+  process, after the plugins are loaded. "custom logits processors" stands for entry points and
+  for --logits-processors alike.
+* `SamplingParams.verify` validates with the declared processors' classes, whatever runs.
 * `GPUModelRunner.load_model` makes the sampler; another process' runner has none (`None`).
 * `Sampler.add_request` is told the slot of every request that enters or comes back, and
   `RequestState.remove_request` gives the slot of one that ends or is preempted.
 * `Sampler.__call__` gets the step's rows; `bad_words_state.apply_bad_words` is the last to change
   fp32 logits in place before temperature, after logit bias and penalties.
 * `seq_lens_cpu_upper_bound` is exact without speculative decoding, which is refused.
-* `InputProcessor._validate_params` sees the parameters of every request in the front end.
-
-Where vLLM runs its V1 runner after all (its log says why), nothing here is called and no worker
-shows its sign, so that a control is refused in the front end instead of being ignored.
 """
 
 import functools
 from importlib import import_module
+from importlib.metadata import entry_points
 from types import SimpleNamespace
 from typing import Any
 
-from lenvm.errors import InputError
+from lenvm.engines.vllm import PROCESSOR
 
 HOOKS = {
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"): ("load_model",),
     ("vllm.v1.worker.gpu.sample.sampler", "Sampler"): ("add_request", "__call__"),
-    ("vllm.v1.engine.input_processor", "InputProcessor"): ("_validate_params",),
+    ("vllm.config.vllm", "VllmConfig"): ("_get_v2_model_runner_unsupported_features",),
     ("vllm.v1.worker.gpu.states", "RequestState"): ("remove_request",),
 }
 """What is wrapped, by (module, class): of the classes, or of the one object that the worker has."""
+PROCESSORS = "custom logits processors"
+"""What vLLM says that V2 does not support where a processor is declared."""
 
 
-def hook() -> None:
-    """Wrap the methods of HOOKS, once a process. InputError where this vLLM lacks one."""
+def hook() -> bool:
+    """Wrap the methods of HOOKS, once a process. False, and nothing is wrapped, where this vLLM
+    lacks one: it runs V1 then."""
     classes: dict[str, Any] = {}
     for (module, name), methods in HOOKS.items():
-        found = getattr(import_module(module), name, None)
-        missing = [m for m in methods if m not in vars(found or object)]
-        if missing:
-            raise InputError(
-                f"this vLLM has no {module}.{name}.{missing[0]}: leave LENVM_VLLM_RUNNER=v2 out"
-            )
+        try:
+            found = getattr(import_module(module), name)
+        except (ImportError, AttributeError):
+            return False
+        if not all(method in vars(found) for method in methods):
+            return False
         classes[name] = found
     runner, sampler = classes["GPUModelRunner"], classes["Sampler"]
     if hasattr(runner.load_model, "__wrapped__"):
-        return
+        return True
     _wrap(runner, "load_model", _after_load)
-    _wrap(classes["InputProcessor"], "_validate_params", _after_validation)
+    features = classes["VllmConfig"]._get_v2_model_runner_unsupported_features
+
+    @functools.wraps(features)
+    def unsupported_features(self: Any) -> list[str]:
+        found: list[str] = features(self)
+        return [f for f in found if f != PROCESSORS] if _is_alone(self) else found
+
+    classes["VllmConfig"]._get_v2_model_runner_unsupported_features = unsupported_features
     call = sampler.__call__
 
     @functools.wraps(call)
@@ -58,6 +71,17 @@ def hook() -> None:
         return call(self, logits, input_batch)
 
     sampler.__call__ = remember_the_step
+    return True
+
+
+def _is_alone(vllm_config: Any) -> bool:
+    """Whether lenvm is the only processor, in a configuration that it guides V2 in."""
+    declared = entry_points(group="vllm.logits_processors")
+    return (
+        all(entry.value == PROCESSOR for entry in declared)
+        and not vllm_config.model_config.logits_processors
+        and vllm_config.parallel_config.tensor_parallel_size == 1
+    )
 
 
 def _wrap(cls: Any, name: str, after: Any) -> None:
@@ -75,15 +99,6 @@ def _wrap(cls: Any, name: str, after: Any) -> None:
 def _after_load(runner: Any, *_: Any) -> None:
     if getattr(runner, "sampler", None) is not None:
         runner.sampler.lenvm = SamplerGuide(runner)
-
-
-def _after_validation(_: Any, params: Any, *__: Any) -> None:
-    from vllm import SamplingParams
-
-    from lenvm.engines.vllm.guidance import LengthGuidance
-
-    if isinstance(params, SamplingParams):
-        LengthGuidance.validate_params(params)
 
 
 class SamplerGuide:
