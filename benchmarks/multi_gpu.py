@@ -231,14 +231,11 @@ def start_training(
 
 def find_layout(call: Call, name: str) -> str:
     """The shipped file. `fsdp2_kept`: fsdp2.yaml with the weights kept gathered during a step;
-    `zero3_kept`: zero3.yaml with no weight so large that it is shared out, and the model fetched as
-    one module."""
+    `zero3_kept`: zero3.yaml with no weight so large that it is shared out."""
     path = call.work / f"{name}.yaml"
     if name == "zero3_kept":
         settings = read_json(ROOT / "configs/zero3.json")
-        own = settings["zero_optimization"]
-        own["stage3_param_persistence_threshold"] = 10**10
-        own["stage3_module_granularity_threshold"] = 10**10
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 10**10
         write_json(path.with_suffix(".zero.json"), settings)
         text = (ROOT / "configs/zero3.yaml").read_text()
         path.write_text(text.replace("configs/zero3.json", str(path.with_suffix(".zero.json"))))
