@@ -11,13 +11,13 @@ GENERATORS = {"coder05-frontier": "0.5B", "coder15-frontier": "1.5B"}
 ARMS = ("prompt", "hard", "conditional:2 tolerance=0.05")
 OTHER = "conditional:2 tolerance=0.1 focus=10"
 MODEL = "coder05-constrained-prompt"
-TRADEOFF = "coder05-more16-gsm8k"
+TRADEOFF = "coder05-more16-gsm8k-9995"
 SHORTER = {
     "prompt": "alone",
     "concise": "asked to be concise",
     "budget_answer:225": "cut off and made to answer",
-    "tilt:30": "LenVM, `tilt` 30",
-    "tilt:42": "LenVM, `tilt` 42",
+    "tilt:110 gamma=0.9995": "LenVM, `tilt` 110, `gamma` 0.9995",
+    "tilt:140 gamma=0.9995": "LenVM, `tilt` 140, `gamma` 0.9995",
 }
 """Arms of that run."""
 PENALTY = "coder05-clean-frontier"
