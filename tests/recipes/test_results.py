@@ -136,7 +136,7 @@ def test_samples_are_whole_and_of_the_right_side(lab):
 def test_a_finished_call_runs_nothing_again(lab, plan, capsys):
     before = (lab.folder / "steps" / "coder05-lora.json").read_bytes()
     assert run_steps(plan.of_call("a"), lab) == []
-    assert capsys.readouterr().out.count("done") == 4
+    assert capsys.readouterr().out.count("done") == 6
     assert (lab.folder / "steps" / "coder05-lora.json").read_bytes() == before
 
 
@@ -243,9 +243,14 @@ def test_the_result_files_have_the_headlines_of_the_issues(tmp_path, lab, plan, 
     gsm8k = written["tradeoff_h200.json"]["runs"]["coder05-gsm8k"]
     assert gsm8k["num_items"] == 5
     assert {a["arm"] for a in gsm8k["arms"]} >= {"prompt", "tilt:20", "budget:3"}
-    own = written["tradeoff_h200.json"]["runs"]["coder05-gsm8k-own"]
-    assert [a["arm"] for a in own["arms"]] == ["prompt", "budget:3", "budget_answer:4", "tilt:100"]
-    assert own["arms"][0]["pass_at_1"] == gsm8k["arms"][0]["pass_at_1"]
+    other, same = (
+        written["tradeoff_h200.json"]["runs"][f"coder05-gsm8k-{name}"]["arms"]
+        for name in ("own", "more")
+    )
+    unguided = ["prompt", "budget:3", "budget_answer:4"]  # what another value model shares
+    assert [a["arm"] for a in other] == [*unguided, "tilt:100"]
+    assert {a["arm"] for a in same} == {*unguided, "tilt:20", "tilt:200", "tilt:100"}
+    assert other[0]["pass_at_1"] == gsm8k["arms"][0]["pass_at_1"]
     assert {"unguided, 3 requests", "coder05-lora, 3 requests"} == written["tradeoff_h200.json"][
         "speed"
     ]["coder05-speed"].keys()
@@ -422,3 +427,20 @@ def test_replicas_are_spread_over_the_gpus_that_are_seen(monkeypatch):
     assert spread("cuda:1", 2) == ["cuda:1", "cuda:1"]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert spread("cuda", 2) == ["cuda", "cuda"]
+
+
+def test_asked_answers_are_graded_and_the_wrong_ones_never_end(lab):
+    folder = lab.tokens("asked")
+    rows = list(folder.trajectories())
+    assert len(rows) == 12
+    assert all(row["messages"][-1]["content"].endswith("within \\boxed{}.") for row in rows)
+    assert [row["reward"] for row in rows] == folder.rewards() == [0.0] * 12  # tiny models are
+    assert lab.figures("asked-grades")["graded"] == 12
+    ends = lab.figures("coder05-right")
+    assert ends["num_endless"] == sum(row["split"] == "train" for row in rows) > 0
+    exported = lab.trajectories("asked")
+    folder.write_rewards([1.0] * 12)
+    assert lab.trajectories("asked") == exported  # written anew: the rewards are younger
+    lines = exported.read_text().splitlines()
+    assert {json.loads(line)["reward"] for line in lines} == {1.0}
+    folder.write_rewards([0.0] * 12)

@@ -42,7 +42,6 @@ def register(app: typer.Typer) -> None:
 
         with stages() as progress:
             result = run(settings, progress)
-        leave_group()
         dropped = ", ".join(f"{n} {why}" for why, n in result.num_dropped.items()) or "none"
         print_table(
             f"Value model: {settings.output}",
@@ -57,3 +56,4 @@ def register(app: typer.Typer) -> None:
                 ["validation loss, last", f"{result.val_loss_last:.4f}"],
             ],
         )
+        leave_group()

@@ -4,8 +4,11 @@ Started again, it continues; finished, it returns its result; with other setting
 refuses. Under torchrun or `accelerate launch` every process calls it.
 """
 
+import atexit
 import functools
 import json
+import os
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -78,11 +81,18 @@ class Splits:
 
 
 def leave_group() -> None:
-    """End the processes' connection after the last training: threads of it that outlive Python
-    abort the process now and then, and the launcher calls the finished training failed."""
+    """End the processes' connection after the last training, and this process where it is one of
+    several: threads of torch that outlive Python abort it now and then on its way out ("terminate
+    called without an active exception"), and the launcher calls the finished training failed."""
     from accelerate import PartialState
 
-    PartialState().destroy_process_group()
+    state = PartialState()
+    state.destroy_process_group()
+    if state.num_processes > 1:
+        atexit._run_exitfuncs()  # trackers finish their runs there
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> TrainingResult:
