@@ -48,6 +48,8 @@ NO_MULTICAST = {
     "VLLM_USE_NCCL_SYMM_MEM": "0",
 }
 """It can put the host's GPUs out of service."""
+ZERO3 = ("zero3_kept", "zero3_layers")
+"""Ways of ZeRO-3 that do not ship."""
 LAYOUTS = ("ddp", "fsdp2_one_unit", "fsdp2_kept", "fsdp2")
 """On two GPUs, where a step's time is compared. FSDP2 gathers weights 1, 25 and 98 times a step of
 two micro batches of 24 layers."""
@@ -231,13 +233,18 @@ def start_training(
 
 def find_layout(call: Call, name: str) -> str:
     """The shipped file. `fsdp2_kept`: fsdp2.yaml with the weights kept gathered during a step;
-    `zero3_kept`: zero3.yaml with no weight so large that it is shared out."""
+    `zero3_kept`: zero3.yaml with no weight so large that it is shared out; `zero3_layers`: each
+    decoder layer fetched as one module, too."""
     path = call.work / f"{name}.yaml"
-    if name == "zero3_kept":
+    if name in ("zero3_kept", "zero3_layers"):
         settings = read_json(ROOT / "configs/zero3.json")
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 10**10
         write_json(path.with_suffix(".zero.json"), settings)
         text = (ROOT / "configs/zero3.yaml").read_text()
+        if name == "zero3_layers":
+            key = "  zero3_init_flag"
+            assert key in text
+            text = text.replace(key, f"  deepspeed_moe_layer_cls_names: Qwen2DecoderLayer\n{key}")
         path.write_text(text.replace("configs/zero3.json", str(path.with_suffix(".zero.json"))))
         return str(path)
     if name != "fsdp2_kept":
@@ -284,9 +291,9 @@ def train(call: Call) -> None:
     runs: dict[str, tuple[str | None, dict[str, Any]]] = {
         "one": (None, {}),
         "one_otherwise": (None, otherwise),  # how far one GPU is from itself: other micro batches
-        **{name: (name, {}) for name in (*LAYOUTS, "zero3", "zero3_kept")},
+        **{name: (name, {}) for name in (*LAYOUTS, "zero3", *ZERO3)},
     }
-    not_usual = ("zero3_kept", "zero3") if call.is_dry else ("zero3_kept",)
+    not_usual = ("zero3", *ZERO3) if call.is_dry else ZERO3
     wanted = call.arguments.runs or [n for n in runs if n not in not_usual]
     runs = {name: run for name, run in runs.items() if name in wanted}
     call.found |= {"settings": settings, "runs": {}}
@@ -621,7 +628,7 @@ def main() -> None:
     parser.add_argument(
         "--runs",
         nargs="*",
-        help=f"of `train`, `profile`: one, one_otherwise, {', '.join(LAYOUTS)}, zero3, zero3_kept",
+        help=f"of `train`, `profile`: one, one_otherwise, {', '.join((*LAYOUTS, 'zero3', *ZERO3))}",
     )
     parser.add_argument("--steps", type=int, default=52)
     parser.add_argument("--epochs", type=float, default=2.0)
