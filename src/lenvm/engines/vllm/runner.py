@@ -45,7 +45,7 @@ def hook() -> bool:
     for (module, name), methods in HOOKS.items():
         try:
             found = getattr(import_module(module), name)
-        except (ImportError, AttributeError):
+        except Exception:  # moved, or not for this platform
             return False
         if not all(method in vars(found) for method in methods):
             return False
