@@ -59,7 +59,9 @@ def hook() -> bool:
     @functools.wraps(features)
     def unsupported_features(self: Any) -> list[str]:
         found: list[str] = features(self)
-        return [f for f in found if f != PROCESSORS] if _is_alone(self) else found
+        if PROCESSORS in found and _is_alone(self):
+            found.remove(PROCESSORS)
+        return found
 
     classes["VllmConfig"]._get_v2_model_runner_unsupported_features = unsupported_features
     call = sampler.__call__
