@@ -91,9 +91,11 @@ def _trainings(lab: Path) -> Numbers:
 
 
 def _samplings(lab: Path) -> Numbers:
+    graded = {s["figures"]["tokens"]: s["figures"]["right"] for s in _all_steps(lab, "grade")}
     return {
         name: {"step": s["name"], "generator": s["figures"]["generator"], **row}
         | {"tokens_per_s": s["figures"].get("rate", {}).get("tokens_per_s")}
+        | ({"share_right": graded[name]} if name in graded else {})
         for s in _all_steps(lab, "sample")
         for name, row in s["figures"]["sets"].items()
     }
@@ -283,6 +285,7 @@ def _tradeoff(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
             for other in options[name].get("arms_from", [])
         }
         runs[name] = _grade(lab, name, TRADEOFF, summarise_tradeoff, shared)
+        runs[name]["gains"] = _gains(lab / "graded" / name / "grades.jsonl")
     names = plan.headline["gsm8k"]
     main = next(
         (runs[n] for n in ([names] if isinstance(names, str) else names) if n in runs), None
@@ -305,6 +308,20 @@ def _tradeoff(plan: Plan, lab: Path, steps: Sequence[Numbers]) -> Numbers:
             "best_baseline_at_two_thirds_length": other,
         },
         "runs": runs,
+    }
+
+
+def _gains(grades: Path) -> Numbers:
+    """Accuracy of each arm less the unguided one's, answer by answer: {arm: estimate}."""
+    right: dict[str, dict[tuple[str, int], float]] = {}
+    for _, row in read_jsonl(grades):
+        right.setdefault(row["arm"], {})[row["item"], row["sample"]] = float(row["correct"])
+    plain = right.pop("prompt", {})
+    resampler = Resampler([item for item, _ in plain])
+    return {
+        arm: resampler.mean([own[k] - plain[k] for k in keys], [item for item, _ in keys]).to_json()
+        for arm, own in right.items()
+        if (keys := [k for k in own if k in plain])
     }
 
 

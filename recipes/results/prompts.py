@@ -18,8 +18,7 @@ from typing import Any
 
 from lenvm.data.prompts import Prompt, load_bundled_prompts
 from lenvm.errors import InputError
-from lenvm.evals.tradeoff.grader import guess_kind
-from lenvm.evals.tradeoff.items import Question
+from lenvm.evals.tradeoff.items import Question, find_gold
 from lenvm.files import read_jsonl
 
 DOMAINS = ("math", "code", "instructions")
@@ -163,13 +162,10 @@ def asked_questions(data: Path) -> dict[str, Question]:
     held_out = {text.strip() for domain, t in HELD_OUT if domain == "math" for text in t(data)}
     files = []
     for name, key in (("gsm8k/train.jsonl", "question"), ("math/train.jsonl", "problem")):
-        rows = [
-            (str(row[key]).strip(), str(row.get("answer", "")).rsplit("####", 1)[-1].strip())
-            for row in read(data, name)
-        ]
+        rows = [(str(row[key]).strip(), find_gold(row)) for row in read(data, name)]
         random.Random(0).shuffle(rows)
         files.append([(text, gold) for text, gold in rows if gold and text not in held_out])
-    found = [Question(text, text, gold, guess_kind(gold)) for text, gold in _interleave(files)]
+    found = [Question(text, text, *gold) for text, gold in _interleave(files)]
     return {question.prompt(concise=False): question for question in found}
 
 

@@ -10,8 +10,9 @@ from lenvm.guidance.candidates import (
     BLOCK,
     Candidates,
     Truncation,
-    build_candidates,
     largest,
+    search,
+    truncate,
     write_back,
 )
 
@@ -34,7 +35,9 @@ def truncation(rows: list[dict[str, float]], endings: list[list[int]] | None = N
 def build(logits: Tensor, *args, may: bool = True, must: bool = False, **kwargs) -> Candidates:
     rows = torch.ones(len(logits), dtype=torch.bool)
     settings = truncation(*args, **kwargs)
-    return build_candidates(logits, settings, may_end_R=rows & may, must_end_R=rows & must)
+    return truncate(
+        *search(logits, settings, may_end_R=rows & may, must_end_R=rows & must), settings
+    )
 
 
 def probs(candidates: Candidates, row: int = 0) -> dict[int, float]:
@@ -157,7 +160,7 @@ def test_top_p_one_keeps_the_last_of_many_tiny_tokens():
     logits = torch.zeros(1, 4096)
     settings = truncation([{"top_k": 4096}])
     yes = torch.tensor([True])
-    found = build_candidates(logits, settings, may_end_R=yes, must_end_R=~yes)
+    found = truncate(*search(logits, settings, may_end_R=yes, must_end_R=~yes), settings)
     assert int(found.mask.sum()) == 4096
 
 
@@ -175,7 +178,7 @@ def test_temperature_factors_reweigh_single_tokens():
     settings.factor_ids = torch.tensor([[4, 7], [-1, -1]])
     settings.factors = torch.tensor([[2.0, 0.5], [-1.0, -1.0]])
     rows = torch.ones(2, dtype=torch.bool)
-    found = build_candidates(logits, settings, may_end_R=rows, must_end_R=~rows)
+    found = truncate(*search(logits, settings, may_end_R=rows, must_end_R=~rows), settings)
     p = logits.double().softmax(-1)
     weights = p[0].clone()
     weights[4], weights[7] = p[0, 4] ** 0.5, p[0, 7] ** 2
@@ -220,5 +223,5 @@ def test_a_tiny_temperature_factor_of_a_certain_token_is_a_number():
     settings.factor_ids, settings.factors = torch.tensor([[1]]), torch.tensor([[1e-300]])
     yes = torch.tensor([True])
     logits = torch.tensor([[1.0, 90.0, 3.0]])
-    found = build_candidates(logits, settings, may_end_R=yes, must_end_R=~yes)
+    found = truncate(*search(logits, settings, may_end_R=yes, must_end_R=~yes), settings)
     assert found.log_probs[0].exp().tolist() == pytest.approx([1.0, 0.0])

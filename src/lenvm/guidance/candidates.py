@@ -60,14 +60,6 @@ class Truncation:
     """[R, M]: p(x) becomes p(x)^(1 / factor), so a factor above 1 makes the token likelier."""
 
 
-def build_candidates(
-    logits_RV: Tensor, truncation: Truncation, *, may_end_R: Tensor, must_end_R: Tensor
-) -> Candidates:
-    """Candidates of each row, see `search` and `truncate`."""
-    found = search(logits_RV, truncation, may_end_R=may_end_R, must_end_R=must_end_R)
-    return truncate(*found, truncation)
-
-
 def search(
     logits_RV: Tensor, truncation: Truncation, *, may_end_R: Tensor, must_end_R: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class TrainingConfig(BaseModel):
     loops_above: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Completions with a larger share of repeated 4-grams of tokens are taught as answers that
     never end, so that control keeps away from them. None: as long as they are."""
-    rewards_below: float | None = None
+    rewards_below: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Completions with a reward under it, such as wrong answers, are taught as ones that never end,
     so that control looks for short answers that are right. None: rewards are not read."""
     trainable: Trainable = "full"
