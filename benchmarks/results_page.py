@@ -148,8 +148,9 @@ def _shorter(runs: Mapping[str, Numbers]) -> str:
         "on each expected token. `9995` is that one on the test questions, beside the arms of "
         "`more16`. `right16` saw 20,772 answers to training questions in the benchmark's words, "
         "13% of them right, and the wrong ones as answers that never end (`lenvm grade`, "
-        "`rewards_below`): more of its answers are right than unguided (by 1.9 points, 0.4 to 3.4, answer "
-        "by answer: `gains` in the file) at 94% of the length, but below nine tenths it is no better than "
+        "`rewards_below`): more of its answers are right than unguided (by 1.9 points, 0.4 to "
+        "3.4, answer by answer: `gains` in the file) at 94% of the length, but below nine tenths "
+        "it is no better than "
         "`more16`. The 1.5B generator, with the value model of its first data and the horizon of "
         "the mean, keeps 79% at two thirds, where asking it to be concise leaves an eighth of the "
         "length and 12% right.",
