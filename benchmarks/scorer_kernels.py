@@ -78,9 +78,9 @@ def tiles_of(place: str, num_tokens: int, head_size: int) -> list[Tile]:
 ATTENTION = [
     AttentionChoice(block, waves, stages, merges)
     for block, waves, stages in [
-        (64, 2, 3), (64, 4, 3), (64, 2, 5), (64, 4, 5), (64, 8, 5), (128, 4, 5), (32, 4, 5),
+        (64, 1, 5), (64, 2, 5), (64, 4, 5), (64, 4, 3), (128, 1, 5), (128, 2, 5), (32, 4, 5),
     ]
-    for merges in (False, True)
+    for merges in ((False, True) if waves > 1 else (False,))
 ]  # fmt: skip
 
 

@@ -38,9 +38,10 @@ class AttentionChoice:
 
     block: int = 64
     """Most query rows of a program."""
-    waves: int = 2
+    waves: int = 1
     """Prefixes are split so that the programs fill the GPU about so many times."""
-    stages: int = 3
+    stages: int = 5
+    """Pages on their way at once; at most 3 where no copy engine brings them."""
     merges: bool = False
     """The split that ends last merges them, in place of a second kernel."""
 

@@ -12,6 +12,7 @@ G = Hq / Hkv, D head size, S tokens of a page, C pages of a row, H hidden size, 
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +23,8 @@ __all__ = ["TensorDescriptor", "gdc_launch_dependents", "gdc_wait", "tl", "trito
 
 LOG2_E = 1.4426950408889634
 NO_ROW = 2**31 - 1
+PIPELINE_BYTES = 160 * 1024
+"""Shared memory for pages on their way."""
 
 
 def launch_options(pdl: bool) -> dict[str, bool]:
@@ -36,7 +39,24 @@ def next_power_of_2(n: int) -> int:
 # -- attention over the prefix and oneself ---------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["window", "num_tokens", "num_tiles", "num_splits"])
+@triton.jit
+def _see_page(q, k, v, m, total, acc, scale, seen, MASKS: tl.constexpr):
+    """Running softmax over the keys and values of one more page."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASKS:
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+    m_new = tl.maximum(m, tl.max(scores, 1) * scale)
+    safe = m_new
+    if MASKS:
+        safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a page all before the window
+    shrink = tl.exp2(m - safe)
+    p = tl.exp2(scores * scale - safe[:, None])
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None]
+    return m_new, total, tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["window", "num_tokens", "num_rows", "num_splits"])
 def _candidate_kernel(
     q_ptr,
     own_k_ptr,
@@ -44,6 +64,8 @@ def _candidate_kernel(
     own_index_ptr,
     k_ptr,
     v_ptr,
+    k_pages,
+    v_pages,
     table_ptr,
     rows_ptr,
     lengths_ptr,
@@ -56,7 +78,7 @@ def _candidate_kernel(
     window,
     num_columns,
     num_tokens,
-    num_tiles,
+    num_rows,
     num_splits,
     Hkv: tl.constexpr,
     G: tl.constexpr,
@@ -68,6 +90,7 @@ def _candidate_kernel(
     MERGES: tl.constexpr,
     OWN_IS_TOKEN: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    COPIES: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -75,12 +98,14 @@ def _candidate_kernel(
         gdc_wait()
         gdc_launch_dependents()
     kv_head = tl.program_id(0)
-    row = tl.program_id(1) // num_tiles
-    tile = tl.program_id(1) % num_tiles
+    row = tl.program_id(1) % num_rows
+    tile = tl.program_id(1) // num_rows  # the first tiles come first: many rows have no other
     split = tl.program_id(2)
     first = tl.load(first_ptr + row)
     num_queries = (tl.load(first_ptr + row + 1) - first) * G
     if tile * BLOCK_M < num_queries:
+        length = tl.load(lengths_ptr + row)
+        pages = table_ptr + tl.load(rows_ptr + row).to(tl.int64) * num_columns
         m_offs = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         m_mask = m_offs < num_queries
         token = first + m_offs // G
@@ -101,7 +126,6 @@ def _candidate_kernel(
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        length = tl.load(lengths_ptr + row)
         begin = 0
         if HAS_WINDOW:
             begin = tl.maximum(length - window + 1, 0)
@@ -110,26 +134,34 @@ def _candidate_kernel(
         share = (last_page - first_page + num_splits - 1) // num_splits
         low = first_page + split * share
         high = tl.minimum(low + share, last_page)
+        full = tl.minimum(high, length // S)
         n_offs = tl.arange(0, S)
-        pages = table_ptr + tl.load(rows_ptr + row).to(tl.int64) * num_columns
-        for column in tl.range(low, high, num_stages=STAGES):
-            page = tl.load(pages + column).to(tl.int64)
-            position = column * S + n_offs
-            seen = (position >= begin) & (position < length)
-            kv_offs = ((page * S + n_offs) * Hkv + kv_head)[:, None] * D + d_offs[None, :]
-            kv_mask = seen[:, None] & d_mask[None, :]
-            k = tl.load(k_ptr + kv_offs, mask=kv_mask, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            m_new = tl.maximum(m, tl.max(scores, 1))
-            safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a page all before the window
-            shrink = tl.exp2(m - safe)
-            p = tl.exp2(scores - safe[:, None])
-            total = total * shrink + tl.sum(p, 1)
-            v = tl.load(v_ptr + kv_offs, mask=kv_mask, other=0.0)
-            acc = acc * shrink[:, None]
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-            m = m_new
+        # the last page, if it is not full: likewise read here and used after the others
+        rest = (low < high) & (full < high)
+        places = tl.load(pages + full, mask=rest, other=0).to(tl.int64) * S + n_offs
+        rest_offs = (places * Hkv + kv_head)[:, None] * D + d_offs[None, :]
+        rest_seen = (full * S + n_offs >= begin) & (full * S + n_offs < length)
+        rest_mask = (rest & rest_seen)[:, None] & d_mask[None, :]  # beyond it there may be NaN
+        if BLOCK_D <= 64:
+            rest_k = tl.load(k_ptr + rest_offs, mask=rest_mask, other=0.0)
+            rest_v = tl.load(v_ptr + rest_offs, mask=rest_mask, other=0.0)
+        for column in tl.range(low, full, num_stages=STAGES):
+            page = tl.load(pages + column)
+            if COPIES:
+                k = k_pages.load([page * S, kv_head * D])
+                v = v_pages.load([page * S, kv_head * D])
+            else:
+                places = (page.to(tl.int64) * S + n_offs) * Hkv + kv_head
+                kv_offs = places[:, None] * D + d_offs[None, :]
+                k = tl.load(k_ptr + kv_offs, mask=d_mask[None, :], other=0.0)
+                v = tl.load(v_ptr + kv_offs, mask=d_mask[None, :], other=0.0)
+            seen = column * S + n_offs >= begin
+            m, total, acc = _see_page(q, k, v, m, total, acc, scale, seen, HAS_WINDOW)
+        if rest:
+            if BLOCK_D > 64:
+                rest_k = tl.load(k_ptr + rest_offs, mask=rest_mask, other=0.0)
+                rest_v = tl.load(v_ptr + rest_offs, mask=rest_mask, other=0.0)
+            m, total, acc = _see_page(q, rest_k, rest_v, m, total, acc, scale, rest_seen, True)
         if BLOCK_D > 64:
             own_k = tl.load(own_k_ptr + own_offs, mask=own_mask, other=0.0)
             own_v = tl.load(own_v_ptr + own_offs, mask=own_mask, other=0.0)
@@ -263,6 +295,14 @@ def candidate_attention(
     block_m, num_tiles = _query_tiles(max_candidates * group, max_block)
     grid = (num_kv, rows.shape[0] * num_tiles, num_splits)
     part, lse, count = scratch
+    copies = can_copy(q)
+    page_bytes = 2 * page_size * head_size * q.element_size()
+    k, v = k_pages, v_pages
+    if copies:
+        k, v = (
+            TensorDescriptor.from_tensor(x.flatten(0, 1).flatten(1), [page_size, head_size])
+            for x in (k_pages, v_pages)
+        )
     _candidate_kernel[grid](
         q,
         own_k,
@@ -270,6 +310,8 @@ def candidate_attention(
         own_index,
         k_pages,
         v_pages,
+        k,
+        v,
         table,
         rows,
         lengths,
@@ -282,7 +324,7 @@ def candidate_attention(
         window or 0,
         table.shape[1],
         num_tokens,
-        num_tiles,
+        rows.shape[0],
         num_splits,
         Hkv=num_kv,
         G=group,
@@ -294,7 +336,10 @@ def candidate_attention(
         MERGES=merges,
         OWN_IS_TOKEN=own_is_token,
         HAS_WINDOW=window is not None,
-        STAGES=num_stages,
+        COPIES=copies,
+        STAGES=max(
+            1, min(num_stages if copies else min(num_stages, 3), PIPELINE_BYTES // page_bytes)
+        ),
         PDL=pdl,
         num_warps=8 if block_m >= 128 else 4,
         **launch_options(pdl),
@@ -313,6 +358,14 @@ def candidate_attention(
             BLOCK_H=block_h,
             BLOCK_D=next_power_of_2(head_size),
         )
+
+
+def can_copy(q: Tensor) -> bool:
+    """Whether the tensor copy engine (Hopper and later) brings whole pages: q [N, Hq, D]."""
+    head_size = q.shape[-1]
+    if head_size < 16 or head_size != next_power_of_2(head_size):
+        return False
+    return q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] >= 9
 
 
 def count_size(num_rows: int, num_kv: int, max_queries: int, max_block: int = 64) -> int:

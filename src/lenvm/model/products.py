@@ -76,38 +76,43 @@ def _qkv_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    HALF: tl.constexpr = D // 2
     tile = tl.program_id(0)
     if total_ptr is not None:
         end = tl.load(total_ptr)
         if tile * BM >= end:
             return
     head = tl.program_id(1)
+    HALF: tl.constexpr = D // 2
+    m_offs = tile * BM + tl.arange(0, BM)
+    m_mask = m_offs < num_tokens
+    d_offs = tl.arange(0, D)
+    h_offs = tl.arange(0, HALF)
+    turn = m_offs[:, None] * D + h_offs[None, :]
+    # read here and used after the product, so that nobody waits for them
+    place = tl.load(index_ptr + m_offs, mask=m_mask, other=0)
+    cos = tl.load(cos_ptr + turn, mask=m_mask[:, None], other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + turn, mask=m_mask[:, None], other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + head * D + d_offs)
+    if T > 0:
+        scale = inverse_rms(squares_ptr, m_offs, m_mask, num_tokens, eps, K, T)
     acc = tl.zeros([BM, D], tl.float32)
     for k in tl.range(0, K, BK, num_stages=STAGES):
         x = x_desc.load([tile * BM, k])
         w = w_desc.load([head * D, k])
         acc = tl.dot(x, w.T, acc, input_precision="ieee")
-    m_offs = tile * BM + tl.arange(0, BM)
-    m_mask = m_offs < num_tokens
-    d_offs = tl.arange(0, D)
     if T > 0:
-        acc *= inverse_rms(squares_ptr, m_offs, m_mask, num_tokens, eps, K, T)[:, None]
+        acc *= scale[:, None]
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + head * D + d_offs).to(tl.float32)[None, :]
+        acc += bias.to(tl.float32)[None, :]
     kind = q_ptr.dtype.element_ty
     acc = acc.to(kind)
-    place = tl.load(index_ptr + m_offs, mask=m_mask, other=0)
     if head >= Hq + Hkv:
         v_at = (place * Hkv + head - Hq - Hkv)[:, None] * D + d_offs[None, :]
         tl.store(v_ptr + v_at, acc, mask=m_mask[:, None])
     else:
         x1, x2 = tl.split(tl.permute(tl.reshape(acc, [BM, 2, HALF]), (0, 2, 1)))
         x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
-        h_offs = tl.arange(0, HALF)
-        turn = m_offs[:, None] * D + h_offs[None, :]
-        cos = tl.load(cos_ptr + turn, mask=m_mask[:, None], other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + turn, mask=m_mask[:, None], other=0.0).to(tl.float32)
         y1 = (x1 * cos - x2 * sin).to(kind)
         y2 = (x2 * cos + x1 * sin).to(kind)
         if head < Hq:
