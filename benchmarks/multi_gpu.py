@@ -48,8 +48,15 @@ NO_MULTICAST = {
     "VLLM_USE_NCCL_SYMM_MEM": "0",
 }
 """It can put the host's GPUs out of service."""
-ZERO3 = ("zero3_kept", "zero3_layers")
-"""Ways of ZeRO-3 that do not ship."""
+ZERO3 = {
+    "zero3": {},
+    "zero3_shared": {"stage3_param_persistence_threshold": 0},
+    "zero3_kept": {"stage3_param_persistence_threshold": 10**10},
+    "zero3_hooks": {"stage3_max_live_parameters": 10**8},
+}
+"""The shipped ZeRO-3 and ways that do not ship: all weights shared out between micro batches, none,
+and fetched module by module, with gradients reduced each micro batch, as models are that do not fit
+at once."""
 LAYOUTS = ("ddp", "fsdp2_one_unit", "fsdp2_kept", "fsdp2")
 """On two GPUs, where a step's time is compared. FSDP2 gathers weights 1, 25 and 98 times a step of
 two micro batches of 24 layers."""
@@ -233,18 +240,13 @@ def start_training(
 
 def find_layout(call: Call, name: str) -> str:
     """The shipped file. `fsdp2_kept`: fsdp2.yaml with the weights kept gathered during a step;
-    `zero3_kept`: zero3.yaml with no weight so large that it is shared out; `zero3_layers`: each
-    decoder layer fetched as one module, too."""
+    `ZERO3`: zero3.yaml with other settings of DeepSpeed."""
     path = call.work / f"{name}.yaml"
-    if name in ("zero3_kept", "zero3_layers"):
+    if own := ZERO3.get(name):
         settings = read_json(ROOT / "configs/zero3.json")
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 10**10
+        settings["zero_optimization"] |= own
         write_json(path.with_suffix(".zero.json"), settings)
         text = (ROOT / "configs/zero3.yaml").read_text()
-        if name == "zero3_layers":
-            key = "  zero3_init_flag"
-            assert key in text
-            text = text.replace(key, f"  deepspeed_moe_layer_cls_names: Qwen2DecoderLayer\n{key}")
         path.write_text(text.replace("configs/zero3.json", str(path.with_suffix(".zero.json"))))
         return str(path)
     if name != "fsdp2_kept":
@@ -291,11 +293,10 @@ def train(call: Call) -> None:
     runs: dict[str, tuple[str | None, dict[str, Any]]] = {
         "one": (None, {}),
         "one_otherwise": (None, otherwise),  # how far one GPU is from itself: other micro batches
-        **{name: (name, {}) for name in (*LAYOUTS, "zero3", *ZERO3)},
+        **{name: (name, {}) for name in (*LAYOUTS, *ZERO3)},
     }
-    not_usual = ("zero3", *ZERO3) if call.is_dry else ZERO3
-    wanted = call.arguments.runs or [n for n in runs if n not in not_usual]
-    runs = {name: run for name, run in runs.items() if name in wanted}
+    usual = [n for n in runs if n not in ZERO3 or (n == "zero3" and not call.is_dry)]
+    runs = {name: run for name, run in runs.items() if name in (call.arguments.runs or usual)}
     call.found |= {"settings": settings, "runs": {}}
     one: dict[str, Any] = {}
     for name, (layout, own) in runs.items():
@@ -330,11 +331,12 @@ def train(call: Call) -> None:
 
 
 def profile(call: Call) -> None:
-    """Where a step's time goes on one GPU, under DDP and under FSDP2 (three ways)."""
+    """Where a step's time goes on one GPU, under DDP and under FSDP2 (three ways); ZeRO-3 where
+    `--runs` names it."""
     settings = {**prepare_training(call), "evals": 1}
     call.found |= {"settings": settings, "runs": {}}
     wanted = call.arguments.runs or ["one", *LAYOUTS]
-    for layout in (None, *LAYOUTS):
+    for layout in (None, *LAYOUTS, *ZERO3):
         if (layout or "one") not in wanted:
             continue
         name = f"profile_{layout or 'one'}"
@@ -628,7 +630,7 @@ def main() -> None:
     parser.add_argument(
         "--runs",
         nargs="*",
-        help=f"of `train`, `profile`: one, one_otherwise, {', '.join((*LAYOUTS, 'zero3', *ZERO3))}",
+        help=f"of `train`, `profile`: one, one_otherwise, {', '.join((*LAYOUTS, *ZERO3))}",
     )
     parser.add_argument("--steps", type=int, default=52)
     parser.add_argument("--epochs", type=float, default=2.0)

@@ -10,6 +10,11 @@ def allow_cpu_layouts() -> None:
     from accelerate import state
     from accelerate.utils import DistributedType
 
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.comm  # noqa: F401
+
+        backend = sys.modules["deepspeed.comm.torch"]  # `comm.torch` is torch itself
+        backend.build_shm_op = lambda: None  # type: ignore[attr-defined]  # compiles for minutes
     original = state.AcceleratorState.__init__
 
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -25,8 +30,6 @@ def allow_cpu_layouts() -> None:
         elif deepspeed is not None:
             from deepspeed import comm
 
-            backend = sys.modules["deepspeed.comm.torch"]  # `comm.torch` is torch itself
-            backend.build_shm_op = lambda: None  # type: ignore[attr-defined]  # compiles for minutes
             comm.init_distributed("gloo")
             deepspeed.set_mixed_precision(self._mixed_precision)
             deepspeed.select(_from_accelerator_state=True)

@@ -58,7 +58,12 @@ def launch(tmp_path: Path, settings: dict[str, Any], layout: str | None) -> subp
     path.write_text(json.dumps(settings))
     command = [sys.executable, str(SCRIPT), str(path)]
     if layout is not None:
-        options = ["--config_file", f"configs/{layout}.yaml", "--num_processes", "2"]
+        options = [
+            "--config_file",
+            str(ROOT / "configs" / f"{layout}.yaml"),
+            "--num_processes",
+            "2",
+        ]
         options += ["--main_process_port", pick_port()]
         command[1:1] = ["-m", "accelerate.commands.launch", *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -88,6 +93,45 @@ def test_fsdp2_gives_the_losses_of_one_process_and_ddp_goes_on_from_it(tmp_path:
     ids = [[5, 6, 7, 8, 9, 10, 11, 12]]
     a, b, untrained = (model.read(ids)[0] for model in (one, other, fresh.eval()))
     assert (a - b).norm() < 0.02 * (a - untrained).norm()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"zero": {"stage3_max_live_parameters": 0}},
+        {"gradient_checkpointing": True, "zero": {"stage3_param_persistence_threshold": 0}},
+        {"trainable": "last", "last_layers": 1},
+        {"trainable": "lora"},
+    ],
+)
+def test_zero3_gives_the_losses_of_one_process_and_goes_on(tmp_path: Path, fields: dict[str, Any]):
+    """Weights gathered all at once, as a small model's are, or module by module."""
+    pytest.importorskip("deepspeed")
+    zero = fields.get("zero", {})
+    settings = {**tiny_settings(tmp_path), "precision": "bf16"}
+    settings |= {k: v for k, v in fields.items() if k != "zero"}
+    config = yaml.safe_load((ROOT / "configs/zero3.yaml").read_text())
+    deepspeed = json.loads((ROOT / "configs/zero3.json").read_text())
+    deepspeed["zero_optimization"] |= zero
+    (tmp_path / "zero.json").write_text(json.dumps(deepspeed))
+    config["deepspeed_config"]["deepspeed_config_file"] = str(tmp_path / "zero.json")
+    (tmp_path / "zero.yaml").write_text(yaml.safe_dump(config))
+    layout = str(tmp_path / "zero")
+    finish(launch(tmp_path, {**settings, "output": str(tmp_path / "one")}, None))
+    two = {**settings, "output": str(tmp_path / "two")}
+    process = launch(tmp_path, two, layout)
+    while not list((tmp_path / "two.state").glob("checkpoint-*/complete")):
+        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finish(launch(tmp_path, two, layout))
+    for a, b in zip(losses(tmp_path, "one"), losses(tmp_path, "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    one, other = (LengthValueModel.from_pretrained(tmp_path / n) for n in ("one", "two"))
+    ids = [[5, 6, 7, 8, 9, 10, 11, 12]]
+    assert torch.allclose(one.read(ids)[0], other.read(ids)[0], atol=2e-3)
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "fsdp2_one_unit"])

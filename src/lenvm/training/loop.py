@@ -36,7 +36,7 @@ from lenvm.files import JsonlWriter, explaining, write_text
 from lenvm.model.value_model import LengthValueModel
 from lenvm.training.config import TrainingConfig
 from lenvm.training.evaluation import Evaluation
-from lenvm.training.model import PackedModel
+from lenvm.training.model import PackedModel, fetch_as_one
 from lenvm.training.objective import Objective, States
 from lenvm.training.steps import Packer, RunSteps, Step, count
 
@@ -80,6 +80,11 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
             # fp32 weights under autocast, as on one GPU. accelerate's policy would round the head,
             # its output and the reduced gradients to bf16
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        self._end: Tensor | None = None
+        """Of a backward: see `PackedModel.forward`. Only a model that is one unit needs it."""
+        if self._fits_at_once():
+            self._end = torch.zeros((), device=args.device, requires_grad=True)
+            fetch_as_one(self.model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
 
     # data
 
@@ -102,6 +107,9 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         model.train()
         scale = self.args.world_size / inputs.denominator  # gradients are averaged over processes
         total = torch.zeros((), device=self.args.device)
+        if self._end is not None:
+            self._step_at_once(model, inputs, scale, total)
+            return self._count(inputs, total)
         for number, rows in enumerate(inputs.micro_batches):
             is_last = number == len(inputs.micro_batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(is_last)
@@ -111,14 +119,31 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
                 loss = self._sum(model, rows) * scale
                 self.accelerator.backward(loss)
             total += loss.detach()
-        self._watch(total)
+        return self._count(inputs, total)
+
+    def _step_at_once(self, engine: Any, inputs: Step, scale: float, total: Tensor) -> None:
+        """DeepSpeed's, with gradients reduced once: they stay whole from micro batch to micro
+        batch, as the weights are within one."""
+        state = self.accelerator.gradient_state
+        with engine.coalesce_grad_reduction():
+            state._set_sync_gradients(False)  # else `backward` took the optimizer's step
+            for rows in inputs.micro_batches:
+                loss = self._sum(engine, rows) * scale
+                self.accelerator.backward(loss)
+                total += loss.detach()
+        state._set_sync_gradients(True)
+        engine.set_gradient_accumulation_boundary(True)
+        engine.step()
+
+    def _count(self, inputs: Step, loss: Tensor) -> Tensor:
+        self._watch(loss)
         self.clock.tokens += inputs.num_tokens
-        return total
+        return loss
 
     def _sum(self, model: nn.Module, rows: Array) -> Tensor:
         batch = self.packers["train"](rows)
         with self.accelerator.autocast():
-            raw = model(batch)
+            raw = model(batch) if self._end is None else model(batch, self._end)
         value_model = self.value_model
         loss = self.objective.sum(value_model.head, raw, States.of(batch), value_model.config.gamma)
         return loss if batch.counts else loss * 0.0
@@ -128,6 +153,15 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
             return nullcontext()
         context: AbstractContextManager[None] = self.accelerator.no_sync(model=model)
         return context
+
+    def _fits_at_once(self) -> bool:
+        """Whether ZeRO-3 may gather all weights at once, by `stage3_max_live_parameters`."""
+        if not self.is_deepspeed_enabled:
+            return False
+        plugin = self.accelerator.state.deepspeed_plugin
+        most = plugin.hf_ds_config.get_value("zero_optimization.stage3_max_live_parameters", 1e9)
+        is_within = sum(p.numel() for p in self.model.parameters()) <= float(most)
+        return bool(plugin.zero_stage == 3 and is_within)
 
     @property
     def _reshards(self) -> bool:

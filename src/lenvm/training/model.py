@@ -31,7 +31,9 @@ class PackedModel(nn.Module):
         use_packed_attention(value_model.backbone)
         self.value_model = value_model
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch, end: Tensor | None = None) -> Tensor:
+        """`end`: a zero that requires a gradient, which it gets after all weights have theirs. A
+        hook that waits for the gradients of this module's inputs then runs when all is done."""
         backbone, embeds = self.value_model.backbone, batch.inputs_embeds
         if embeds is not None:
             embeds = embeds.float()
@@ -46,7 +48,7 @@ class PackedModel(nn.Module):
         ).last_hidden_state
         states = hidden.flatten(0, 1).index_select(0, batch.state_index)
         raw: Tensor = self.value_model.head(states)
-        return raw
+        return raw if end is None else raw + end
 
     @property
     def _no_split_modules(self) -> Any:
@@ -55,6 +57,17 @@ class PackedModel(nn.Module):
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         self.value_model.backbone.gradient_checkpointing_enable(**options)
+
+
+def fetch_as_one(model: nn.Module, deepspeed: dict[str, Any]) -> None:
+    """Let ZeRO-3 gather and free the weights once a micro batch: its hooks around every module take
+    longer on the host than a GPU takes to compute a small model. Changes DeepSpeed's settings."""
+    from deepspeed.utils import nvtx, set_z3_leaf_module
+
+    set_z3_leaf_module(model, True)
+    nvtx.enable_nvtx = False  # marks for NVIDIA's profiler around each of its functions
+    # saves what a gathered weight takes as bf16 in a backward, by a product written in Python
+    deepspeed["zero_optimization"].setdefault("memory_efficient_linear", False)
 
 
 def choose_parameters(model: LengthValueModel, trainable: Trainable, last_layers: int) -> None:
