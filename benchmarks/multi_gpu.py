@@ -185,18 +185,19 @@ def write_trajectories(model: Path, source: Path | None, path: Path, num_tokens:
 
 
 def prepare_training(call: Call) -> dict[str, Any]:
-    """The settings of every run: about `--steps` optimizer steps of 4 micro batches."""
+    """The settings of every run: about `--steps` optimizer steps, where they are of 4 micro
+    batches."""
     options = call.arguments
     model, data = call.model(), call.work / "train.jsonl"
     micro = 512 if call.is_dry else options.batch_tokens
     if not data.exists():
-        wanted = math.ceil(options.steps * 4 * micro / options.epochs)
+        wanted = math.ceil(options.steps * 4 * micro / options.epochs)  # one file for all runs
         write_trajectories(model, options.data, data, wanted)
     return {
         "data": [str(data)],
         "backbone": str(model),
         "batch_tokens": micro,
-        "accumulation": 4,
+        "accumulation": options.accumulation,
         "epochs": options.epochs,
         "learning_rate": options.learning_rate,
         "precision": "bf16",
@@ -289,7 +290,10 @@ def worst_difference(left: list[float], right: list[float]) -> float:
 
 def train(call: Call) -> None:
     settings = {**prepare_training(call), "evals": 1}
-    otherwise = {"batch_tokens": settings["batch_tokens"] // 2, "accumulation": 8}
+    otherwise = {
+        "batch_tokens": settings["batch_tokens"] // 2,
+        "accumulation": 2 * settings["accumulation"],
+    }
     runs: dict[str, tuple[str | None, dict[str, Any]]] = {
         "one": (None, {}),
         "one_otherwise": (None, otherwise),  # how far one GPU is from itself: other micro batches
@@ -633,6 +637,7 @@ def main() -> None:
         help=f"of `train`, `profile`: one, one_otherwise, {', '.join((*LAYOUTS, *ZERO3))}",
     )
     parser.add_argument("--steps", type=int, default=52)
+    parser.add_argument("--accumulation", type=int, default=4, help="micro batches of a step")
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--batch-tokens", type=int, default=16_384)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
