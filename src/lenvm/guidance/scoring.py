@@ -58,7 +58,7 @@ class Scorer(Protocol):
 
 
 class Predictor(Protocol):
-    """What reads prompts where the scorer's model is a guide: `LengthValueModel`."""
+    """What reads prompts where the scorer's model is a guide: `PromptScorer`."""
 
     def encode_control(self, control: Mapping[str, Any] | None) -> list[int]: ...
     def read_ends(self, sequences: Sequence[Sequence[int]]) -> LengthBelief: ...

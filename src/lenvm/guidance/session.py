@@ -32,7 +32,7 @@ from lenvm.guidance.params import Asked, RuleParams, build_truncation, pad
 from lenvm.guidance.params import Guided as Guided
 from lenvm.guidance.prompts import Place, PromptReader, asks_prediction, prefix_of
 from lenvm.guidance.rules import RuleFailure, apply_rules
-from lenvm.guidance.scorer import CandidateScorer
+from lenvm.guidance.scorer import CandidateScorer, PromptScorer
 from lenvm.guidance.scoring import (
     Draw,
     Predictor,
@@ -151,7 +151,7 @@ class GuidanceSession:
             CandidateScorer(model if guide is None else guide, **options),
             eos_token_ids=eos_token_ids,
             count_candidates=count_candidates,
-            predictor=None if guide is None else model,
+            predictor=None if guide is None else PromptScorer(model, **options),
         )
 
     # -- requests ---------------------------------------------------------------------------------
