@@ -542,7 +542,7 @@ def add_generate_run(path: Path, commit: str | None, *, guide: bool) -> None:
     guided = sorted((r for r in runs if r["guide"]), key=lambda r: r["speed_with_over_without"])
     if guided:
         result["generate"] = guided[(len(guided) - 1) // 2]
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1))
     print(json.dumps(run), flush=True)
 
 
