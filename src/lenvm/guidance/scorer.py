@@ -110,7 +110,7 @@ class CandidateScorer:
 class PromptScorer:
     """Beliefs at the end of prompts, by a model whose guide scores the candidates.
 
-    On the CPU as the model would as a scorer: twice as fast as its plain forward and less rounded.
+    On the CPU as the model would as a scorer: faster than its plain forward and less rounded.
     Made at the first call; its KV store takes no memory that no prompt touched.
     """
 
