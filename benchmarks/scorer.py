@@ -3,6 +3,7 @@
     python benchmarks/scorer.py                                   # GPU, about 5 minutes
     python benchmarks/scorer.py --headline --tune --truth qwen.gguf --merge    # GPU, 150 s
     python benchmarks/scorer.py --device cpu                      # 2 CPU cores, 3 minutes
+    python benchmarks/scorer.py --device cpu --generate           # one run more of that part alone
     LENVM_TRY_KERNELS=1 python benchmarks/scorer.py --real-share 0.33 --batches 64 --candidates 5 \
         --prefixes 1024 --no-baselines --out scorer_trimmed_h100.json          # GPU, 60 s
 
@@ -530,9 +531,27 @@ def run_model(
         write(result, arguments.out)
 
 
-def measure_generate(value: str | None = None, num_tokens: int = 64) -> dict[str, Any]:
+def add_generate_run(path: Path, commit: str | None, *, guide: bool) -> None:
+    """One run more into the file's `generate_runs`; `generate` is the median one by the ratio of
+    those with the guide, of this commit. guide False: the bundled value model's own layers score.
+    """
+    result = json.loads(path.read_text())
+    run = {"guide": guide, "commit": commit, **measure_generate(guide=guide)}
+    runs = [r for r in result.get("generate_runs", []) if r["commit"] == commit] + [run]
+    result["generate_runs"] = runs
+    guided = sorted((r for r in runs if r["guide"]), key=lambda r: r["speed_with_over_without"])
+    if guided:
+        result["generate"] = guided[(len(guided) - 1) // 2]
+    path.write_text(json.dumps(result, indent=1))
+    print(json.dumps(run), flush=True)
+
+
+def measure_generate(
+    value: str | None = None, num_tokens: int = 64, *, guide: bool = True
+) -> dict[str, Any]:
     """`lenvm generate`'s engine with and without control, on the bundled models: tokens/s.
-    value: another value model than the bundled one, a checkpoint's folder.
+    value: another value model than the bundled one, a checkpoint's folder. guide False: without
+    the guide that it may have.
 
     Every answer has `num_tokens` tokens: with control because it is asked for, without because
     ending is banned. Arms take turns; medians. The first case is the default control; the others
@@ -546,6 +565,8 @@ def measure_generate(value: str | None = None, num_tokens: int = 64) -> dict[str
     from lenvm.model.tokenization import encode_prompt
 
     value_model = load_value_model(value and Path(value), device="cpu")
+    if not guide:
+        value_model.set_guide(None)
     engine = TransformersEngine.load("smollm2", value_model, dtype=pick_dtype("cpu"))
     prompt = [{"role": "user", "content": "Explain how a bicycle keeps its balance."}]
     ids = tuple(encode_prompt(engine.tokenizer, prompt))
@@ -768,6 +789,8 @@ def main() -> None:
         help="GGUF files, folders, FOLDER@BASE of a value model, or bundled",
     )
     parser.add_argument("--value", nargs="*", default=[], help="CPU: `generate` by these too")
+    parser.add_argument("--generate", action="store_true", help="CPU: a run of `generate` alone")
+    parser.add_argument("--no-guide", action="store_true", help="with --generate: score by itself")
     parser.add_argument("--headline", action="store_true", help="the headline's point alone")
     parser.add_argument("--tune", action="store_true", help="find the fastest kernels first")
     parser.add_argument("--merge", action="store_true", help="keep the file's other rows")
@@ -786,6 +809,9 @@ def main() -> None:
     deadline = time.monotonic() + arguments.budget_s
     arguments.card = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     arguments.commit = arguments.commit or _commit()
+    if arguments.generate:
+        add_generate_run(arguments.out, arguments.commit, guide=not arguments.no_guide)
+        return
     headline = dict(HEADLINE)
     if arguments.device == "cpu":
         set_cpu_defaults(parser, arguments)

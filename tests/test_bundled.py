@@ -14,6 +14,7 @@ from lenvm.engines.sampling import SamplingParams
 from lenvm.engines.transformers import Request, TransformersEngine
 from lenvm.guidance.request import LengthControl
 from lenvm.guidance.scorer import CandidateScorer
+from lenvm.guidance.session import Guided
 from lenvm.model.bundled import bundled_model, bundled_value_model
 from lenvm.model.prediction import predict_lengths
 from lenvm.model.tokenization import encode_prompt
@@ -37,8 +38,8 @@ def prompt(engine, text):
 
 
 def test_what_ships_is_small():
-    size = sum(f.stat().st_size for f in bundled_value_model().iterdir())
-    assert size < 8_000_000
+    size = sum(f.stat().st_size for f in bundled_value_model().rglob("*") if f.is_file())
+    assert size < 12_000_000
 
 
 def test_a_long_answer_is_foreseen(value_model, engine):
@@ -46,6 +47,25 @@ def test_a_long_answer_is_foreseen(value_model, engine):
     short, long = predict_lengths(value_model, [list(prompt(engine, t)) for t in texts])
     assert short["p50"] < long["p50"]
     assert long["p10"] < long["p50"] < long["p90"]
+
+
+def test_its_guide_scores_and_it_predicts_itself(value_model, engine):
+    guide = value_model.guide
+    assert guide.backbone.config.num_hidden_layers == 8
+    assert guide.config.gamma == value_model.config.gamma
+    assert engine.session.scorer.model is guide
+    ids = prompt(engine, "Write a long story about a fox in the woods.")
+    session = engine.session
+    session.add({"probe": Guided(ids, LengthControl(equal_to=20))})
+    with torch.inference_mode():
+        raw = session.scorer.score_raw(["probe"], torch.tensor([[510, 198]]))[0]
+        for row, token in enumerate((510, 198)):
+            plain = guide(input_ids=torch.tensor([[*ids, token]]))[0, -1]
+            torch.testing.assert_close(raw[row], plain, atol=1e-3, rtol=1e-3)
+    predicted = session.prediction("probe")
+    session.remove(["probe"])
+    (row,) = predict_lengths(value_model, [list(ids)])
+    assert predicted == pytest.approx(row["p50"], abs=1)
 
 
 def test_scored_candidates_are_plain_forwards(value_model, engine):

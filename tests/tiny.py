@@ -54,3 +54,21 @@ def tiny_tokenizer(size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
         chat_template="{% for m in messages %}w4 {{ m['content'] }} {% endfor %}"
         "{% if add_generation_prompt %}w5{% endif %}",
     )
+
+
+def tiny_pair(head: str = "distribution", **config: Any) -> Any:
+    """A value model of two layers with a guide of one, which believe other things."""
+    from lenvm.model.value_model import LengthValueModel, LenVMConfig
+
+    values = {"gamma": 0.98, "head": head, "eos_token_ids": [EOS], **config}
+    model, guide = (
+        LengthValueModel.build(
+            tiny_backbone(seed=seed, num_hidden_layers=num_layers), LenVMConfig(**values)
+        ).eval()
+        for seed, num_layers in ((1, 2), (2, 1))
+    )
+    with torch.no_grad():
+        for part in (model, guide):
+            part.head.summary.weight.mul_(20)
+    model.set_guide(guide)
+    return model

@@ -1,5 +1,6 @@
 """`lenvm merge`, and what an engine's front end knows of an adapter without its weights."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from peft import LoraConfig, get_peft_model
 from lenvm.cli import main
 from lenvm.engines.settings import GuidanceSettings
 from lenvm.errors import CheckpointError
+from lenvm.guidance.request import LengthControl
+from lenvm.guidance.session import Guided
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
-from tiny import tiny_backbone, tiny_tokenizer
+from tiny import VOCAB_SIZE, tiny_backbone, tiny_pair, tiny_tokenizer
 
 IDS = [[1, 5, 9, 4]]
 
@@ -49,6 +52,37 @@ def test_a_merged_adapter_is_a_whole_checkpoint_of_the_same_values(adapter, monk
     assert run(monkeypatch, *command, str(tmp_path / "w")) == 2
     (tmp_path / "file").touch()
     assert run(monkeypatch, *command, str(tmp_path / "file")) == 2
+
+
+def test_a_guide_is_merged_along(adapter, monkeypatch, tmp_path):
+    shutil.copytree(adapter / "m", tmp_path / "m")
+    backbone = get_peft_model(
+        tiny_backbone(seed=3), LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
+    )
+    config = LengthValueModel.from_pretrained(adapter / "m").config
+    LengthValueModel(backbone, config).save_pretrained(tmp_path / "m" / "guide")
+    pair = LengthValueModel.from_pretrained(tmp_path / "m")
+    run_merge = ["lenvm", "merge", str(tmp_path / "m"), "-o", str(tmp_path / "w")]
+    monkeypatch.setattr(sys, "argv", run_merge)
+    main()
+    assert not list((tmp_path / "w").rglob("adapter_config.json"))
+    whole = LengthValueModel.from_pretrained(tmp_path / "w")
+    for merged, own in ((whole, pair), (whole.guide, pair.guide)):
+        assert merged.config.base_model is None
+        torch.testing.assert_close(merged.read(IDS)[0], own.read(IDS)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_engine_scores_by_the_guide_and_predicts_by_the_model(tmp_path):
+    pair = tiny_pair()
+    pair.save_pretrained(tmp_path / "m")
+    settings = GuidanceSettings(str(tmp_path / "m"), max_requests=2)
+    assert settings.failure_token_id == VOCAB_SIZE - 1
+    session = settings.load_session(torch.device("cpu"))
+    session.add({"r": Guided(IDS[0], LengthControl(shortest=0.5))})
+    raw = session.scorer.score_raw(["r"], torch.tensor([[7]]))[0]
+    (expected,) = pair.guide.read([[*IDS[0], 7]])
+    torch.testing.assert_close(raw, expected[-1:], rtol=1e-4, atol=1e-5)
+    assert session.prediction("r") == pytest.approx(float(pair.read_ends(IDS).length()))
 
 
 def test_an_adapter_on_a_base_of_another_size_is_refused_with_the_weight(adapter, tmp_path):

@@ -9,7 +9,7 @@ from lenvm.engines.transformers import Request, TransformersEngine
 from lenvm.errors import ControlError, InputError
 from lenvm.guidance.request import LengthControl
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
-from tiny import EOS, tiny_backbone, tiny_generator, tiny_tokenizer
+from tiny import EOS, tiny_backbone, tiny_generator, tiny_pair, tiny_tokenizer
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
 
@@ -171,3 +171,16 @@ def test_a_processor_serves_one_batch(generator, value_model):
         LengthLogitsProcessor(value_model, [None, None], eos_token_ids=[EOS], max_length=9)(
             torch.ones(3, 2, dtype=torch.long), torch.zeros(3, generator.config.vocab_size)
         )
+
+
+def test_a_guide_steers_as_it_would_alone(generator, batch):
+    model = tiny_pair()
+    itself = tiny_pair()
+    itself.set_guide(None)
+    outputs = []
+    for steering in (model, model.guide, itself):
+        torch.manual_seed(2)
+        control = length_control(steering, {"equal_to": 9})
+        options = {"do_sample": True, "max_new_tokens": 20}
+        outputs.append(generator.generate(**batch, **options, custom_generate=control))
+    assert outputs[0].tolist() == outputs[1].tolist() != outputs[2].tolist()

@@ -11,7 +11,7 @@ from lenvm.engines.transformers import Request, TransformersEngine
 from lenvm.errors import CapacityError, ControlError, InputError, RequestError
 from lenvm.guidance.request import LengthControl
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
-from tiny import EOS, tiny_backbone, tiny_generator, tiny_tokenizer
+from tiny import EOS, tiny_backbone, tiny_generator, tiny_pair, tiny_tokenizer
 
 PROMPT = (4, 9, 17, 5)
 
@@ -32,7 +32,8 @@ def engine() -> TransformersEngine:
 
 
 def request(name: str, *, prompt=PROMPT, control=None, **sampling) -> Request:
-    extra = {k: sampling.pop(k) for k in ("track", "index", "top_log_probs") if k in sampling}
+    names = ("track", "predict", "index", "top_log_probs")
+    extra = {k: sampling.pop(k) for k in names if k in sampling}
     values = {"max_tokens": 20, "seed": 5, "ignore_eos": True, **sampling}
     parsed = LengthControl.parse(control) if control else None
     return Request(name, prompt, SamplingParams.parse(values), parsed, **extra)
@@ -213,3 +214,64 @@ def test_weights_are_in_memory_once_they_were_read(tmp_path, monkeypatch):
     assert before < size / 2
     engine.read_weights()
     assert read_kb()[1] > 0.99 * size
+
+
+def build_pair(**options) -> TransformersEngine:
+    return TransformersEngine(
+        tiny_generator(), tiny_tokenizer(), tiny_pair(), eos_token_ids=[EOS], **options
+    )
+
+
+def test_a_guide_steers_as_it_would_alone_and_the_model_predicts_where_asked(monkeypatch):
+    pair = build_pair()
+    model = pair.value_model
+    control = {"equal_to": 12, "tolerance": 0.3}
+    requests = [
+        request("plain", control=control),
+        *(request(f"n{i}", control=control, index=i, predict=True) for i in range(3)),
+        request("other", prompt=(8, 9), track=True),
+    ]
+    alone = TransformersEngine(tiny_generator(), tiny_tokenizer(), model.guide, eos_token_ids=[EOS])
+    expected = run(alone, *requests)
+    calls = []
+    predictor = pair.session.predictor
+    read = predictor.read_ends
+    monkeypatch.setattr(predictor, "read_ends", lambda ids: calls.append(len(ids)) or read(ids))
+    found = run(pair, *requests)
+    for name, completion in found.items():
+        assert completion.token_ids == expected[name].token_ids
+        assert completion.remaining == expected[name].remaining
+    assert calls == [2]  # one forward over the two prompts that somebody asked for
+    assert found["plain"].predicted_length is None
+    lengths = model.read_ends([PROMPT, (8, 9)]).length().tolist()
+    predicted = [found[f"n{i}"].predicted_length for i in range(3)]
+    assert predicted == pytest.approx([lengths[0]] * 3, rel=1e-4)
+    assert found["other"].predicted_length == pytest.approx(lengths[1], rel=1e-4)
+    assert expected["n0"].predicted_length != pytest.approx(lengths[0], rel=1e-2)
+
+
+def test_no_prediction_is_read_where_nobody_asks(monkeypatch):
+    pair = build_pair()
+    monkeypatch.setattr(pair.session.predictor, "read_ends", None)
+    goal = {"equal_to": 9}
+    done = run(pair, *(request(str(i), control=goal, index=i, ignore_eos=False) for i in range(4)))
+    assert all(len(c.token_ids) == 9 for c in done.values())
+
+
+def test_a_prompt_that_cannot_be_predicted_fails_alone(monkeypatch):
+    pair = build_pair()
+    read = pair.session.predictor.read_ends
+
+    def failing(sequences):
+        if any(tuple(ids) == (8, 9) for ids in sequences):
+            raise InputError("cannot be read")
+        return read(sequences)
+
+    monkeypatch.setattr(pair.session.predictor, "read_ends", failing)
+    fields = {"control": {"equal_to": 6}, "predict": True, "ignore_eos": False}
+    done = run(pair, request("good", **fields), request("bad", prompt=(8, 9), **fields))
+    assert done["bad"].finish_reason == "error"
+    assert "cannot be read" in str(done["bad"].error)
+    assert done["good"].predicted_length > 0
+    assert len(done["good"].token_ids) == 6
+    assert pair.decoder.num_tokens == pair.session.scorer.decoder.num_tokens == 0

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lenvm.model.packed_linear import PackedLinear, can_pack, pack_linear
+from lenvm.model.head import HeadName, build_head
+from lenvm.model.packed_linear import PackedLinear, can_pack, pack_head, pack_linear
 
 TYPES = [d for d in (torch.float32, torch.bfloat16) if can_pack(torch.device("cpu"), d)]
 pytestmark = pytest.mark.skipif(not TYPES, reason="needs oneDNN")
@@ -52,3 +53,18 @@ def test_what_cannot_be_packed_comes_back_as_it_is():
     for linear in (nn.Linear(4, 4, dtype=torch.float16), nn.Linear(4, 4, device="meta")):
         assert pack_linear(linear) is linear
     assert isinstance(pack_linear(nn.Linear(4, 4)), PackedLinear)
+
+
+@pytest.mark.parametrize("name", ["scalar", "distribution"])
+def test_a_packed_head_is_the_head(name: HeadName):
+    head = build_head(name, 48)
+    x = torch.randn(19, 48).bfloat16()
+    packed = pack_head(head)
+    assert (packed is not head) == can_pack(x.device, torch.float32)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), head(x), rtol=1e-5, atol=1e-5)
+
+    def other(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    assert pack_head(other) is other

@@ -7,7 +7,9 @@ import sys
 import openai
 import pytest
 
+from lenvm.engines.transformers import TransformersEngine
 from serving import CHAT, ask, serving, settle, stream, tiny_engine
+from tiny import EOS, tiny_generator, tiny_pair, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,24 @@ def test_each_of_several_prompts_has_its_prediction(client):
     expected = [found["predicted_length"] for found in alone]
     for found in usages:
         assert found["lenvm"]["predicted_lengths"] == pytest.approx(expected, abs=1)
+
+
+def test_with_a_guide_the_prediction_is_that_of_the_model_itself():
+    engine = TransformersEngine(
+        tiny_generator(), tiny_tokenizer(), tiny_pair(), eos_token_ids=[EOS]
+    )
+    with serving(engine) as client:
+        body = CHAT | {"return_token_ids": True, "max_tokens": 9}
+        for fields in ({"length": {"equal_to": 9}, "track_length": False}, {"track_length": True}):
+            answer = client.post("/v1/chat/completions", json=body | fields).json()
+            ids = answer["choices"][0]["prompt_token_ids"]
+            expected = float(engine.value_model.read_ends([ids]).length()[0])
+            assert answer["usage"]["lenvm"]["predicted_length"] == pytest.approx(expected, rel=1e-4)
+            (row,) = client.post("/v1/length/predict", json={"token_ids": [ids]}).json()["data"]
+            assert row["length"] == pytest.approx(expected, abs=1e-3)
+            chunks = stream(client, **fields)
+            (shown,) = {c["lenvm"]["predicted_length"] for c in chunks}
+            assert shown == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_answer_is_continued(client):

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -120,6 +121,11 @@ def test_an_adapter_goes_on_learning_and_stays_an_adapter(tmp_path: Path, base: 
     assert json.loads((tmp_path / "more/adapter_config.json").read_text())["r"] == 4
     model = LengthValueModel.from_pretrained(tmp_path / "more")
     assert mean_loss(model, tmp_path / "t.jsonl") == pytest.approx(second.val_loss_last, rel=2e-2)
+    shutil.copytree(tmp_path / "more", tmp_path / "model/guide")  # it does not learn along
+    goes_on = {**more, "init_from": start, "output": str(tmp_path / "third"), "epochs": 0.1}
+    train(TrainingConfig.parse(goes_on))
+    assert LengthValueModel.from_pretrained(start).guide is not None
+    assert not (tmp_path / "third/guide").exists()
     with pytest.raises(InputError, match="init_from brings its own lora_rank"):
         TrainingConfig.parse({**more, "init_from": start, "lora_rank": 8})
     train(config(tmp_path, base, output=str(tmp_path / "whole"), epochs=0.1))

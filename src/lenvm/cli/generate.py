@@ -98,6 +98,7 @@ def register(app: typer.Typer) -> None:
                 prompt_token_ids=tuple(encode_prompt(engine.tokenizer, row.conversation)),
                 sampling=sampling,
                 control=control,
+                predict=True,
                 index=j,
             )
             for i, row in enumerate(rows)

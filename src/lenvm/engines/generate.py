@@ -24,7 +24,6 @@ from transformers.generation import logits_process
 from lenvm.errors import InputError
 from lenvm.guidance.candidates import write_back
 from lenvm.guidance.request import LengthControl
-from lenvm.guidance.scorer import CandidateScorer
 from lenvm.guidance.session import GuidanceSession, Guided
 from lenvm.model.value_model import LengthValueModel
 
@@ -131,13 +130,14 @@ class LengthLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             if control is not None
         }
         widest = max((c.top_k for c in controls if c is not None), default=1)
-        scorer = CandidateScorer(
+        session = GuidanceSession.build(
             self.value_model,
+            eos_token_ids=self.eos_token_ids,
+            count_candidates=True,
             max_requests=max(1, num_rows),
             max_tokens=max(1, num_rows) * (self.max_length + 1),
             max_candidates=max(16, widest),
         )
-        session = GuidanceSession(scorer, eos_token_ids=self.eos_token_ids, count_candidates=True)
         if guided:
             session.add(guided)
         self._rows = {int(name.split()[1]): name for name in guided}

@@ -19,6 +19,9 @@ class Request:
     control: LengthControl | None = None
     track: bool = False
     """Report the predicted remaining length at every token (costs the value model's forward)."""
+    predict: bool = False
+    """Report the length predicted at the prompt's end (where the value model has a guide: its own
+    forward over the prompt). `track` does so too."""
     index: int = 0
     stream: bool = False
     """Keep `Completion.stream` up to date at every token."""
@@ -29,6 +32,11 @@ class Request:
     def is_tracked(self) -> bool:
         """The value model follows it."""
         return self.control is not None or self.track
+
+    @property
+    def is_predicted(self) -> bool:
+        """Its completion has a `predicted_length`."""
+        return self.track or (self.predict and self.is_tracked)
 
     @property
     def num_reserved(self) -> int:
@@ -69,7 +77,7 @@ class Completion:
     remaining: list[float] = field(default_factory=list)
     """Predicted tokens still to come after each token, where guided or tracked."""
     predicted_length: float | None = None
-    """Predicted length at the prompt boundary, where guided or tracked."""
+    """Predicted length at the prompt boundary, where the request asked for it."""
     text: str = ""
     stream: TextStream | None = None
     """The text token by token, where the request has stop texts or is streamed."""

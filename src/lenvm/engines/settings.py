@@ -101,11 +101,12 @@ class GuidanceSettings:
 
     @cached_property
     def _facts(self) -> "Facts":
+        from lenvm.model.guide import find_guide
         from lenvm.model.loading import split_name
         from lenvm.model.value_model import read_vocab_size
 
         try:
-            vocab_size = read_vocab_size(self.model)
+            vocab_size = read_vocab_size(find_guide(self.model) or self.model)
         except (LenVMError, OSError) as error:
             raise CheckpointError(f"LENVM_MODEL: {error}") from error
         about = split_name(self.model)[0] / "lenvm.json"
@@ -135,13 +136,13 @@ class GuidanceSettings:
     def load_session(
         self, device: "torch.device", *, tokenizer: str | None = None
     ) -> "GuidanceSession":
-        """The value model on `device` with its KV cache, every step shape compiled.
+        """The value model on `device` with its KV cache, every step shape compiled; of one with a
+        guide both, for the guide scores and the model itself resolves `shortest`.
 
         tokenizer: the generator's, checked against the value model's.
         """
         import torch
 
-        from lenvm.guidance.scorer import CandidateScorer
         from lenvm.guidance.session import GuidanceSession
         from lenvm.model.tokenization import load_tokenizer
         from lenvm.model.value_model import LengthValueModel
@@ -159,10 +160,12 @@ class GuidanceSettings:
         }
         if on_gpu:
             limits |= {"max_tokens": 1 << 24, "kv_bytes": self._kv_bytes(model, device)}
-        scorer = CandidateScorer(model, **limits)
+        session = GuidanceSession.build(
+            model, eos_token_ids=(), count_candidates=self.count_candidates, **limits
+        )
         if on_gpu:
-            self._warm_up(scorer)
-        return GuidanceSession(scorer, eos_token_ids=(), count_candidates=self.count_candidates)
+            self._warm_up(session.scorer)  # type: ignore[arg-type]
+        return session
 
     def _warm_up(self, scorer: "CandidateScorer") -> None:
         """Compile and capture what a step of usual width meets, before the first request."""
@@ -176,7 +179,8 @@ class GuidanceSettings:
         import torch
 
         total = torch.cuda.get_device_properties(device).total_memory
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        models = [model] if model.guide is None else [model, model.guide]
+        weights = sum(p.numel() * p.element_size() for m in models for p in m.parameters())
         left = int(self.gpu_memory * total) - weights - (1 << 30)  # work space and graphs
         if left < 1 << 28:
             raise InputError(

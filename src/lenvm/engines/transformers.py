@@ -68,9 +68,12 @@ class TransformersEngine:
         self.session: GuidanceSession | None = None
         if value_model is not None:
             value_model.check_tokenizer(tokenizer)
-            scorer = CandidateScorer(value_model, max_candidates=max_candidates, **budget)
-            self.session = GuidanceSession(
-                scorer, eos_token_ids=self.eos_token_ids, count_candidates=True
+            self.session = GuidanceSession.build(
+                value_model,
+                eos_token_ids=self.eos_token_ids,
+                count_candidates=True,
+                max_candidates=max_candidates,
+                **budget,
             )
         self.vocab_size = int(lm_head.weight.shape[0])
         self.guidance_s = 0.0
@@ -114,7 +117,8 @@ class TransformersEngine:
         On the CPU weights are mapped from their files: rows of an embedding would be read, and
         counted as this process's memory, when their token first comes.
         """
-        for model in (self.generator, self.value_model):
+        guide = None if self.value_model is None else self.value_model.guide
+        for model in (self.generator, self.value_model, guide):
             for weight in () if model is None else model.parameters():
                 weight.sum()
 
@@ -343,10 +347,28 @@ class TransformersEngine:
                 top = (logits_RV[row] - total[row]).topk(min(k, logits_RV.shape[-1]))
                 pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
                 completion.top_log_probs.append(list(pairs))
+        self._record_predictions(rows)
         self._record_beliefs(rows, tokens)
         for completion in rows:
             if completion.error is None and (reason := self._finish_reason(completion)):
                 self._finish([completion], reason)
+
+    def _record_predictions(self, rows: list[Completion]) -> None:
+        """Predicted lengths of those that have their first token, read together."""
+        while first := [
+            c
+            for c in rows
+            if c.request.is_predicted and c.predicted_length is None and c.error is None
+        ]:
+            assert self.session is not None
+            with self._guidance_time():
+                try:
+                    lengths = self.session.predictions([c.request.id for c in first])
+                except RequestError as error:
+                    self._fail(error)
+                    continue
+            for completion, length in zip(first, lengths, strict=True):
+                completion.predicted_length = length
 
     def _record_beliefs(self, rows: list[Completion], tokens: Tensor) -> None:
         while index := [i for i, c in enumerate(rows) if c.request.is_tracked and c.error is None]:
@@ -366,9 +388,6 @@ class TransformersEngine:
             for completion, value, remaining in found:
                 completion.values.append(value)
                 completion.remaining.append(remaining)
-                if completion.predicted_length is None:
-                    name = completion.request.id
-                    completion.predicted_length = self.session.prediction(name)
             return
 
     def _finish_reason(self, completion: Completion) -> str | None:

@@ -6,8 +6,8 @@ import torch
 
 from lenvm.errors import CheckpointError
 from lenvm.files import read_json
+from lenvm.model.config import CONFIG_FILE, HEAD_FILE, LenVMConfig
 from lenvm.model.head import LengthBins, ValueHead, build_head
-from lenvm.model.value_model import CONFIG_FILE, HEAD_FILE, LenVMConfig
 
 BACKBONES = {
     "qwen2": "Qwen2ForCausalLM",

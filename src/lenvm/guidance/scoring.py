@@ -57,6 +57,13 @@ class Scorer(Protocol):
     def remove(self, request_ids: Sequence[str]) -> None: ...
 
 
+class Predictor(Protocol):
+    """What reads prompts where the scorer's model is a guide: `PromptScorer`."""
+
+    def encode_control(self, control: Mapping[str, Any] | None) -> list[int]: ...
+    def read_ends(self, sequences: Sequence[Sequence[int]]) -> LengthBelief: ...
+
+
 def find_candidates(
     logits_RV: Tensor, truncation: Truncation, params: RuleParams
 ) -> tuple[Candidates, Tensor]:

@@ -5,7 +5,10 @@ candidates it gets back, and commits what it drew. Requests without control may 
 are only tracked (their values are reported), and take no part in `step`.
 
 Nothing here waits for the device: parameters stay there while the same requests step together, and
-what is reported (`remaining`, `values`, `prediction`) is fetched when asked for.
+what is reported (`remaining`, `values`, `predictions`) is fetched when asked for.
+
+Where the scorer's model is a guide, a predictor reads the prompts, for `shortest` and
+`predictions` alone.
 
 Errors: a `RequestError` names the requests that cannot go on. The others are unharmed: the engine
 fails the named ones, removes them, and calls again.
@@ -15,8 +18,9 @@ Shape legend: R rows of a step, V vocabulary, K candidates.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -26,9 +30,12 @@ from lenvm.guidance.candidates import Candidates, Truncation, write_back
 from lenvm.guidance.graphs import StepGraphs
 from lenvm.guidance.params import Asked, RuleParams, build_truncation, pad
 from lenvm.guidance.params import Guided as Guided
+from lenvm.guidance.prompts import Place, PromptReader, asks_prediction, prefix_of
 from lenvm.guidance.rules import RuleFailure, apply_rules
+from lenvm.guidance.scorer import CandidateScorer, PromptScorer
 from lenvm.guidance.scoring import (
     Draw,
+    Predictor,
     Scorer,
     find_candidates,
     find_fault,
@@ -38,6 +45,9 @@ from lenvm.guidance.scoring import (
 )
 from lenvm.model.device import upload
 from lenvm.model.head import LengthBelief
+
+if TYPE_CHECKING:
+    from lenvm.model.value_model import LengthValueModel
 
 
 @dataclass
@@ -60,8 +70,9 @@ class _State:
     asked: Asked
     endings: tuple[int, ...]
     num_generated: int
-    start: tuple[_Reading, int]
-    """The belief at `add`, and the request's row in it."""
+    start: tuple[_Reading, int] | None
+    """The belief at `add`, and the request's row in it; with a predictor its belief at the prompt's
+    end, None until it was asked."""
     now: tuple[_Reading, int]
 
 
@@ -101,6 +112,7 @@ class GuidanceSession:
         gamma: float | None = None,
         count_candidates: bool = False,
         graphs: StepGraphs | bool = True,
+        predictor: Predictor | None = None,
     ) -> None:
         """gamma: discount for controls that name none; None = the checkpoint's.
 
@@ -108,14 +120,39 @@ class GuidanceSession:
         padding; on a GPU that is one wait a step.
 
         graphs: on a GPU, replay what a step runs beside the scorer from CUDA graphs.
+
+        predictor: foretells lengths from prompts; None: the scorer does, from its own prefill.
         """
         self.scorer, self.count_candidates = scorer, count_candidates
+        self.predictor = predictor
+        self._prompts = PromptReader(scorer, predictor)
         self.gamma = scorer.gamma if gamma is None else gamma
         self.eos_token_ids = tuple(eos_token_ids)
         self.graphs = (StepGraphs() if graphs is True else graphs) or None
         self._states: dict[str, _State] = {}
         self._batch: _Batch | None = None
         self._step: _Step | None = None
+
+    @classmethod
+    def build(
+        cls,
+        model: "LengthValueModel",
+        *,
+        eos_token_ids: Sequence[int],
+        count_candidates: bool = False,
+        **options: Any,
+    ) -> Self:
+        """A session over a value model: its guide scores, where it has one, and it predicts.
+
+        options: of the `CandidateScorer`.
+        """
+        guide = model.guide
+        return cls(
+            CandidateScorer(model if guide is None else guide, **options),
+            eos_token_ids=eos_token_ids,
+            count_candidates=count_candidates,
+            predictor=None if guide is None else PromptScorer(model, **options),
+        )
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -137,7 +174,7 @@ class GuidanceSession:
             if request_id in self._states:
                 fault = InputError("it is already there; remove it first")
                 raise RequestError([request_id], fault)
-        prefixes = {r: self._prefix(guided) for r, guided in requests.items()}
+        prefixes = {r: prefix_of(guided, self.scorer) for r, guided in requests.items()}
         firsts: dict[tuple[int, ...], str] = {}
         for request_id, prefix in prefixes.items():
             firsts.setdefault(prefix, request_id)
@@ -147,27 +184,29 @@ class GuidanceSession:
                 if firsts[prefix] != request_id:
                     self.scorer.fork(firsts[prefix], request_id)
             row = {prefix: index for index, prefix in enumerate(firsts)}
-            rows = {r: row[prefix] for r, prefix in prefixes.items()}
-            resolved = self._resolve(requests, belief, rows)
+            here = {r: (belief, row[prefix]) for r, prefix in prefixes.items()}
+            resolved, read = self._prompts.resolve(requests, here)
         except Exception as error:
             for request_id in requests:  # whatever went wrong, nothing stays behind
                 with suppress(LenVMError):
                     self.scorer.remove([request_id])
             if not isinstance(error, LenVMError):
                 raise
-            raise self._blame(requests, error, lambda r: self._try_add(r, prefixes[r])) from error
-        reading = _Reading(belief.value(self._gamma_of_values), belief.length())
+            raise self._blame(requests, error, lambda r: self._try_add(r, requests[r])) from error
+        now = self._to_readings(here)
+        start = now if self.predictor is None else self._to_readings(read)
         for request_id, guided in resolved.items():
             eos = () if guided.ignore_eos else self.eos_token_ids
             endings = tuple(dict.fromkeys((*eos, *guided.stop_token_ids)))
-            here = (reading, row[prefixes[request_id]])
             done = len(guided.generated_token_ids)
             asked = Asked.read(
                 guided.control,
                 has_distribution=self.scorer.has_distribution,
                 gamma=self.gamma,
             )
-            self._states[request_id] = _State(guided, asked, endings, done, here, here)
+            self._states[request_id] = _State(
+                guided, asked, endings, done, start.get(request_id), now[request_id]
+            )
 
     def remove(self, request_ids: Sequence[str]) -> None:
         """Forget requests and their KV."""
@@ -319,11 +358,34 @@ class GuidanceSession:
         """V of the state that each request is in, at the session's gamma."""
         return self._read(request_ids)[0]
 
+    @torch.inference_mode()
+    def predictions(self, request_ids: Sequence[str]) -> list[float]:
+        """Predicted length of each request at the prompt boundary.
+
+        The predictor reads the prompts that it has not read yet, together. Without one, that of a
+        resumed request is where it was resumed.
+        """
+        states = {r: self._state(r) for r in request_ids}
+        if unread := {r: s.guided for r, s in states.items() if s.start is None}:
+            try:
+                read = self._prompts.read(unread)
+            except LenVMError as error:
+                raise self._blame(
+                    unread, error, lambda r: self._prompts.read({r: unread[r]})
+                ) from error
+            for request_id, start in self._to_readings(read).items():
+                states[request_id].start = start
+        lengths = []
+        for state in (states[r] for r in request_ids):
+            assert state.start is not None
+            reading, row = state.start
+            done = len(state.guided.generated_token_ids) if self.predictor is None else 0
+            lengths.append(reading.on_host[1][row] + done)
+        return lengths
+
     def prediction(self, request_id: str) -> float:
-        """Predicted length at the prompt boundary; of a resumed request, where it was resumed."""
-        state = self._state(request_id)
-        reading, row = state.start
-        return reading.on_host[1][row] + len(state.guided.generated_token_ids)
+        """`predictions` of one request."""
+        return self.predictions([request_id])[0]
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -418,45 +480,20 @@ class GuidanceSession:
         values = belief.value(self._gamma_of_values)
         _move(states, _Reading(values[:, 0], belief.length()[:, 0]))
 
-    def _prefix(self, guided: Guided) -> tuple[int, ...]:
-        """What the value model reads of a request: its control, maybe, and its tokens."""
-        control = guided.control
-        asked = None if control is None else control.model_dump(exclude_defaults=True)
-        before = self.scorer.encode_control(asked)
-        return (*before, *guided.prompt_token_ids, *guided.generated_token_ids)
+    def _to_readings(self, places: Mapping[str, Place]) -> dict[str, tuple[_Reading, int]]:
+        """Places as readings; those of one belief share theirs."""
+        readings: dict[int, _Reading] = {}
+        for belief, _ in places.values():
+            if id(belief) not in readings:
+                reading = _Reading(belief.value(self._gamma_of_values), belief.length())
+                readings[id(belief)] = reading
+        return {r: (readings[id(belief)], row) for r, (belief, row) in places.items()}
 
-    def _resolve(
-        self, requests: Mapping[str, Guided], belief: LengthBelief, rows: Mapping[str, int]
-    ) -> dict[str, Guided]:
-        """`shortest` as a limit, from the length predicted at the prompt's end. belief: where each
-        request stands, in its row; a resumed one stands further on, and its prompt is read again.
-        """
-        resolved = dict(requests)
-        quantiles: dict[float, list[float]] = {}
-        for request_id, guided in requests.items():
-            if guided.control is None or guided.control.shortest is None:
-                continue
-            share = guided.control.shortest
-            if guided.generated_token_ids:
-                limit = self._predict_quantile(guided, share)
-            else:
-                if share not in quantiles:
-                    quantiles[share] = belief.quantile(share).tolist()
-                limit = quantiles[share][rows[request_id]]
-            resolved[request_id] = replace(guided, control=guided.control.resolve(limit))
-        return resolved
-
-    def _predict_quantile(self, guided: Guided, share: float) -> float:
-        """Quantile of the length at the end of the prompt alone."""
-        probe = "\0prompt"  # no request's id
-        prompt = self._prefix(replace(guided, generated_token_ids=()))
-        belief = self.scorer.add({probe: list(prompt)})
-        self.scorer.remove([probe])
-        return float(belief.quantile(share)[0])
-
-    def _try_add(self, request_id: str, token_ids: Sequence[int]) -> None:
-        self.scorer.add({request_id: list(token_ids)})
+    def _try_add(self, request_id: str, guided: Guided) -> None:
+        self.scorer.add({request_id: list(prefix_of(guided, self.scorer))})
         self.scorer.remove([request_id])
+        if self.predictor is not None and asks_prediction(guided):
+            self._prompts.read({request_id: guided})
 
     def _blame(
         self, request_ids: Iterable[str], error: LenVMError, attempt: Callable[[str], object]

@@ -10,7 +10,7 @@ when the weights are changed in place (by an optimizer, not through `.data`).
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -100,3 +100,12 @@ def pack_linear(linear: nn.Linear) -> PackedLinear | nn.Linear:
     if type(linear) is nn.Linear and can_pack(weight.device, weight.dtype) and has_room([weight]):
         return PackedLinear([linear])
     return linear
+
+
+def pack_head(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A value head [N, H] -> [N, D], its two products packed where that can be done."""
+    layers = [getattr(head, name, None) for name in ("fc", "summary")]
+    first, last = [pack_linear(x) if isinstance(x, nn.Linear) else None for x in layers]
+    if not isinstance(first, PackedLinear) or not isinstance(last, PackedLinear):
+        return head
+    return lambda hidden: last(first(hidden.float(), "swish"))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from lenvm.errors import InputError
 from lenvm.files import write_json
+from lenvm.model.config import CONFIG_FILE, HEAD_FILE, LenVMConfig
 from lenvm.model.tokenization import find_eos_token_ids, hash_tokenizer, load_tokenizer
-from lenvm.model.value_model import CONFIG_FILE, HEAD_FILE, LenVMConfig
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from lenvm.model.attention import (
 from lenvm.model.backbone import run_backbone
 from lenvm.model.kv_pages import Array, KVPages, build_zeros
 from lenvm.model.packed_layers import pack_layers
+from lenvm.model.packed_linear import pack_head
 
 Head = Callable[[Tensor], Tensor]
 """hidden [N, H] -> outputs [N, E]."""
@@ -62,7 +63,7 @@ class TorchRunner:
     def __init__(
         self, backbone: Any, head: Head | None, cache: KVPages, *, max_candidates: int
     ) -> None:
-        self.head, self.cache = head, cache
+        self.head, self.cache = None if head is None else pack_head(head), cache
         self.device = cache.data.device
         packed = pack_layers(backbone)
         self.is_packed = packed is not None

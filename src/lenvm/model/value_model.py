@@ -2,26 +2,31 @@
 
 A checkpoint is a Hugging Face folder of the backbone (or a LoRA adapter of a named base), plus
 `value_head.safetensors` (`v_head.fc.*`, `v_head.summary.*`: the published system's names, so either
-system reads the other's) and `lenvm.json` (`LenVMConfig`). safetensors only.
+system reads the other's) and `lenvm.json` (`LenVMConfig`). safetensors only. Its folder `guide/`
+may hold another checkpoint (`guide.py`).
 
 Shape legend: B sequences, T positions, H hidden size, D head outputs.
 """
 
+import functools
+import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lenvm.errors import CheckpointError, InputError
 from lenvm.files import explaining, read_json, write_json
 from lenvm.model.bundled import resolve_model
-from lenvm.model.head import HeadName, LengthBelief, LengthBins, build_head
+from lenvm.model.config import CONFIG_FILE, HEAD_FILE, load_config
+from lenvm.model.config import LenVMConfig as LenVMConfig
+from lenvm.model.guide import GUIDE_FOLDER, check_fit, check_guide
+from lenvm.model.head import LengthBelief, LengthBins, build_head
 from lenvm.model.loading import find_base, hidden_size, load_adapter, load_backbone, split_name
 from lenvm.model.tokenization import (
     describe_difference,
@@ -32,38 +37,7 @@ from lenvm.model.tokenization import (
 )
 from lenvm.model.vision import ImageReader, embed_images
 
-FORMAT_VERSION = 1
-HEAD_FILE, CONFIG_FILE = "value_head.safetensors", "lenvm.json"
-TargetName = Literal["discounted_return", "length", "normalized_length", "log_length"]
-
-
-class LenVMConfig(BaseModel):
-    """What `lenvm.json` holds: all that is needed to read the head's numbers."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    format_version: int = FORMAT_VERSION
-    gamma: float = Field(gt=0, lt=1)
-    """Discount of the value that the head was trained for."""
-    head: HeadName = "scalar"
-    target: TargetName = "discounted_return"
-    generator: str = ""
-    """The model whose completions the head was trained on."""
-    tokenizer_hash: str = ""
-    """`hash_tokenizer` of the generator's tokenizer."""
-    eos_token_ids: list[int] = Field(default_factory=list)
-    num_single_bins: int = 32
-    bin_growth: float = 1.07
-    """The distribution head's bins (`LengthBins`)."""
-    loops: bool = False
-    """Its last bin is for answers that never end: it was trained with `loops_above` or
-    `rewards_below`."""
-    control_input: bool = False
-    """A guided completion's control stands before its prompt, as `encode_control` writes it."""
-    num_layers: Annotated[int, Field(ge=1)] | None = None
-    """The backbone is the first `num_layers` layers of the model that it is named after."""
-    base_model: str | None = None
-    """Base of a LoRA checkpoint, where the folder holds an adapter."""
+log = logging.getLogger(__name__)
 
 
 class LengthValueModel(nn.Module):
@@ -78,6 +52,8 @@ class LengthValueModel(nn.Module):
         self.tokenizer: Any = None
         self.images: ImageReader | None = None
         """Reads the images of prompts; None for a backbone of text alone."""
+        self._load_guide: Callable[..., Self] | None = None
+        self._guide: list[Self] = []  # in a list, so that it is no part of this module
 
     @classmethod
     def build(
@@ -136,6 +112,25 @@ class LengthValueModel(nn.Module):
         """raw [..., D] -> belief over [...]."""
         return self.head.belief(raw, self.config.gamma)
 
+    @property
+    def guide(self) -> Self | None:
+        """The model that scores candidates in place of this one; None: this one does it itself.
+
+        Of the checkpoint's `guide/`, loaded on the first use, where and in what precision this
+        model is then.
+        """
+        if self._load_guide is not None:
+            weight = next(self.backbone.parameters())
+            guide = self._load_guide(dtype=weight.dtype, device=weight.device)
+            self.set_guide(guide)
+        return self._guide[0] if self._guide else None
+
+    def set_guide(self, guide: Self | None) -> None:
+        """Pair this model with a guide, or with none. CheckpointError where it does not fit."""
+        if guide is not None:
+            check_fit(self.config, guide.config)
+        self._guide, self._load_guide = [] if guide is None else [guide], None
+
     @torch.inference_mode()
     def read(
         self,
@@ -166,6 +161,10 @@ class LengthValueModel(nn.Module):
                 results[i] = raw[row, : len(sequences[i])].clone()
         return results
 
+    def read_ends(self, sequences: Sequence[Sequence[int]]) -> LengthBelief:
+        """Belief at the end of each token sequence, over [R], on the CPU. See `read`."""
+        return self.belief(torch.stack([raw[-1] for raw in self.read(sequences)]))
+
     def _read_batch(self, sequences: list[Sequence[int]], files: list[Sequence[str]]) -> Tensor:
         """Raw outputs [B, T, D] of sequences, padded at their ends, on the CPU."""
         device = next(self.head.parameters()).device
@@ -192,8 +191,9 @@ class LengthValueModel(nn.Module):
     def save_pretrained(
         self, folder: str | Path, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        """Write the checkpoint; an older one at `folder` is replaced in one step.
+        """Write the checkpoint, its guide too; an older one at `folder` is replaced in one step.
 
+        Of that one, a guide stays where this model has none, and the log says so.
         `state_dict` (`backbone.*`, `head.*`) stands for the own one where the parameters are spread
         over processes. Raises DataError where the disk is full.
         """
@@ -220,6 +220,12 @@ class LengthValueModel(nn.Module):
                 self.tokenizer.save_pretrained(partial)
             if self.images is not None:
                 self.images.processor.save_pretrained(partial)
+            kept = folder / GUIDE_FOLDER
+            if self.guide is not None:
+                self.guide._write(partial / GUIDE_FOLDER, None)
+            elif kept.is_dir():
+                log.warning("%s stays: the guide of the value model that was here before", kept)
+                shutil.copytree(kept, partial / GUIDE_FOLDER)
             partial.chmod(0o755)
             if folder.exists():
                 old = folder.with_name(f".{folder.name}.old")
@@ -246,8 +252,9 @@ class LengthValueModel(nn.Module):
         """Load a checkpoint, ours or the published system's (which needs `gamma`: it stores none).
 
         A LoRA adapter is merged into its base unless `merge_adapter` is False. `base_model`
-        replaces the base that the checkpoint names; `FOLDER@BASE` as `folder` does so too. Raises
-        CheckpointError that says which part is missing, damaged, or of a newer format.
+        replaces the base that the checkpoint names, and its guide; `FOLDER@BASE` as `folder` does
+        so too. Raises CheckpointError that says which part is missing, damaged, or of a newer
+        format, or what of its guide does not fit.
         """
         folder, named = split_name(folder)
         base_model = base_model or named
@@ -258,7 +265,7 @@ class LengthValueModel(nn.Module):
                 f"{folder} has no {HEAD_FILE}, so it is not a value model; train one with "
                 "`lenvm train`, or name the folder that `lenvm train` wrote"
             )
-        config = _load_config(folder, gamma)
+        config = load_config(folder, gamma)
         base = str(folder)
         if (folder / "adapter_config.json").exists():
             base = find_base(folder, base_model or config.base_model)
@@ -274,6 +281,11 @@ class LengthValueModel(nn.Module):
                 break
         own = (folder / "preprocessor_config.json").exists()
         model.images = ImageReader.load(str(folder) if own else base, model.backbone.config)
+        if (guide := folder / GUIDE_FOLDER).is_dir():
+            check_guide(config, guide)
+            model._load_guide = functools.partial(
+                cls.from_pretrained, guide, gamma=config.gamma, base_model=base_model
+            )
         return model.to(device).eval()
 
     def _load_head(self, path: Path) -> None:
@@ -300,7 +312,10 @@ class LengthValueModel(nn.Module):
         return encode_control(self.tokenizer, control)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """CheckpointError that names the difference where the generator's tokenizer is another."""
+        """CheckpointError that names the difference where the generator's tokenizer is another than
+        this model's, or than its guide's."""
+        if self.guide is not None:
+            self.guide.check_tokenizer(tokenizer)
         if not self.config.tokenizer_hash:
             return
         if hash_tokenizer(tokenizer) == self.config.tokenizer_hash:
@@ -324,40 +339,11 @@ def read_vocab_size(name: str | Path) -> int:
         if not (folder / "adapter_config.json").exists():
             raise CheckpointError(f"{name} is no checkpoint folder")
         gamma = None if (folder / CONFIG_FILE).exists() else 0.5  # no length is read here
-        place = find_base(folder, base_model or _load_config(folder, gamma).base_model)
+        place = find_base(folder, base_model or load_config(folder, gamma).base_model)
     if (Path(place) / "config.json").exists():
         data = read_json(Path(place) / "config.json")
         return int(data.get("text_config", data)["vocab_size"])
     return int(AutoConfig.from_pretrained(place).get_text_config().vocab_size)  # from a hub
-
-
-def _load_config(folder: Path, gamma: float | None) -> LenVMConfig:
-    path = folder / CONFIG_FILE
-    if not path.exists():
-        if gamma is None:
-            raise CheckpointError(
-                f"{folder} has no {CONFIG_FILE} (a checkpoint of the published system stores no "
-                "gamma); pass gamma, e.g. 0.997 for its Qwen2.5 models, 0.9998 for Qwen3"
-            )
-        return LenVMConfig(gamma=gamma)
-    data = read_json(path)
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder} is of format {version}, newer than {FORMAT_VERSION}, the newest that this "
-            "lenvm reads; upgrade lenvm"
-        )
-    try:
-        config = LenVMConfig.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path}: {where}: {first['msg']}") from None
-    if gamma is not None and gamma != config.gamma:
-        raise InputError(
-            f"{folder} was trained at gamma {config.gamma}; it cannot be read at {gamma}"
-        )
-    return config
 
 
 def _check_images(

@@ -121,6 +121,7 @@ def _job(
                 sampling,
                 body.length,
                 track=track,
+                predict=True,
                 index=index,
                 stream=body.stream or (log_probs and kind == "text_completion"),
                 top_log_probs=top,

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lenvm.errors import DataError, InputError
+from lenvm.model.config import TargetName
 from lenvm.model.head import HeadName
-from lenvm.model.value_model import TargetName
 from lenvm.training.model import Trainable
 from lenvm.training.objective import Aggregation, CensoringName, LossName, Objective
 

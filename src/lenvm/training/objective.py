@@ -23,8 +23,8 @@ from torch import Tensor
 from lenvm import returns
 from lenvm.data.packing import PackedBatch
 from lenvm.errors import InputError
+from lenvm.model.config import TargetName
 from lenvm.model.head import MAX_REMAINING, DistributionHead, ValueHead
-from lenvm.model.value_model import TargetName
 
 LossName = Literal["mse", "huber", "bce"]
 Aggregation = Literal["token", "sequence_mean", "sequence_sum"]

@@ -26,11 +26,12 @@ from lenvm.data.packing import BatchPlan, Hidden
 from lenvm.errors import DataError, InputError
 from lenvm.files import JsonlWriter, claiming, read_json, read_jsonl, write_json, write_text
 from lenvm.model.bundled import resolve_model
+from lenvm.model.config import CONFIG_FILE, LenVMConfig
 from lenvm.model.device import has_fast_bf16, pick_device
 from lenvm.model.head import DistributionHead
 from lenvm.model.loading import split_name
 from lenvm.model.tokenization import encode_control, hash_tokenizer, load_tokenizer
-from lenvm.model.value_model import CONFIG_FILE, LengthValueModel, LenVMConfig
+from lenvm.model.value_model import LengthValueModel
 from lenvm.training.attention import restore_attention
 from lenvm.training.config import TrainingConfig
 from lenvm.training.frozen import run_frozen, split_upper
@@ -306,6 +307,7 @@ def _build_model(
                 f"training with {config.endless}, but {config.init_from} was trained without: "
                 "its head knows no answers that never end; train on a backbone"
             )
+        model.set_guide(None)  # it does not learn along
         return model.train()
     gamma = config.gamma
     if gamma == "auto":
