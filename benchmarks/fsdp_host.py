@@ -6,8 +6,7 @@ has no part.
 One process of a fake group of two: collectives take no time, so what is left is Python and
 dispatch. A step is two micro batches, clipping and AdamW, as `lenvm train` runs them on each of two
 GPUs. ZeRO-3 is measured where DeepSpeed is installed, with configs/zero3.json, in a process for
-each layout (it changes torch for good); on CPUs it has no streams to wait for, and weights as small
-as these are never shared out but in `zero3_shared`.
+each layout (it changes torch for good); on CPUs it has no streams to wait for.
 """
 
 import argparse
@@ -33,16 +32,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 LAYOUTS = ("one GPU", "fsdp2", "fsdp2_kept", "fsdp2_kept, weights gathered anew", "fsdp2_one_unit")
-KEPT = {"stage3_param_persistence_threshold": 10**10}
-ZERO3: dict[str, tuple[str, dict[str, Any]]] = {
-    "zero3, module by module": ("modules", {}),
-    "zero3, layer by layer": ("layers", {}),
-    "zero3, one unit, reduced each micro batch": ("unit", {}),
-    "zero3": ("unit, once", {}),
-    "zero3_shared": ("unit, once", {"stage3_param_persistence_threshold": 0}),
-    "zero3_kept": ("unit, once", KEPT),
-}
-"""What is fetched as one, whether gradients are reduced once a step, and other settings."""
+ZERO3 = ("zero3, module by module", "zero3, layer by layer", "zero3")
+"""The last is what small models get: weights joined, gradients reduced once a step."""
 NUM_LAYERS, NUM_STEPS = 24, 80
 
 
@@ -96,22 +87,18 @@ def measure_zero3(layout: str) -> dict[str, float]:
     import deepspeed
     from deepspeed import comm
 
-    from lenvm.training.model import fetch_as_one
+    from lenvm.training.model import keep_whole
     from tiny import tiny_backbone
 
-    how, own = ZERO3[layout]
     os.environ.setdefault("LOCAL_RANK", "0")
     backend: Any = sys.modules["deepspeed.comm.torch"]
     backend.build_shm_op = lambda: None  # compiles for minutes
     comm.init_distributed("fake")
     config = json.loads((ROOT / "configs/zero3.json").read_text()) | {"gradient_clipping": 1.0}
-    config["zero_optimization"] |= own
-    model = Whole(tiny_backbone("qwen2", num_hidden_layers=NUM_LAYERS).train())
-    end: tuple[torch.Tensor, ...] = ()
-    if how.startswith("unit"):
-        fetch_as_one(model, config)
-        end = (torch.zeros((), requires_grad=True),)
-    elif how == "layers":
+    model = whole(tiny_backbone("qwen2", num_hidden_layers=NUM_LAYERS).train())
+    if layout == "zero3":
+        keep_whole(model, config)
+    elif layout.endswith("layer by layer"):
         deepspeed.utils.set_z3_leaf_modules(model, [type(model.backbone.layers[0])])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -119,10 +106,10 @@ def measure_zero3(layout: str) -> dict[str, float]:
     rows = []
     for _ in range(NUM_STEPS + 3):
         start = time.perf_counter()
-        with engine.coalesce_grad_reduction() if how.endswith("once") else nullcontext():
+        with engine.coalesce_grad_reduction() if layout == "zero3" else nullcontext():
             for is_last in (False, True):
                 engine.set_gradient_accumulation_boundary(is_last)
-                engine.backward(engine(input_ids, *end).float().sum())
+                engine.backward(engine(input_ids).float().sum())
             done = time.perf_counter()
         reduced = time.perf_counter()
         engine.set_gradient_accumulation_boundary(True)
@@ -134,16 +121,21 @@ def measure_zero3(layout: str) -> dict[str, float]:
     return {**dict(zip(names, parts, strict=True)), "step_ms": round(sum(parts), 2)}
 
 
-class Whole(torch.nn.Module):
-    """A backbone that is called as `PackedModel` is: with what gets its gradient last."""
+def whole(backbone: Any) -> Any:
+    """A backbone alone whose weights may be joined as a value model's are."""
+    from lenvm.training.model import PackedModel
 
-    def __init__(self, backbone: Any) -> None:
-        super().__init__()
-        self.backbone = backbone
+    class Whole(PackedModel):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            self.backbone, self._joined = backbone, {}
 
-    def forward(self, input_ids: torch.Tensor, end: torch.Tensor | None = None) -> torch.Tensor:
-        hidden: torch.Tensor = self.backbone(input_ids=input_ids, use_cache=False)[0]
-        return hidden if end is None else hidden + end
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            self.lay_out_weights()
+            hidden: torch.Tensor = self.backbone(input_ids=input_ids, use_cache=False)[0]
+            return hidden
+
+    return Whole()
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from lenvm.files import JsonlWriter, explaining, write_text
 from lenvm.model.value_model import LengthValueModel
 from lenvm.training.config import TrainingConfig
 from lenvm.training.evaluation import Evaluation
-from lenvm.training.model import PackedModel, fetch_as_one
+from lenvm.training.model import JOINED, PackedModel, keep_whole
 from lenvm.training.objective import Objective, States
 from lenvm.training.steps import Packer, RunSteps, Step, count
 
@@ -80,11 +80,10 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
             # fp32 weights under autocast, as on one GPU. accelerate's policy would round the head,
             # its output and the reduced gradients to bf16
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
-        self._end: Tensor | None = None
-        """Of a backward: see `PackedModel.forward`. Only a model that is one unit needs it."""
-        if self._fits_at_once():
-            self._end = torch.zeros((), device=args.device, requires_grad=True)
-            fetch_as_one(self.model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        self._is_whole = self._fits_whole()
+        """ZeRO-3 keeps the weights whole on each process."""
+        if self._is_whole:
+            keep_whole(self.model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
 
     # data
 
@@ -107,8 +106,8 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         model.train()
         scale = self.args.world_size / inputs.denominator  # gradients are averaged over processes
         total = torch.zeros((), device=self.args.device)
-        if self._end is not None:
-            self._step_at_once(model, inputs, scale, total)
+        if self._is_whole:
+            self._step_whole(model, inputs, scale, total)
             return self._count(inputs, total)
         for number, rows in enumerate(inputs.micro_batches):
             is_last = number == len(inputs.micro_batches) - 1
@@ -121,9 +120,8 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
             total += loss.detach()
         return self._count(inputs, total)
 
-    def _step_at_once(self, engine: Any, inputs: Step, scale: float, total: Tensor) -> None:
-        """DeepSpeed's, with gradients reduced once: they stay whole from micro batch to micro
-        batch, as the weights are within one."""
+    def _step_whole(self, engine: Any, inputs: Step, scale: float, total: Tensor) -> None:
+        """DeepSpeed's, with gradients reduced once: they too stay whole during a step."""
         state = self.accelerator.gradient_state
         with engine.coalesce_grad_reduction():
             state._set_sync_gradients(False)  # else `backward` took the optimizer's step
@@ -143,7 +141,7 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
     def _sum(self, model: nn.Module, rows: Array) -> Tensor:
         batch = self.packers["train"](rows)
         with self.accelerator.autocast():
-            raw = model(batch) if self._end is None else model(batch, self._end)
+            raw = model(batch)
         value_model = self.value_model
         loss = self.objective.sum(value_model.head, raw, States.of(batch), value_model.config.gamma)
         return loss if batch.counts else loss * 0.0
@@ -154,9 +152,10 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         context: AbstractContextManager[None] = self.accelerator.no_sync(model=model)
         return context
 
-    def _fits_at_once(self) -> bool:
-        """Whether ZeRO-3 may gather all weights at once, by `stage3_max_live_parameters`."""
-        if not self.is_deepspeed_enabled:
+    def _fits_whole(self) -> bool:
+        """Whether ZeRO-3 may hold all weights at once, by `stage3_max_live_parameters`, and the
+        model lets them be joined: a vision tower asks its parameters for their type."""
+        if not self.is_deepspeed_enabled or self.value_model.images is not None:
             return False
         plugin = self.accelerator.state.deepspeed_plugin
         most = plugin.hf_ds_config.get_value("zero_optimization.stage3_max_live_parameters", 1e9)
@@ -203,8 +202,9 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         if getattr(self, "optimizer", None) is None:
             live = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             rate = self.lenvm.learning_rate
-            head = [p for n, p in live if n.startswith("value_model.head.")]
-            rest = [p for n, p in live if not n.startswith("value_model.head.")]
+            of_head = ("value_model.head.", f"{JOINED}head")
+            head = [p for n, p in live if n.startswith(of_head)]
+            rest = [p for n, p in live if not n.startswith(of_head)]
             groups = [
                 {"params": rest, "lr": rate},
                 {"params": head, "lr": self.lenvm.head_learning_rate or rate},

@@ -3,6 +3,7 @@
 Shape legend: N tokens of a batch, M states, H hidden size, D head outputs.
 """
 
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,19 @@ from lenvm.training.attention import use_packed_attention
 Trainable = Literal["full", "lora", "dora", "last", "head"]
 
 
+JOINED = "joined_"
+"""Begins the names of parameters that are joined weights."""
+
+
+@dataclass
+class _Piece:
+    """A weight among joined ones."""
+
+    shape: torch.Size
+    places: list[tuple[nn.Module, str, str]] = field(default_factory=list)
+    """(module, its name for the weight, full name) of each module that shares it."""
+
+
 class PackedModel(nn.Module):
     """A value model that reads a `PackedBatch`: raw head outputs [M, D] fp32 of its states.
 
@@ -30,10 +44,11 @@ class PackedModel(nn.Module):
         super().__init__()
         use_packed_attention(value_model.backbone)
         self.value_model = value_model
+        self._joined: dict[str, list[_Piece]] = {}
+        """Parameters of joined weights, and what they are made of."""
 
-    def forward(self, batch: PackedBatch, end: Tensor | None = None) -> Tensor:
-        """`end`: a zero that requires a gradient, which it gets after all weights have theirs. A
-        hook that waits for the gradients of this module's inputs then runs when all is done."""
+    def forward(self, batch: PackedBatch) -> Tensor:
+        self.lay_out_weights()
         backbone, embeds = self.value_model.backbone, batch.inputs_embeds
         if embeds is not None:
             embeds = embeds.float()
@@ -48,7 +63,56 @@ class PackedModel(nn.Module):
         ).last_hidden_state
         states = hidden.flatten(0, 1).index_select(0, batch.state_index)
         raw: Tensor = self.value_model.head(states)
-        return raw if end is None else raw + end
+        return raw
+
+    def join_weights(self) -> None:
+        """Make weights of a kind one parameter, of which every forward gives the modules their
+        views: what a layout does on the host for each parameter it then does for one or two."""
+        found: dict[int, tuple[nn.Parameter, _Piece]] = {}
+        for prefix, module in self.named_modules():
+            for own, weight in module._parameters.items():
+                if weight is not None:
+                    piece = found.setdefault(id(weight), (weight, _Piece(weight.shape)))[1]
+                    piece.places.append((module, own, f"{prefix}.{own}"))
+        weights: dict[str, list[Tensor]] = {}
+        for weight, piece in found.values():
+            part = "head" if piece.places[0][2].startswith("value_model.head.") else "backbone"
+            kind = "" if weight.requires_grad else f"_frozen_{str(weight.dtype).partition('.')[2]}"
+            name = f"{JOINED}{part}{kind}"
+            weights.setdefault(name, []).append(weight.data)
+            self._joined.setdefault(name, []).append(piece)
+            for module, own, _ in piece.places:
+                del module._parameters[own]
+                module.__dict__[own] = torch.empty_like(weight, device="meta")  # it may be asked
+        for name, parts in weights.items():
+            whole = nn.Parameter(torch.cat([w.flatten() for w in parts]), "_frozen_" not in name)
+            self.register_parameter(name, whole)
+
+    def lay_out_weights(self) -> None:
+        """Give the modules their views of joined weights, as they are now."""
+        for name, pieces in self._joined.items():
+            for piece, weight in zip(pieces, self._cut(getattr(self, name), pieces), strict=True):
+                for module, own, _ in piece.places:
+                    module.__dict__[own] = weight
+
+    def part_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A joined model's `state`, by the names of its weights, which the modules have again."""
+        state = dict(state)
+        for name, pieces in self._joined.items():
+            cut = self._cut(state.pop(name), pieces)
+            for piece, weight in zip(pieces, cut, strict=True):
+                own_weight = nn.Parameter(weight, requires_grad=False)
+                for module, own, full_name in piece.places:
+                    module.__dict__.pop(own, None)
+                    module.register_parameter(own, own_weight)
+                    state[full_name] = weight
+        self._joined = {}
+        return state
+
+    @staticmethod
+    def _cut(whole: Tensor, pieces: "list[_Piece]") -> list[Tensor]:
+        parts = torch.split(whole, [piece.shape.numel() for piece in pieces])
+        return [part.view(piece.shape) for part, piece in zip(parts, pieces, strict=True)]
 
     @property
     def _no_split_modules(self) -> Any:
@@ -59,15 +123,19 @@ class PackedModel(nn.Module):
         self.value_model.backbone.gradient_checkpointing_enable(**options)
 
 
-def fetch_as_one(model: nn.Module, deepspeed: dict[str, Any]) -> None:
-    """Let ZeRO-3 gather and free the weights once a micro batch: its hooks around every module take
-    longer on the host than a GPU takes to compute a small model. Changes DeepSpeed's settings."""
+def keep_whole(model: PackedModel, deepspeed: dict[str, Any]) -> None:
+    """Let ZeRO-3 keep a small model's weights whole on each process and share out what is larger,
+    the optimizer's states. Its hooks around every module, and its work for every parameter, take
+    longer on the host than a GPU takes to compute such a model. Changes DeepSpeed's settings."""
     from deepspeed.utils import nvtx, set_z3_leaf_module
 
-    set_z3_leaf_module(model, True)
+    model.join_weights()
+    set_z3_leaf_module(model, True)  # hooks around the model alone
     nvtx.enable_nvtx = False  # marks for NVIDIA's profiler around each of its functions
+    zero = deepspeed["zero_optimization"]
+    zero["stage3_param_persistence_threshold"] = zero["stage3_max_live_parameters"]
     # saves what a gathered weight takes as bf16 in a backward, by a product written in Python
-    deepspeed["zero_optimization"].setdefault("memory_efficient_linear", False)
+    zero.setdefault("memory_efficient_linear", False)
 
 
 def choose_parameters(model: LengthValueModel, trainable: Trainable, last_layers: int) -> None:

@@ -400,7 +400,8 @@ def _save(trainer: LenVMTrainer, model: LengthValueModel, config: TrainingConfig
     state = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # process 0 gets it
-        state = {k.removeprefix("value_model."): v for k, v in (whole or {}).items()}
+        named = trainer.model.part_weights(whole) if whole else {}
+        state = {k.removeprefix("value_model."): v for k, v in named.items()}
     if trainer.args.process_index == 0:
         model.save_pretrained(Path(config.output), state_dict=state)
     trainer.accelerator.wait_for_everyone()
