@@ -51,6 +51,14 @@ def register(app: typer.Typer) -> None:
         track: Annotated[
             bool, typer.Option("--track", help="Values of requests without control, too.")
         ] = False,
+        guide: Annotated[
+            bool,
+            typer.Option(
+                "--guide/--no-guide",
+                help="Follow answers with the value model's guide, where it has one: about twice "
+                "as fast on a CPU, but its live estimates are rougher.",
+            ),
+        ] = True,
         log_prompts: Annotated[bool, typer.Option("--log-prompts")] = False,
         device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
         gpu_memory: Annotated[
@@ -97,6 +105,7 @@ def register(app: typer.Typer) -> None:
                 model,
                 lenvm,
                 device,
+                guide=guide,
                 max_requests=max_requests,
                 max_tokens=max_tokens,
                 max_candidates=max_candidates,
@@ -108,13 +117,17 @@ def register(app: typer.Typer) -> None:
         run(application, config)
 
 
-def _load_engine(model: str, lenvm: str | None, device: str | None, **options: Any) -> Any:
+def _load_engine(
+    model: str, lenvm: str | None, device: str | None, *, guide: bool, **options: Any
+) -> Any:
     from lenvm.cli._inputs import load_value_model
     from lenvm.engines.transformers import TransformersEngine
     from lenvm.model.device import pick_device, pick_dtype
 
     device = pick_device(device)
     value_model = None if lenvm == "none" else load_value_model(lenvm, device=device)
+    if value_model is not None and not guide:
+        value_model.set_guide(None)
     return TransformersEngine.load(
         model, value_model, device=device, dtype=pick_dtype(device), **options
     )
