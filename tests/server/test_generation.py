@@ -406,3 +406,18 @@ def test_a_prompt_of_100000_tokens_is_refused_by_its_length(client):
     assert client.post("/v1/completions", json={"prompt": [4000]}).status_code == 400
     assert client.post("/v1/completions", json={"prompt": ""}).status_code == 400
     assert len(json.dumps(error)) < 2000
+
+
+@pytest.mark.parametrize("guide", [True, False])
+def test_answers_are_followed_with_the_guide_or_without(tmp_path, guide):
+    from lenvm.cli.serve import _load_engine
+
+    tiny_generator().save_pretrained(tmp_path / "generator")
+    tiny_tokenizer().save_pretrained(tmp_path / "generator")
+    pair = tiny_pair()
+    pair.save_pretrained(tmp_path / "pair")
+    engine = _load_engine(
+        str(tmp_path / "generator"), str(tmp_path / "pair"), "cpu", guide=guide, max_requests=2
+    )
+    num_layers = engine.session.scorer.decoder._cache.data.shape[0]
+    assert num_layers == (1 if guide else 2)
