@@ -12,14 +12,17 @@ ARMS = ("prompt", "hard", "conditional:2 tolerance=0.05")
 OTHER = "conditional:2 tolerance=0.1 focus=10"
 MODEL = "coder05-constrained-prompt"
 TRADEOFF = "coder05-more16-gsm8k-9995"
+RIGHT = "coder05-right16-gsm8k-evidence"
 SHORTER = {
-    "prompt": "alone",
-    "concise": "asked to be concise",
-    "budget_answer:225": "cut off and made to answer",
-    "tilt:110 gamma=0.9995": "LenVM, `tilt` 110, `gamma` 0.9995",
-    "tilt:140 gamma=0.9995": "LenVM, `tilt` 140, `gamma` 0.9995",
+    (TRADEOFF, "prompt"): "alone",
+    (TRADEOFF, "concise"): "asked to be concise",
+    (TRADEOFF, "budget_answer:225"): "cut off and made to answer",
+    (TRADEOFF, "tilt:110 gamma=0.9995"): "LenVM, `tilt` 110, `gamma` 0.9995",
+    (TRADEOFF, "tilt:140 gamma=0.9995"): "LenVM, `tilt` 140, `gamma` 0.9995",
+    (RIGHT, "price:0.015 evidence=4"): "LenVM taught what is right, `price` 0.015, `evidence` 4",
+    (RIGHT, "price:0.02 evidence=5"): "LenVM taught what is right, `price` 0.02, `evidence` 5",
 }
-"""Arms of that run."""
+"""Arms of these runs; those of the second with a value model of graded answers."""
 PENALTY = "coder05-clean-frontier"
 """Measured also with a repetition penalty, as the step of that name with `-repetition`."""
 
@@ -159,24 +162,29 @@ def _loss(arm: Numbers) -> str:
 
 def _shorter(found: Numbers) -> str:
     """Accuracy of shorter answers."""
-    run = found["runs"].get(TRADEOFF)
+    runs = {name: found["runs"].get(name) for name in (TRADEOFF, RIGHT)}
+    run = runs[TRADEOFF]
     if run is None:
         return ""
-    arms = {a["arm"]: a for a in run["arms"]}
-    plain = value_of(arms["prompt"]["pass_at_1"])
+    arms = {(name, a["arm"]): a for name, r in runs.items() if r for a in r["arms"]}
+    plain = value_of(arms[TRADEOFF, "prompt"]["pass_at_1"])
     rows = []
-    for name, title in SHORTER.items():
-        arm = arms[name]
+    for key, title in SHORTER.items():
+        if key not in arms:
+            continue
+        arm = arms[key]
         cells = [
             f"{value_of(arm['mean_length']):.0f} ({percent(arm['relative_length'], short=True)})",
             percent(arm["pass_at_1"]),
             f"{value_of(arm['pass_at_1']) / plain:.0%}",
         ]
-        rows.append([title, *(f"**{c}**" if name.startswith("tilt") else c for c in cells)])
+        rows.append([title, *(f"**{c}**" if title.startswith("LenVM") else c for c in cells)])
     return (
         f"Shorter answers, Qwen2.5-Coder-0.5B on {run['num_items']} questions of GSM8K, "
-        f"{run['num_samples']} answers each, a value model that has seen more maths than the one "
-        "in the box ([file](benchmarks/results/tradeoff_h200.json)):\n\n"
+        f"{run['num_samples']} answers each, value models that have seen more maths than the "
+        "one in the box; the last two rows' learned from 20,772 answers to training questions "
+        "that `lenvm grade` had marked, wrong ones as answers that never end "
+        "([file](benchmarks/results/tradeoff_h200.json)):\n\n"
         + table(["", "mean tokens", "right", "of the accuracy alone"], rows)
     )
 
