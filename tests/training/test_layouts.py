@@ -104,6 +104,7 @@ def test_fsdp2_gives_the_losses_of_one_process_and_ddp_goes_on_from_it(tmp_path:
         {"trainable": "last", "last_layers": 1},
         {"trainable": "lora"},
         {"trainable": "head"},
+        {"compile": True},
     ],
 )
 def test_zero3_gives_the_losses_of_one_process_and_goes_on(tmp_path: Path, fields: dict[str, Any]):
