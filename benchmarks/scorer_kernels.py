@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 from lenvm.model import kernel_choices, kernels, products  # noqa: E402
+from lenvm.model.attention_kernels import candidate_attention, count_size  # noqa: E402
 from lenvm.model.kernel_choices import AttentionChoice, Choices, Tile  # noqa: E402
 from lenvm.model.products import Rows  # noqa: E402
 
@@ -126,7 +127,7 @@ class Places:
         self.count = torch.zeros(4096, **ints)
         self._squares: dict[int, torch.Tensor] = {}
         self.arrived = torch.zeros(
-            kernels.count_size(batch, num_kv, self.width * self.heads // num_kv, 16), **ints
+            count_size(batch, num_kv, self.width * self.heads // num_kv, 16), **ints
         )
 
     def weights(self, outputs: int, inputs: int) -> torch.Tensor:
@@ -200,7 +201,7 @@ class Places:
         )
 
         def attend(i: int) -> None:
-            kernels.candidate_attention(
+            candidate_attention(
                 self.q, self.stash[i, 0], self.stash[i, 1], self.places, self.data[i, 0],
                 self.data[i, 1], self.table, self.row_ids, self.lengths, self.first,
                 self.attended, scratch, scale=self.size**-0.5, window=None,

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lenvm.model import kernels
+from lenvm.model.attention_kernels import candidate_attention, causal_attention
 from lenvm.model.kernel_choices import PLAIN, Choices
 
 
@@ -57,7 +57,7 @@ class CudaExtend(_StoreFirst):
     """[N] int64"""
     table: Tensor
     blocks: Tensor
-    """[B, 4] int32, as `kernels.causal_attention` reads them."""
+    """[B, 4] int32, as `attention_kernels.causal_attention` reads them."""
     choices: Choices = PLAIN
     total: Tensor | None = None
 
@@ -68,7 +68,7 @@ class CudaExtend(_StoreFirst):
     def attend_stored(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
         out = torch.empty_like(q)
         k, v = self.data[layer]
-        kernels.causal_attention(q, k, v, self.table, self.blocks, out, scale=scale, window=window)
+        causal_attention(q, k, v, self.table, self.blocks, out, scale=scale, window=window)
         return out
 
 
@@ -92,7 +92,7 @@ class CudaCandidates(_StoreFirst):
     max_candidates: int
     num_splits: int
     count: Tensor
-    """int32 of `kernels.count_size`, 0 between kernels."""
+    """int32 of `attention_kernels.count_size`, 0 between kernels."""
     choices: Choices = PLAIN
     total: Tensor | None = None
     _scratch: tuple[Tensor, Tensor, Tensor] | None = None
@@ -110,7 +110,7 @@ class CudaCandidates(_StoreFirst):
         own_k, own_v, index = self.destination(layer)
         k, v = self.data[layer]
         out = torch.empty_like(q)
-        kernels.candidate_attention(
+        candidate_attention(
             q,
             own_k,
             own_v,

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from lenvm.model import kernels
+from lenvm.model.attention_kernels import CAUSAL_BLOCK, count_size
 from lenvm.model.backbone import run_backbone
 from lenvm.model.cuda_plans import CudaCandidates, CudaExtend
 from lenvm.model.device import pin, upload
 from lenvm.model.fused_layers import fuse_layers
 from lenvm.model.kernel_choices import PLAIN, Choices, TrimHint
-from lenvm.model.kernels import CAUSAL_BLOCK, NO_ROW
+from lenvm.model.kernels import NO_ROW
 from lenvm.model.kv_pages import KVPages
 from lenvm.model.torch_runner import Head
 
@@ -103,7 +104,7 @@ class CudaRunner:
         shape = (num_layers, 2, most if max_candidates > 1 else 1, num_kv, head_size)
         self._stash = torch.zeros(shape, dtype=cache.data.dtype, device=self.device)
         most_queries = kernels.next_power_of_2(max_candidates) * self._group
-        counters = kernels.count_size(cache.max_requests, num_kv, most_queries, 16)
+        counters = count_size(cache.max_requests, num_kv, most_queries, 16)
         self._count = self._meta.new_zeros(counters)
         self._steps: dict[Bucket, _Step] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if self.graphs else None

@@ -34,7 +34,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """How `kernels.candidate_attention` cuts its work."""
+    """How `attention_kernels.candidate_attention` cuts its work."""
 
     block: int = 64
     """Most query rows of a program."""
