@@ -100,6 +100,7 @@ def test_fsdp2_gives_the_losses_of_one_process_and_ddp_goes_on_from_it(tmp_path:
     [
         {},
         {"zero": {"stage3_max_live_parameters": 0}},
+        {"zero": {"stage3_max_live_parameters": "default"}},
         {"gradient_checkpointing": True, "zero": {"stage3_param_persistence_threshold": 0}},
         {"trainable": "last", "last_layers": 1},
         {"trainable": "lora"},
@@ -116,6 +117,8 @@ def test_zero3_gives_the_losses_of_one_process_and_goes_on(tmp_path: Path, field
     config = yaml.safe_load((ROOT / "configs/zero3.yaml").read_text())
     deepspeed = json.loads((ROOT / "configs/zero3.json").read_text())
     deepspeed["zero_optimization"] |= zero
+    if zero.get("stage3_max_live_parameters") == "default":
+        del deepspeed["zero_optimization"]["stage3_max_live_parameters"]
     (tmp_path / "zero.json").write_text(json.dumps(deepspeed))
     config["deepspeed_config"]["deepspeed_config_file"] = str(tmp_path / "zero.json")
     (tmp_path / "zero.yaml").write_text(yaml.safe_dump(config))

@@ -153,14 +153,17 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         return context
 
     def _fits_whole(self) -> bool:
-        """Whether ZeRO-3 may hold all weights at once, by `stage3_max_live_parameters`, and the
-        model lets them be joined: a vision tower asks its parameters for their type."""
+        """Whether ZeRO-3 may hold all weights at once, by `stage3_max_live_parameters` and where
+        none are offloaded, and the model lets them be joined: a vision tower asks its parameters
+        for their type."""
         if not self.is_deepspeed_enabled or self.value_model.images is not None:
             return False
         plugin = self.accelerator.state.deepspeed_plugin
-        most = plugin.hf_ds_config.get_value("zero_optimization.stage3_max_live_parameters", 1e9)
-        is_within = sum(p.numel() for p in self.model.parameters()) <= float(most)
-        return bool(plugin.zero_stage == 3 and is_within)
+        zero = plugin.deepspeed_config["zero_optimization"]
+        most = float(zero.get("stage3_max_live_parameters", 1e9))  # DeepSpeed's default
+        is_offloaded = (zero.get("offload_param") or {}).get("device", "none") != "none"
+        size = sum(p.numel() for p in self.model.parameters())
+        return bool(plugin.zero_stage == 3 and size <= most and not is_offloaded)
 
     @property
     def _reshards(self) -> bool:

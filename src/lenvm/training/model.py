@@ -133,7 +133,7 @@ def keep_whole(model: PackedModel, deepspeed: dict[str, Any]) -> None:
     set_z3_leaf_module(model, True)  # hooks around the model alone
     nvtx.enable_nvtx = False  # marks for NVIDIA's profiler around each of its functions
     zero = deepspeed["zero_optimization"]
-    zero["stage3_param_persistence_threshold"] = zero["stage3_max_live_parameters"]
+    zero["stage3_param_persistence_threshold"] = sum(p.numel() for p in model.parameters())
     # saves what a gathered weight takes as bf16 in a backward, by a product written in Python
     zero.setdefault("memory_efficient_linear", False)
 
