@@ -143,6 +143,7 @@ class GuidanceSettings:
         """
         import torch
 
+        from lenvm.guidance.scorer import CandidateScorer
         from lenvm.guidance.session import GuidanceSession
         from lenvm.model.tokenization import load_tokenizer
         from lenvm.model.value_model import LengthValueModel
@@ -164,7 +165,8 @@ class GuidanceSettings:
             model, eos_token_ids=(), count_candidates=self.count_candidates, **limits
         )
         if on_gpu:
-            self._warm_up(session.scorer)  # type: ignore[arg-type]
+            assert isinstance(session.scorer, CandidateScorer)
+            self._warm_up(session.scorer)
         return session
 
     def _warm_up(self, scorer: "CandidateScorer") -> None:

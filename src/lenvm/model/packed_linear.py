@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lenvm.model.head import ValueHead
+
 logger = logging.getLogger(__name__)
 SHARE = 0.25
 """Most of the machine's memory that packed copies of one model may take."""
@@ -103,9 +105,10 @@ def pack_linear(linear: nn.Linear) -> PackedLinear | nn.Linear:
 
 
 def pack_head(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A value head [N, H] -> [N, D], its two products packed where that can be done."""
-    layers = [getattr(head, name, None) for name in ("fc", "summary")]
-    first, last = [pack_linear(x) if isinstance(x, nn.Linear) else None for x in layers]
+    """A `ValueHead` [N, H] -> [N, D] with its two products packed, where that can be done."""
+    if not isinstance(head, ValueHead) or type(head).forward is not ValueHead.forward:
+        return head
+    first, last = pack_linear(head.fc), pack_linear(head.summary)
     if not isinstance(first, PackedLinear) or not isinstance(last, PackedLinear):
         return head
     return lambda hidden: last(first(hidden.float(), "swish"))

@@ -37,7 +37,7 @@ from lenvm.model.tokenization import (
 )
 from lenvm.model.vision import ImageReader, embed_images
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class LengthValueModel(nn.Module):
@@ -224,7 +224,7 @@ class LengthValueModel(nn.Module):
             if self.guide is not None:
                 self.guide._write(partial / GUIDE_FOLDER, None)
             elif kept.is_dir():
-                log.warning("%s stays: the guide of the value model that was here before", kept)
+                logger.warning("%s stays: the guide of the value model that was here before", kept)
                 shutil.copytree(kept, partial / GUIDE_FOLDER)
             partial.chmod(0o755)
             if folder.exists():
