@@ -41,7 +41,7 @@ def main() -> None:
             axis.plot(*zip(*two, strict=True), ":", lw=1.5, **style)
         axis.set(xscale="log", yscale="log", xlabel="requests", ylabel="ms a step")
         axis.set_xticks(batches, batches)
-        axis.set_title(f"{Path(model).stem} value model, 8 candidates a request")
+        axis.set_title(f"{Path(model).name} value model, 8 candidates a request")
         axis.grid(alpha=0.3, which="both")
     axes[0][0].legend(title="solid: step, dashed: floor,\ndotted: two forwards", fontsize=8)
     cards = sorted({p.get("device", result["device"]) for p in points})
