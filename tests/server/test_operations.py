@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -317,8 +318,10 @@ def test_requests_leave_no_objects_behind():
             gc.collect()
             return sys.getallocatedblocks()
 
-        before = count(100)  # caches of libraries fill
-        assert (count(100) - before) / 100 < 5
+        # A cache of a library fills once, on a path that may be taken late; what is lost with
+        # each request is lost in every hundred of them.
+        counts = [count(100) for _ in range(5)]
+        assert min(after - before for before, after in pairwise(counts)) / 100 < 5
 
 
 def test_what_is_loaded_is_no_work_for_the_collector(monkeypatch):
