@@ -67,6 +67,7 @@ def children_of(pid: int) -> list[int]:
 
 def test_servers_come_up_are_asked_and_go_and_a_second_run_does_nothing(tmp_path: Path):
     said: list[str] = []
+    before = children_of(os.getpid())  # another test's helper process, say
     two = config(tmp_path, servers={"stub": server(replicas=2)})
     (result,) = run_pipeline(two, say=said.append)
     assert not result.was_done
@@ -76,7 +77,7 @@ def test_servers_come_up_are_asked_and_go_and_a_second_run_does_nothing(tmp_path
     assert any("stopping" in line for line in said)
     mark = read_json(tmp_path / "run" / "stages" / "sample-a.done.json")
     assert mark["command"].count("--endpoint http://127.0.0.1:") == 2
-    assert not children_of(os.getpid())
+    assert children_of(os.getpid()) == before
     said.clear()
     (again,) = run_pipeline(config(tmp_path), say=said.append)
     assert again.was_done
@@ -101,6 +102,7 @@ def test_changed_settings_are_refused_before_anything_starts(tmp_path: Path):
 
 
 def test_a_server_that_does_not_come_up_is_named_with_its_log(tmp_path: Path):
+    before = children_of(os.getpid())
     bad = {"engine": "command", "gpus": 0}
     python = [sys.executable, "-c"]
     dies = {**bad, "command": [*python, "print('no such weights'); raise SystemExit(3)"]}
@@ -109,7 +111,7 @@ def test_a_server_that_does_not_come_up_is_named_with_its_log(tmp_path: Path):
     hangs = {**bad, "command": [*python, "import time; time.sleep(60)"], "ready_timeout_s": 0.5}
     with pytest.raises(EndpointError, match="did not answer within"):
         run_pipeline(config(tmp_path, servers={"stub": hangs}))
-    assert not children_of(os.getpid())
+    assert children_of(os.getpid()) == before
     with pytest.raises(InputError, match="server stub needs no-such-program"):
         run_pipeline(config(tmp_path, servers={"stub": {**bad, "command": ["no-such-program"]}}))
     run_pipeline(config(tmp_path))  # with a good one it goes on
