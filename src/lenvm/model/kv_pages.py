@@ -157,7 +157,8 @@ class KVPages:
     def next_slots(self, rows: Array) -> Array:
         """Slots of the next positions, which must be reserved."""
         column, offset = np.divmod(self._lengths[rows], self.page_size)
-        return self._pages[rows, column] * self.page_size + offset
+        slots: Array = self._pages[rows, column] * self.page_size + offset
+        return slots
 
     def advance_next(self, rows: Array) -> None:
         """Count one more token of each, written into a reserved page."""
