@@ -73,9 +73,9 @@ def test_every_example_of_the_schema_is_answered(client):
         for example in paths["components"]["schemas"][name]["examples"]:
             example = dict(example)
             if path.endswith("completions"):
-                example["max_tokens"] = 8
+                example["max_tokens"] = example.get("length", {}).get("equal_to", 8)
             if "positions" in example:
-                assert len(example["text"].split()) > max(example["positions"][0])
+                assert len(example["text"].split()) > max(example["positions"])
             reply = client.post(path, json=example)
             assert reply.status_code == 200, reply.text
     assert client.post("/v1/chat/completions", json=CHAT).status_code == 200

@@ -327,7 +327,12 @@ def test_next_to_no_temperature_is_greedy_and_hurts_nobody(client, temperature, 
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"2": 1e9}}, "logit_bias.2"),
         ({"exponential_decay_length_penalty": [-1, -1.0]}, "exponential_decay_length_penalty.0"),
-        ({"top_logprobs": 3}, "body"),
+        ({"top_logprobs": 3}, None),
+        ({"length": {"equal_to": 50}, "max_tokens": 8}, "length.equal_to"),
+        ({"length": {"at_least": 50}, "max_tokens": 8}, "length.at_least"),
+        ({"length": {"equal_to": 9000}}, "length.equal_to"),
+        ({"logit_bias": {"999": 1}}, "logit_bias.999"),
+        ({"stop_token_ids": [999]}, "stop_token_ids"),
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"presence_penalty": "much"}, "presence_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
@@ -345,6 +350,36 @@ def test_a_bad_field_is_named_with_its_value_and_what_is_allowed(client, fields,
         assert error["param"] == param
     assert error["allowed"]
     assert error["type"] == "invalid_request_error"
+    assert "chatcmpl" not in error["message"]
+
+
+def test_what_is_wrong_with_the_whole_is_said_without_repeating_it(client):
+    secret = CHAT | {"messages": [{"role": "user", "content": "w7 w8"}], "top_logprobs": 3}
+    error = client.post("/v1/chat/completions", json=secret).json()["error"]
+    assert error["message"] == "top_logprobs goes with logprobs true"
+    error = ask(client, length={"at_least": 9, "at_most": 5}).json()["error"]
+    assert error["message"] == "length: at_least 9 is over at_most 5"
+    assert "tolerance" in ask(client, length={"equl_to": 5}).json()["error"]["allowed"]
+
+
+@pytest.mark.parametrize("prompt", [[], [99_999_999], {}, [[]], 7])
+def test_a_prompt_of_no_known_form_is_told_the_forms(client, prompt):
+    error = client.post("/v1/completions", json={"prompt": prompt}).json()["error"]
+    assert error["param"].startswith("prompt")
+    assert "token ids" in error["allowed"]
+
+
+def test_token_ids_over_the_vocabulary_are_named(client):
+    error = client.post("/v1/completions", json={"prompt": [7, 999]}).json()["error"]
+    assert error["param"] == "prompt"
+    assert error["message"] == "prompt is 999; allowed: token ids from 0 to 63"
+
+
+def test_a_body_without_its_type_or_none_at_all_is_told_so(client):
+    url = "/v1/chat/completions"
+    reply = client.post(url, content=json.dumps(CHAT), headers={"content-type": "text/plain"})
+    assert "content-type: application/json" in reply.json()["error"]["message"]
+    assert client.post(url).json()["error"]["message"] == "the body is empty; send a JSON object"
 
 
 def test_what_the_scalar_head_cannot_do_is_refused(scalar):
@@ -403,7 +438,7 @@ def test_a_prompt_of_100000_tokens_is_refused_by_its_length(client):
     assert error["allowed"] == "1 to 511 tokens"
     reply = client.post("/v1/completions", json={"prompt": [7] * 100_000})
     assert reply.json()["error"]["code"] == "context_length_exceeded"
-    assert client.post("/v1/completions", json={"prompt": [4000]}).status_code == 400
+    assert client.post("/v1/completions", json={"prompt": [4000]}).status_code == 422
     assert client.post("/v1/completions", json={"prompt": ""}).status_code == 400
     assert len(json.dumps(error)) < 2000
 

@@ -86,11 +86,21 @@ def test_candidates_are_the_generators_likeliest_with_their_values(client):
     assert (rows[0]["value"], rows[0]["length"]) == (0.0, 0.0)
 
 
+def test_positions_and_candidates_of_one_text_need_no_list_of_lists(client):
+    for path, fields in (("values", {"positions": [0, 2]}), ("candidates", {"candidates": [3, 4]})):
+        body = {"token_ids": [7, 8, 9]}
+        flat = client.post(f"/v1/length/{path}", json=body | fields)
+        ((name, asked),) = fields.items()
+        nested = client.post(f"/v1/length/{path}", json=body | {name: [asked]})
+        assert flat.status_code == 200, flat.text
+        assert flat.json() == nested.json()
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("values", {}, "body"),
-        ("values", {"text": "w7", "token_ids": [7]}, "body"),
+        ("values", {}, None),
+        ("values", {"text": "w7", "token_ids": [7]}, None),
         ("values", {"token_ids": []}, "token_ids"),
         ("values", {"token_ids": [[]]}, "token_ids.0"),
         ("values", {"token_ids": [64]}, "token_ids.0"),

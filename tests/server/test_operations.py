@@ -365,6 +365,18 @@ def test_what_runs_longer_than_the_drain_is_given_up():
         assert 0.5 < time.monotonic() - start < 10
 
 
+def test_a_stream_that_runs_longer_than_the_drain_ends_with_an_error(caplog):
+    with serving(slow(tiny_engine(), 0.05), drain_s=1.0) as client:
+        body = CHAT | LONG | {"stream": True}
+        with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            client.server.handle_exit(signal.SIGTERM, None)
+            last = [line for line in lines if line][-1]
+        assert "went down" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert not [r for r in caplog.records if r.exc_info], caplog.text
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
     """Tiny generator and value model on disk."""

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from lenvm.errors import CapacityError, ControlError, InputError, LenVMError
+from lenvm.guidance.request import LengthControl
 
 MAX_SHOWN = 200
 
@@ -82,6 +83,11 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
+FORMS = {"prompt": "a text, token ids, or a list of either, none of them empty"}
+"""Fields of several forms, where pydantic says what is wrong with each."""
+CUT_OFF = ApiError(503, "the server went down before this was finished")
+
+
 def refuse(param: str, value: object, allowed: str, *, status: int = 422) -> ApiError:
     """An error that names a field, what was got and what is allowed."""
     message = f"{param} is {_show(value)}; allowed: {allowed}"
@@ -93,8 +99,9 @@ def refuse(param: str, value: object, allowed: str, *, status: int = 422) -> Api
 def from_lenvm(error: LenVMError) -> ApiError:
     """What the engine says of a request, as an answer."""
     if isinstance(error, ControlError):
-        field = "length" if error.field == "(whole)" else f"length.{error.field}"
-        return refuse(field, error.value, error.allowed)
+        if error.field == "(whole)":
+            return _refuse_whole("length", error.allowed)
+        return refuse(f"length.{error.field}", error.value, error.allowed)
     if isinstance(error, CapacityError):
         return ApiError(400, str(error), param="max_tokens", code="context_length_exceeded")
     if isinstance(error, InputError):
@@ -109,11 +116,30 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', '')}")
     if first["type"] == "extra_forbidden":
-        return refuse(".".join(place), first["input"], "nothing: there is no such field")
+        allowed = "nothing: there is no such field"
+        if place[:-1] == ["length"]:
+            allowed += f"; length has {', '.join(LengthControl.model_fields)}"
+        return refuse(".".join(place), first["input"], allowed)
+    if not place and isinstance(first.get("input"), bytes):
+        return ApiError(
+            400, "the body came without its type; send the header content-type: application/json"
+        )
+    if (form := FORMS.get(place[0] if place else "")) and len(errors) > 1:
+        return refuse(place[0], first["input"] if len(place) == 1 else "of another form", form)
+    if not place and first["type"] == "missing":
+        return ApiError(400, "the body is empty; send a JSON object")
     allowed = str(first["msg"]).removeprefix("Value error, ")
+    if place in ([], ["length"]) and first["type"] == "value_error":
+        return _refuse_whole(".".join(place) or None, allowed)
     if first["type"] == "missing":
         return refuse(".".join(place) or "body", "missing", allowed)
     return refuse(".".join(place) or "body", first["input"], allowed)
+
+
+def _refuse_whole(param: str | None, reason: str) -> ApiError:
+    """What is wrong with several fields together: the reason says it, the whole does not."""
+    message = reason if param is None else f"{param}: {reason}"
+    return ApiError(422, message, param=param, code="invalid_value", allowed=reason)
 
 
 def _is_branch(part: object) -> bool:

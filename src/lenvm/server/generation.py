@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,10 @@ from starlette.responses import JSONResponse, Response
 from lenvm.engines.request import Completion, Request
 from lenvm.engines.sampling import SamplingParams
 from lenvm.errors import LenVMError
+from lenvm.guidance.request import LengthControl
 from lenvm.server import examples
 from lenvm.server.disconnect import ClientGone, EventStream, while_connected
-from lenvm.server.errors import RESPONSES, ApiError, from_lenvm, refuse
+from lenvm.server.errors import CUT_OFF, RESPONSES, ApiError, from_lenvm, refuse
 from lenvm.server.examples import answers
 from lenvm.server.loop import EngineError, Event, Ticket
 from lenvm.server.protocol import ChatRequest, CompletionRequest, Generation
@@ -76,6 +77,8 @@ def build_router(state: ServerState) -> APIRouter:
     async def completions(body: CompletionRequest, request: HttpRequest) -> Any:
         state.check_model(body.model)
         prompts = [await state.encoder.text(p) if isinstance(p, str) else p for p in _prompts(body)]
+        for ids in prompts:
+            _check_ids(state, "prompt", ids)
         if len(prompts) * body.n > state.loop.capacity:
             allowed = f"prompts times n up to {state.loop.capacity}"
             raise refuse("n", body.n, allowed)
@@ -131,9 +134,19 @@ def _job(
     return Job(kind, name, int(time.time()), body, requests, total, log_probs)
 
 
+def _check_ids(state: ServerState, field: str, ids: Iterable[int]) -> None:
+    size = state.engine.vocab_size
+    for token in ids:
+        if not 0 <= token < size:
+            raise refuse(field, token, f"token ids from 0 to {size - 1}")
+
+
 def _sampling(
     state: ServerState, body: Generation, num_prompt_tokens: int, max_tokens: int | None
 ) -> SamplingParams:
+    for name in body.logit_bias or ():
+        _check_ids(state, f"logit_bias.{name}", [int(name)])
+    _check_ids(state, "stop_token_ids", body.stop_token_ids)
     limit = state.engine.max_length
     room = limit - num_prompt_tokens
     if room < 1:
@@ -149,14 +162,13 @@ def _sampling(
     if max_tokens is not None and max_tokens > room:
         allowed = f"1 to {room}: prompt and answer together have {limit} tokens"
         raise refuse("max_tokens", max_tokens, allowed, status=400)
-    goals = [body.length.equal_to, body.length.at_least] if body.length else []
-    wanted = 2 * max((g for g in goals if g), default=0)
+    wanted = _check_fits(body.length, room, max_tokens, limit) if body.length else 0
     return SamplingParams(
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=max(0, body.top_k),
         min_p=body.min_p,
-        max_tokens=max_tokens or min(room, max(state.config.default_max_tokens, wanted)),
+        max_tokens=max_tokens or min(room, max(state.config.default_max_tokens, 2 * wanted)),
         seed=body.seed,
         stop=tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids),
@@ -167,6 +179,22 @@ def _sampling(
         presence_penalty=body.presence_penalty or 0.0,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
     )
+
+
+def _check_fits(control: LengthControl, room: int, max_tokens: int | None, limit: int) -> int:
+    """The length that the control asks for, 0 where it asks for none; a least length that the
+    answer has no room for is refused."""
+    if not control.counts_tokens:
+        return 0
+    if not control.remaining and control.interval()[0] > (max_tokens or room):
+        name = "equal_to" if control.equal_to is not None else "at_least"
+        most = (
+            f"up to this request's max_tokens, {max_tokens}"
+            if max_tokens is not None
+            else f"up to {room}: prompt and answer together have {limit} tokens"
+        )
+        raise refuse(f"length.{name}", getattr(control, name), most)
+    return control.equal_to or control.at_least or 0
 
 
 async def _answer(state: ServerState, job: Job, request: HttpRequest) -> Response:
@@ -275,6 +303,12 @@ async def _stream(
     except ApiError as error:
         facts["error"] = str(error)
         yield sse(error.body())
+        return
+    except asyncio.CancelledError:
+        if not state.loop.draining:
+            raise
+        facts["error"] = str(CUT_OFF)  # the drain is over
+        yield sse(CUT_OFF.body())
         return
     ended = [completions[i] for i in sorted(completions)]
     numbers = usage(job.num_prompt_tokens, ended)

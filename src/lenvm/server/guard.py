@@ -13,7 +13,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lenvm.server.config import LOOPBACK, ServerConfig
-from lenvm.server.errors import ApiError
+from lenvm.server.errors import CUT_OFF, ApiError
 from lenvm.server.metrics import Metrics
 
 log = logging.getLogger("lenvm.server")
@@ -53,10 +53,8 @@ class Guard:
         except ApiError as error:
             await error.response()(scope, receive, answer)
         except asyncio.CancelledError:  # by uvicorn, when the drain is over
-            if status:
-                raise
-            lost = ApiError(503, "the server went down before this was finished")
-            await lost.response()(scope, receive, answer)
+            if not status:  # a stream that has begun has said it by itself
+                await CUT_OFF.response()(scope, receive, answer)
         except Exception:
             log.exception("defect", extra={"event": "defect", "request_id": request_id})
             if status:

@@ -6,7 +6,7 @@ A field that is not here is refused by name. Fields that only describe the calle
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from lenvm.guidance.request import LengthControl
 
@@ -15,6 +15,8 @@ MAX_STOPS = 16
 MAX_BATCH = 1024
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1, None),
+    "reasoning_effort": ("none", None),
+    "verbosity": ("medium", None),
     "echo": (False, None),
     "suffix": ("", None),
     "tools": ([], None),
@@ -26,6 +28,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields of OpenAI that are not served: only these values are taken."""
 
 TokenId = Annotated[int, Field(ge=0, le=10_000_000)]
+NamedTokens = Annotated[list[TokenId], Field(min_length=1, max_length=256)]
 Text = Annotated[str, Field(max_length=4_000_000)]
 
 
@@ -158,6 +161,8 @@ class ChatRequest(Generation):
     tool_choice: Any = None
     response_format: Any = None
     modalities: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -204,6 +209,12 @@ class CompletionRequest(Generation):
     )
 
 
+def _in_list(value: Any) -> Any:
+    """Token ids of one sequence, as of a list of them."""
+    flat = isinstance(value, list) and value and not any(isinstance(v, list) for v in value)
+    return [value] if flat else value
+
+
 class Sequences(Body):
     """Token sequences, in one of three forms; a single one may stand without its list."""
 
@@ -233,15 +244,20 @@ class Sequences(Body):
 class ValuesRequest(Sequences):
     """Body of /v1/length/values."""
 
-    positions: Annotated[list[list[TokenId]], Field(max_length=MAX_BATCH)] | None = None
-    """Indices into each sequence; left out, all of them."""
+    positions: Annotated[
+        Annotated[list[list[TokenId]], Field(max_length=MAX_BATCH)] | None,
+        BeforeValidator(
+            _in_list, json_schema_input_type=list[TokenId] | list[list[TokenId]] | None
+        ),
+    ] = None
+    """Indices into each sequence (of a single one, also without its list); left out, all."""
     quantiles: Annotated[
         list[Annotated[float, Field(gt=0, lt=1)]] | None, Field(max_length=100)
     ] = None
     """Distribution head: these quantiles too."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"text": "The sky is blue because", "positions": [[2, 4]]}]}
+        json_schema_extra={"examples": [{"text": "The sky is blue because", "positions": [2, 4]}]}
     )
 
 
@@ -270,10 +286,11 @@ class CandidatesRequest(Sequences):
     """Body of /v1/length/candidates: values of next tokens, the likeliest or those named."""
 
     candidates: Annotated[
-        list[Annotated[list[TokenId], Field(min_length=1, max_length=256)]] | None,
-        Field(max_length=MAX_BATCH),
+        Annotated[list[NamedTokens], Field(max_length=MAX_BATCH)] | None,
+        BeforeValidator(_in_list, json_schema_input_type=NamedTokens | list[NamedTokens] | None),
     ] = None
-    """Token ids for each prefix; left out, the generator's likeliest `top_k`."""
+    """Token ids for each prefix (for a single one, also without its list); left out, the
+    generator's likeliest `top_k`."""
     top_k: Annotated[int, Field(ge=1, le=256)] = 10
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "The sky is", "top_k": 5}]})
