@@ -24,7 +24,7 @@ from lenvm.server.app import build_app
 from lenvm.server.config import ServerConfig, load_api_keys
 from lenvm.server.disconnect import EventStream
 from lenvm.server.logs import JsonFormatter
-from lenvm.server.run import DrainingServer, run
+from lenvm.server.run import DrainingServer, bind, run
 from serving import CHAT, ask, serving, settle, stream, tiny_engine
 
 LONG = {"max_tokens": 400, "ignore_eos": True}
@@ -326,7 +326,7 @@ def test_requests_leave_no_objects_behind():
 
 def test_what_is_loaded_is_no_work_for_the_collector(monkeypatch):
     frozen = []
-    monkeypatch.setattr(DrainingServer, "run", lambda self: frozen.append(gc.get_freeze_count()))
+    monkeypatch.setattr(DrainingServer, "run", lambda self, _: frozen.append(gc.get_freeze_count()))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     try:
         with pytest.raises(SystemExit):  # it never started
@@ -334,6 +334,17 @@ def test_what_is_loaded_is_no_work_for_the_collector(monkeypatch):
     finally:
         gc.unfreeze()
     assert frozen[0] > 100_000
+
+
+def test_an_address_that_cannot_be_had_is_said_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=rf"127\.0\.0\.1 port {port}: .*choose another --port"):
+            bind("127.0.0.1", port)
+    with pytest.raises(InputError, match=r"cannot listen at 300\.1\.1\.1"):
+        bind("300.1.1.1", port)
+    with bind("127.0.0.1", port) as taken:
+        assert taken.getsockname()[1] == port
 
 
 def test_a_running_request_is_finished_when_the_server_is_told_to_stop():

@@ -80,7 +80,7 @@ def register(app: typer.Typer) -> None:
             )
         from lenvm.server import logs
         from lenvm.server.config import ServerConfig, load_api_keys
-        from lenvm.server.run import run
+        from lenvm.server.run import bind, run
 
         config = ServerConfig(
             name=name or Path(model).name,
@@ -96,9 +96,12 @@ def register(app: typer.Typer) -> None:
             log_prompts=log_prompts,
         )
         logs.set_up()
+        taken = bind(host, port)
         if upstream is not None:
+            what = upstream
             application = _build_upstream(upstream, upstream_engine, config)
         else:
+            what = config.name
             from lenvm.server.app import build_app
 
             loaded = _load_engine(
@@ -113,8 +116,12 @@ def register(app: typer.Typer) -> None:
             application = build_app(loaded, config)
         if not config.is_loopback and not config.api_keys:
             typer.echo("lenvm: other machines reach this server without an API key", err=True)
-        typer.echo(f"lenvm: serving {config.name} at http://{host}:{port}", err=True)
-        run(application, config)
+        run(
+            application,
+            config,
+            taken,
+            lambda url: typer.echo(f"lenvm: serving {what} at {url}", err=True),
+        )
 
 
 def _load_engine(
