@@ -61,7 +61,9 @@ def test_a_control_is_rewritten_for_the_other_servers_plugin(engine):
 def test_a_server_that_is_not_there_is_said():
     with before("http://127.0.0.1:9") as front:
         assert front.get("/health").status_code == 200
-        assert front.get("/ready").status_code == 503
+        reply = front.get("/ready")
+        assert reply.status_code == 503
+        assert "does not answer (ConnectError)" in reply.json()["why"]
         reply = ask(front)
         assert reply.status_code == 502
         assert "does not answer" in reply.json()["error"]["message"]

@@ -307,7 +307,8 @@ async def _stream(
     except asyncio.CancelledError:
         if not state.loop.draining:
             raise
-        facts["error"] = str(CUT_OFF)  # the drain is over
+        facts.pop("client", None)  # is still there: the drain is over
+        facts["error"] = str(CUT_OFF)
         yield sse(CUT_OFF.body())
         return
     ended = [completions[i] for i in sorted(completions)]

@@ -74,10 +74,16 @@ def build_upstream_app(
     @app.get("/ready", tags=["server"])
     async def ready() -> Response:
         try:
-            taken = (await client.get("/v1/models", headers=_key({}, api_key))).is_success
-        except httpx.HTTPError:
-            taken = False
-        return JSONResponse({"status": "ready" if taken else "waiting"}, 200 if taken else 503)
+            reply = await client.get("/v1/models", headers=_key({}, api_key))
+        except httpx.HTTPError as error:
+            why = f"{root} does not answer ({type(error).__name__})"
+        else:
+            if reply.is_success:
+                return JSONResponse({"status": "ready"})
+            why = f"{root} answers {reply.status_code}"
+            if reply.status_code in (401, 403):
+                why += "; give its key in LENVM_UPSTREAM_KEY"
+        return JSONResponse({"status": "waiting", "why": why}, 503)
 
     @app.api_route("/v1/{path:path}", methods=["GET", "POST"], include_in_schema=False)
     async def pass_through(path: str, request: HttpRequest) -> Response:
