@@ -288,7 +288,7 @@ def claiming(
     continued = claim(product, kind, config)
     try:
         yield continued
-    except Exception:
+    except BaseException:  # Ctrl-C, too
         if not continued and not product.exists() and not has_begun():
             manifest_path(product).unlink(missing_ok=True)
         raise

@@ -423,6 +423,17 @@ def test_a_run_that_was_killed_continues_to_the_same_end(tmp_path: Path, base: s
     assert losses("whole") == losses("model")  # nothing twice, nothing lost
 
 
+def test_ctrl_c_before_the_first_checkpoint_leaves_the_folder_free(tmp_path: Path, base: str):
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path, base, epochs=1), stop)
+    result = train(config(tmp_path, base, epochs=0.1))
+    assert next(r["step"] for r in read_metrics(tmp_path) if "eval_loss" in r) == 0
+    assert result.val_loss_first > 0
+
+
 def test_changed_data_or_settings_are_refused(tmp_path: Path, base: str):
     train(config(tmp_path, base, epochs=1))
     with pytest.raises(InputError, match="epochs"):
