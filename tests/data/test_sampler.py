@@ -241,9 +241,10 @@ def test_a_server_that_never_has_a_place_is_set_aside_in_the_end(tmp_path: Path)
 def test_a_request_that_alone_finds_no_place_fails_in_the_end(tmp_path: Path):
     faults: Any = {"fail_when": "Question 15?", "fail_status": 429, "retry_after": "0"}
     with stub_server(delay_s=0.05, **faults) as stub:
-        options: Any = {"timeout_s": 0.3, "prompts": PROMPTS[5:], "concurrency": 2}
+        prompts = [PROMPTS[15], *(Prompt.from_text(f"Other {i}?") for i in range(50))]
+        options: Any = {"timeout_s": 0.3, "prompts": prompts, "concurrency": 2}
         report = sample(tmp_path / "t.jsonl", stub, **options)
-    assert (report.num_written, report.num_failed) == (42, 3)
+    assert (report.num_written, report.num_failed) == (150, 3)
     assert "HTTP 429: made to fail" in report.first_failure
 
 
