@@ -45,6 +45,8 @@ class Stub:
     fail_share: float = 0.0
     """Answer this share of completion requests with `fail_status`."""
     fail_status: int = 500
+    retry_after: str | None = None
+    """The header of answers with `fail_status`."""
     fail_when: str | None = None
     """Answer requests whose body holds this text with `fail_status`."""
     reject_fields: tuple[str, ...] = ()
@@ -189,8 +191,11 @@ class _Connection(asyncio.Protocol):
             return
         head = (
             f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}\r\n"
-            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
         )
+        if status == self.stub.fail_status and self.stub.retry_after is not None:
+            head += f"retry-after: {self.stub.retry_after}\r\n"
+        head += "\r\n"
         limit = self.stub.truncate_after
         if limit is not None and self.stub.num_requests > limit:
             self.transport.write(head.encode() + body[: len(body) // 2])

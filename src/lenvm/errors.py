@@ -42,6 +42,10 @@ class RequestError(InputError):
         self.request_ids, self.cause = tuple(request_ids), cause
 
 
+class DataWarning(UserWarning):
+    """Data that can be used, with a fault that its user should know of."""
+
+
 class DataError(LenVMError):
     """A file that is missing, empty, malformed, of another schema, or made with other settings."""
 

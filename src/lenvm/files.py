@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -276,14 +276,20 @@ def claim(product: Path, kind: str, config: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def claiming(product: Path, kind: str, config: Mapping[str, Any]) -> Iterator[bool]:
+def claiming(
+    product: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    has_begun: Callable[[], object] = lambda: None,
+) -> Iterator[bool]:
     """`claim`, taken back where the block fails before anything of the product is there, so that
-    the mistake can be mended and the same path used."""
+    the mistake can be mended and the same path used. has_begun: something that a later run goes on
+    from, besides the product itself."""
     continued = claim(product, kind, config)
     try:
         yield continued
-    except Exception:
-        if not continued and not product.exists():
+    except BaseException:  # Ctrl-C, too
+        if not continued and not product.exists() and not has_begun():
             manifest_path(product).unlink(missing_ok=True)
         raise
 

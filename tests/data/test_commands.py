@@ -79,6 +79,28 @@ def test_sample_then_stats_then_convert_there_and_back(tmp_path: Path):
     assert {t.split for t in read_trajectories(tmp_path / "b.jsonl")} == {"test"}
 
 
+def test_stats_warns_of_what_training_would_suffer_from(tmp_path: Path):
+    path = tmp_path / "t.jsonl"
+    with stub_server(min_length=1, max_length=40) as stub:
+        options = ("--endpoint", stub.url, "-n", 4, "--limit", 12, "--seed", 1)
+        run("sample", "bundled", "-o", path, *options, "--max-tokens", 20)
+        run("sample", "bundled", "-o", tmp_path / "whole.jsonl", *options, "--max-tokens", 40)
+    rows = list(read_trajectories(path))
+    cut = sum(not t.is_complete for t in rows)
+    assert cut > 10
+    output = run("stats", path)
+    assert f"warning: {path}: {cut} of 48 completions ({100 * cut / 48:.0f}%) are trunc" in output
+    assert "lengths are underestimated" in output
+    assert "--set censoring=one_sided" in output
+    assert "warning" not in run("stats", tmp_path / "whole.jsonl")
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "twice.jsonl").write_text("".join([*lines, *lines[:5]]))
+    output = run("stats", tmp_path / "twice.jsonl")
+    assert "twice.jsonl: 5 completions have an id that an earlier line has" in output
+    (told,) = json.loads(run("stats", tmp_path / "twice.jsonl", "--json"))["warnings"]
+    assert told in output
+
+
 def test_shards_sample_disjoint_parts(tmp_path: Path):
     with stub_server() as stub:
         for i in range(2):
@@ -102,6 +124,9 @@ def test_bad_arguments_are_named(tmp_path: Path):
         run("stats", path)
     path.write_text("")
     with pytest.raises(DataError, match="holds no trajectories"):
+        run("stats", path)
+    path.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(DataError, match=r"t\.jsonl holds no trajectories, only an unfinished"):
         run("stats", path)
     with pytest.raises(InputError, match="allowed: model, dataset"):
         run("download", "a/b", "--kind", "space")

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from lenvm.data.dataset import Sequences, TokenStore, mixing_weights, repetition
-from lenvm.errors import DataError, InputError
+from lenvm.data.dataset import Sequences, TokenStore, mixing_weights, repetition, spells
+from lenvm.errors import DataError, DataWarning, InputError
+from tiny import tiny_tokenizer
 from training.test_trainer import trajectory, write_rows
 
 
@@ -70,6 +73,88 @@ def test_missing_and_malformed_files_are_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"y\.jsonl:1"):
         TokenStore.load(tmp_path / "y.jsonl")
     assert not list(tmp_path.glob(".y.jsonl*.part"))
+
+
+def test_a_file_with_an_unfinished_line_alone_is_named(tmp_path: Path):
+    whole = json.dumps(trajectory(0, 300, "train").to_json())
+    (tmp_path / "x.jsonl").write_text(whole[:300])
+    with pytest.raises(DataError, match=r"x\.jsonl holds no trajectories, only an unfinished"):
+        TokenStore.load(tmp_path / "x.jsonl")
+    assert not (tmp_path / ".x.jsonl.tokens").exists()
+
+
+def spelt(tmp_path: Path, num: int, *, wrong: set[int]) -> TokenStore:
+    """Completions whose texts their tokens spell, but for those of `wrong`."""
+    rows = []
+    for i in range(num):
+        ids = np.random.default_rng(i).integers(3, 60, 12).tolist()
+        text = " ".join(f"w{n + (i in wrong)}" for n in ids)
+        fields = {"completion_token_ids": [*ids, 2], "completion_text": text}
+        rows.append(trajectory(i, 13, "train", **fields))
+    return TokenStore.load(Path(write_rows(tmp_path / "t.jsonl", rows)))
+
+
+@pytest.mark.parametrize("num", [200, 4000])
+def test_a_tenth_of_another_generators_rows_is_found(tmp_path: Path, num: int):
+    spelt(tmp_path, num, wrong=set()).check_tokenizer(tiny_tokenizer(), "base")
+    mixed = spelt(tmp_path, num, wrong=set(range(0, num, 10)))
+    assert len(mixed.texts) == min(num, 256)
+    assert max(row for row, _ in mixed.texts) > 0.9 * num
+    with pytest.raises(DataError, match=r"t\.jsonl: \d+ of \d+ completions looked at .* of base: "):
+        mixed.check_tokenizer(tiny_tokenizer(), "base")
+    with pytest.raises(DataError, match="sampled with another tokenizer"):
+        spelt(tmp_path, num, wrong=set(range(num))).check_tokenizer(tiny_tokenizer(), "base")
+
+
+def test_a_single_text_that_is_not_spelt_is_told(tmp_path: Path):
+    one = spelt(tmp_path, 100, wrong={60})
+    with pytest.warns(DataWarning, match=r"1 of 100 .*completion 61 of the file"):
+        one.check_tokenizer(tiny_tokenizer(), "base")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, and two special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    found.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
+    return found
+
+
+def test_texts_as_servers_have_them_from_tokens_are_spelt():
+    tokenizer = byte_tokenizer()
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    end, call = tokenizer.convert_tokens_to_ids(["</s>", "<|call|>"])
+    story = "Once upon a time there was a length."
+    ids = encode(story)
+    for given, text in [
+        ([*ids, end], story),
+        ([*encode("  "), *ids, *encode("\n\n"), end], story),  # trimmed
+        ([*ids[:9], call, *ids[9:], end], story),  # a special token skipped
+        ([*ids, end], story + "</s>"),  # or kept
+        ([*encode("<think>Hm. Hm.</think>"), *ids, end], story),  # a chain of thought left out
+        ([*ids[:10], *encode("<tool>x</tool>"), *ids[10:]], story),  # or a part of the middle
+        (encode("né")[:-1], "n\ufffd"),  # cut in the middle of a character
+        (encode("né")[:-1], "n"),
+        (encode("日本語のテキスト")[:-2], "日本語のテキス\ufffd"),
+        ([*encode("x" * 5000), *ids], story),
+    ]:
+        assert spells(tokenizer, given, text), text
+    assert not spells(tokenizer, [*[(i + 1) % 256 for i in ids], end], story)
+
+
+def test_repeated_ids_are_told(tmp_path: Path):
+    rows = [trajectory(i, 5, "train") for i in (0, 1, 1, 2)]
+    found = TokenStore.load(Path(write_rows(tmp_path / "t.jsonl", rows)))
+    assert found.repeated == (1, rows[1].id)
+    with pytest.warns(DataWarning, match=r"1 completions have an id .*keep the completions of ano"):
+        found.warn_of_repeated()
+    store(tmp_path, name="u.jsonl").warn_of_repeated()
 
 
 def test_truncated_and_too_long_are_dropped_and_counted():

@@ -7,17 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lenvm.data.completers import parse_retry_after
 from lenvm.data.pool import SampleReport, failures_path
 from lenvm.data.prompts import Prompt
 from lenvm.data.sampler import plan_requests, sample_from_endpoints
 from lenvm.data.trajectory import read_trajectories
 from lenvm.errors import DataError, EndpointError, InputError
 from lenvm.files import read_json, read_jsonl
+from serving import serving, tiny_engine
 from stub_server import EOS, Stub, stub_server
 
 SRC = str(Path(__file__).parents[2] / "src")
@@ -196,6 +199,61 @@ def test_passing_faults_lose_nothing(tmp_path: Path):
     with stub_server(fail_share=0.2, fail_status=429) as stub:
         report = sample(tmp_path / "t.jsonl", stub, retries=10, backoff_s=0.001, patience_s=60)
     assert (report.num_written, report.num_failed) == (60, 0)
+
+
+def test_a_server_with_few_places_completes_all_and_no_wait_is_a_failed_attempt(tmp_path: Path):
+    path = tmp_path / "t.jsonl"
+    with serving(tiny_engine(max_requests=4), max_waiting=2) as client:
+        url = f"http://127.0.0.1:{client.base_url.port}/v1"
+        options: Any = {"n": 2, "concurrency": 16, "retries": 0, "patience_s": 0.0}
+        options |= {"prompts": [Prompt.from_text(f"w{i}") for i in range(7, 47)]}
+        report = sample(path, url, **options, sampling={"max_tokens": 12})
+        assert (report.num_written, report.num_failed) == (80, 0)
+        assert report.num_busy > 0
+        assert "times a server had no place" in str(report)
+        assert len(set(ids(path))) == 80
+        # more in one request than there are places for: no waiting helps
+        options |= {"n": 8, "prompts": options["prompts"][:3]}
+        report = sample(tmp_path / "u.jsonl", url, **options, sampling={"max_tokens": 12})
+    assert report.num_failed == 24
+    assert "n is 8; allowed: up to the server's 6 places" in str(report)
+    assert "ask for fewer completions in one request (--per-request)" in str(report)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_again_when_it_says(tmp_path: Path, status: int):
+    with stub_server(fail_first=3, fail_status=status, retry_after="1") as stub:
+        options: Any = {"retries": 0, "patience_s": 0.0, "concurrency": 4}
+        begun = time.monotonic()
+        report = sample(tmp_path / "t.jsonl", stub, **options)
+    assert (report.num_written, report.num_failed, report.num_busy) == (60, 0, 3)
+    assert 1 <= time.monotonic() - begun < 10
+
+
+def test_a_server_that_never_has_a_place_is_set_aside_in_the_end(tmp_path: Path):
+    with (
+        stub_server(fail_first=10**9, fail_status=429, retry_after="0") as stub,
+        pytest.raises(EndpointError, match=r"no place within 0\.3 s: HTTP 429: made to fail"),
+    ):
+        sample(tmp_path / "t.jsonl", stub, patience_s=60, timeout_s=0.3)
+
+
+def test_a_request_that_alone_finds_no_place_fails_in_the_end(tmp_path: Path):
+    faults: Any = {"fail_when": "Question 15?", "fail_status": 429, "retry_after": "0"}
+    with stub_server(delay_s=0.05, **faults) as stub:
+        prompts = [PROMPTS[15], *(Prompt.from_text(f"Other {i}?") for i in range(50))]
+        options: Any = {"timeout_s": 0.3, "prompts": prompts, "concurrency": 2}
+        report = sample(tmp_path / "t.jsonl", stub, **options)
+    assert (report.num_written, report.num_failed) == (150, 3)
+    assert "HTTP 429: made to fail" in report.first_failure
+
+
+def test_retry_after_is_seconds_or_a_date():
+    assert parse_retry_after("7") == 7
+    assert parse_retry_after(formatdate(time.time() + 30, usegmt=True)) == pytest.approx(30, abs=2)
+    assert parse_retry_after(formatdate(time.time() - 30, usegmt=True)) == 0
+    assert parse_retry_after("soon") is None
+    assert parse_retry_after(None) is None
 
 
 def test_refused_requests_are_not_repeated_and_a_refused_run_ends_early(tmp_path: Path):

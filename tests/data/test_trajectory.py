@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lenvm.data.trajectory import Trajectory, read_trajectories
+from lenvm.data.trajectory import IdCheck, Trajectory, read_trajectories
 from lenvm.errors import DataError
 
 ROW: dict[str, Any] = {
@@ -43,6 +43,21 @@ def test_an_unfinished_last_line_is_passed_over(tmp_path: Path):
     assert len(list(read_trajectories(path))) == 1
     path.write_text(json.dumps(ROW))
     assert len(list(read_trajectories(path))) == 1
+    for unfinished in (json.dumps(ROW).encode()[:50], b"\x1f\x8b\x00\xff" * 9):
+        path.write_bytes(unfinished)
+        with pytest.raises(DataError, match=r"t\.jsonl holds no trajectories, only an unfinished"):
+            list(read_trajectories(path))
+
+
+def test_repeated_ids_of_a_file_are_counted(tmp_path: Path):
+    rows = [Trajectory(**ROW | {"id": name}) for name in ("a", "b", "a", "c", "a")]
+    check = IdCheck(tmp_path / "t.jsonl")
+    assert list(check.watch(rows)) == rows
+    assert (check.num_repeated, check.first) == (2, "a")
+    assert "t.jsonl: 2 completions have an id that an earlier line has" in check.warning
+    alone = IdCheck(tmp_path / "t.jsonl")
+    assert list(alone.watch(rows[:2])) == rows[:2]
+    assert alone.warning == ""
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from lenvm import returns
 from lenvm.data.dataset import Sequences
 from lenvm.data.packing import BatchPlan, PackedBatch, pack, pad
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
-from lenvm.training.evaluation import Evaluation
+from lenvm.training.evaluation import Evaluation, name_metrics
 from lenvm.training.metrics import position_errors, prompt_errors, summarise, token_errors
 from lenvm.training.model import PackedModel
 from lenvm.training.objective import Objective, States
@@ -97,6 +97,18 @@ def read_one_by_one(model: PackedModel, sequences: Sequences) -> list[Tensor]:
         first = int(sequences.prompt_lengths[i]) - 1
         found.append(value_model.belief(raw[first:]).length())
     return found
+
+
+def test_the_metrics_of_a_best_model_are_known_before_one_is_trained(
+    model: PackedModel, sequences: Sequences
+):
+    found, _ = evaluate(model, sequences, [[list(range(len(sequences)))]])
+    numbers = {name for name, value in found.items() if isinstance(value, float)}
+    assert set(name_metrics(sequences)) == numbers - {"num_prompts"}
+    row = trajectory(0, 9, "validation", finish_reason="length")
+    cut = Sequences.from_trajectories([row], censoring="one_sided")
+    found, _ = evaluate(model, cut, [[[0]]])
+    assert name_metrics(cut) == list(found) == ["loss"]
 
 
 def test_metrics_are_those_of_single_sequences(model: PackedModel, sequences: Sequences):

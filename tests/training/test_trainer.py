@@ -13,13 +13,14 @@ from tokenizers.models import WordLevel
 from lenvm.data.dataset import Sequences, TokenStore
 from lenvm.data.packing import pack
 from lenvm.data.trajectory import Trajectory
-from lenvm.errors import CheckpointError, DataError, InputError, TrainingError
+from lenvm.errors import CheckpointError, DataError, DataWarning, InputError, TrainingError
 from lenvm.guidance.request import LengthControl
 from lenvm.guidance.scorer import CandidateScorer
 from lenvm.guidance.session import GuidanceSession, Guided
 from lenvm.model.value_model import LengthValueModel
 from lenvm.training import loop
 from lenvm.training.config import TrainingConfig
+from lenvm.training.loop import COMPLETE, find_checkpoint
 from lenvm.training.model import PackedModel, use_liger
 from lenvm.training.objective import Objective, States
 from lenvm.training.trainer import start_from_marginal, train
@@ -318,8 +319,53 @@ def test_metrics_of_a_run(tmp_path: Path, base: str):
     predicted, realised = zip(*last["eval_calibration"], strict=True)
     assert list(predicted) == sorted(predicted)
     assert abs(predicted[-1] - realised[-1]) < 12
-    with pytest.raises(InputError, match="prompt_mre"):
-        train(config(tmp_path, base, best_metric="colour", output=str(tmp_path / "b")))
+    other = {"output": str(tmp_path / "b"), "epochs": 0.1}
+    with pytest.raises(InputError, match=r"best_metric is 'colour'; allowed .*, prompt_mre, "):
+        train(config(tmp_path, base, best_metric="colour", **other))
+    assert not (tmp_path / "b.metrics.jsonl").exists()  # before anything is computed
+    train(config(tmp_path, base, best_metric="mae/code", **other))  # the folder is still free
+
+
+def test_a_metrics_file_holds_each_evaluation_once_and_nothing_that_misleads(
+    tmp_path: Path, base: str
+):
+    result = train(config(tmp_path, base, epochs=2))
+    rows = read_metrics(tmp_path)
+    steps = [row["step"] for row in rows if "eval_loss" in row]
+    assert len(steps) >= 4
+    assert steps == sorted(set(steps))
+    end = rows[-1]
+    assert end.keys() == {"step", "train_seconds", "tokens_per_s"}
+    assert 0 < end["train_seconds"] <= result.seconds
+    best = config(tmp_path, base, epochs=2, best_metric="loss", output=str(tmp_path / "best"))
+    result = train(best)
+    rows = [row for row in read_metrics(tmp_path, "best") if "eval_loss" in row]
+    assert result.val_loss_last == pytest.approx(min(row["eval_loss"] for row in rows), rel=1e-4)
+    again = [row for row in rows if "of_step" in row]
+    assert all(row["of_step"] < row["step"] for row in again)
+    assert len({row["step"] for row in rows}) == len(rows) - len(again)
+
+
+def test_truncated_and_repeated_completions_warn(tmp_path: Path, base: str):
+    rows = [
+        trajectory(i, 12, "validation" if i % 5 == 0 else "train", finish_reason=reason)
+        for i in range(50)
+        for reason in ["length" if i % 2 else "stop"]
+    ]
+    path = write_rows(tmp_path / "t.jsonl", [*rows, rows[1]])
+    with pytest.warns(DataWarning) as told:
+        train(config(tmp_path, base, epochs=0.1, data=[path]))
+    said = [str(w.message) for w in told]
+    assert len(said) == 2
+    assert "21 of 41 completions (51%) are truncated, and training leaves them out" in said[0]
+    assert "lengths are underestimated" in said[0]
+    assert "1 completions have an id that an earlier line has" in said[1]
+    whole = write_rows(tmp_path / "u.jsonl", rows[::2])
+    copy = shutil.copy(whole, tmp_path / "v.jsonl")
+    with pytest.warns(DataWarning, match=r"v\.jsonl: the same content as another file"):
+        train(config(tmp_path, base, epochs=0.1, data=[whole, str(copy)], output=f"{path}.m"))
+    kept = config(tmp_path, base, epochs=0.1, data=[write_rows(tmp_path / "w.jsonl", rows)])
+    train(kept.model_copy(update={"censoring": "one_sided", "output": f"{path}.n"}))  # no warning
 
 
 def test_mixing_weights_and_down_sampling_choose_what_an_epoch_sees(tmp_path: Path, base: str):
@@ -360,14 +406,32 @@ def test_a_run_that_was_killed_continues_to_the_same_end(tmp_path: Path, base: s
 
     with pytest.raises(Killed):
         train(config(tmp_path, base), stop)
+    with pytest.raises(InputError, match="epochs"):  # a checkpoint is there to go on from
+        train(config(tmp_path, base, epochs=7))
+    last = find_checkpoint(tmp_path / "model.state")
+    saved = json.loads((Path(last or "") / COMPLETE).read_text())["seconds"]
     continued = train(config(tmp_path, base))
     assert continued.val_loss_last == whole.val_loss_last
     assert continued.val_loss_first == whole.val_loss_first
+    assert continued.seconds > saved > 0  # of both legs
+    with pytest.raises(InputError, match="epochs"):
+        train(config(tmp_path, base, epochs=7))
 
     def losses(name: str) -> list[object]:
         return [(r["step"], r["loss"]) for r in read_metrics(tmp_path, name) if "loss" in r]
 
     assert losses("whole") == losses("model")  # nothing twice, nothing lost
+
+
+def test_ctrl_c_before_the_first_checkpoint_leaves_the_folder_free(tmp_path: Path, base: str):
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path, base, epochs=1), stop)
+    result = train(config(tmp_path, base, epochs=0.1))
+    assert next(r["step"] for r in read_metrics(tmp_path) if "eval_loss" in r) == 0
+    assert result.val_loss_first > 0
 
 
 def test_changed_data_or_settings_are_refused(tmp_path: Path, base: str):
@@ -382,6 +446,7 @@ def test_changed_data_or_settings_are_refused(tmp_path: Path, base: str):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, base: str):
     with pytest.raises(TrainingError, match="learning_rate"):
         train(config(tmp_path, base, learning_rate=1e30, warmup_ratio=0))
+    train(config(tmp_path, base, epochs=0.1))  # no checkpoint holds the folder for those settings
 
 
 def test_weights_that_are_not_finite_are_found_before_the_first_step(tmp_path: Path, base: str):
@@ -396,7 +461,13 @@ def test_weights_that_are_not_finite_are_found_before_the_first_step(tmp_path: P
 def test_no_usable_sequence_and_other_tokenizers(tmp_path: Path, base: str):
     path = tmp_path / "t.jsonl"
     write_rows(path, [trajectory(0, 5, "train")])
-    with pytest.raises(DataError, match="validation"):
+    with pytest.raises(
+        DataError, match=r"there are 1 of split train\. .*80/10/10.* \"validation\""
+    ):
+        train(config(tmp_path, base))
+    cut = [trajectory(1, 5, "validation", finish_reason="length"), trajectory(0, 5, "train")]
+    write_rows(path, cut)
+    with pytest.raises(DataError, match=r"1 of split validation; dropped of validation: 1 trunc"):
         train(config(tmp_path, base))
     rows = [
         trajectory(i, 5, s, prompt_token_ids=[999]) for i, s in enumerate(("train", "validation"))
@@ -480,6 +551,35 @@ def test_fp16_needs_a_gpu(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyP
 def test_bad_settings_are_named(override: str):
     with pytest.raises(InputError, match=override.split("=")[0]):
         TrainingConfig.load(None, ['data=["a"]', "output=o", override])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("gamma=1.5", "gamma is 1.5; allowed: a number over 0 and under 1 or 'auto'"),
+        ("gamma=abc", "gamma is 'abc'; allowed: a number over 0 and under 1 or 'auto'"),
+        ("gama=0.9", "there is no option gama; did you mean gamma?"),
+        ("colour=1", "there is no option colour; allowed: data, output, backbone, "),
+        ("weights={a=-1}", "weights.a is -1; allowed: a number over 0"),
+        ("trainable=none", "trainable is 'none'; allowed: 'full', 'lora', 'dora', 'last', 'head'"),
+        ("epochs=0", "epochs is 0; allowed: a number over 0"),
+        ("evals=1.5", "evals is 1.5; allowed: a whole number from 1"),
+        ("compile=often", "compile is 'often'; allowed: true or false"),
+        ("data=[]", "data is []; allowed: a list that is not empty"),
+    ],
+)
+def test_a_bad_setting_says_what_is_allowed(override: str, says: str):
+    with pytest.raises(InputError) as error:
+        TrainingConfig.load(None, ['data=["a"]', "output=o", override])
+    assert says in str(error.value)
+
+
+def test_settings_that_do_not_go_together_are_told_without_the_others():
+    with pytest.raises(InputError) as error:
+        TrainingConfig.load(None, ['data=["a"]', "output=o", "init_from=m", "gamma=0.9"])
+    assert str(error.value) == "init_from brings its own gamma; leave that out"
+    with pytest.raises(InputError, match=r"^output is missing; name the folder"):
+        TrainingConfig.load(None, ['data=["a"]'])
 
 
 def test_a_control_before_the_prompt_goes_from_the_data_to_guidance(tmp_path: Path, base: str):

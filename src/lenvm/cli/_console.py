@@ -65,6 +65,26 @@ def stages() -> "Iterator[Callable[[str, int, int], None]]":
         yield advance
 
 
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings of data as a line for the user, not for the programmer."""
+    import warnings
+
+    from lenvm.errors import DataWarning
+
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        if issubclass(category, DataWarning):
+            print(f"lenvm: warning: {message}", file=sys.stderr, flush=True)
+        else:
+            shown(message, category, *args, **kwargs)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table on standard output; the first column is left-aligned, the others right."""
     from rich.console import Console

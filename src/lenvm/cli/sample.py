@@ -71,7 +71,9 @@ def register(app: typer.Typer) -> None:
         patience: Annotated[
             float, typer.Option(help="Seconds of nothing but failures until a server is given up.")
         ] = 30.0,
-        timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 3600.0,
+        timeout: Annotated[
+            float, typer.Option(help="Seconds for one request; as long for a place.")
+        ] = 3600.0,
         strict: Annotated[
             bool, typer.Option(help="Stop where token ids disagree with the server's count.")
         ] = False,

@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
         """Counts, truncation, length percentiles and a gamma for training."""
         from lenvm.data.stats import compute_stats
         from lenvm.data.stats import downsample as write_part
-        from lenvm.data.trajectory import read_trajectories
+        from lenvm.data.trajectory import IdCheck, read_trajectories
         from lenvm.errors import InputError
 
         if downsample:
@@ -44,15 +44,29 @@ def register(app: typer.Typer) -> None:
             files = [downsample]
         elif prompts or per_prompt:
             raise InputError("--prompts and --per-prompt need --downsample FILE")
-        found = compute_stats(read_trajectories(*files))
+        checks = [IdCheck(path) for path in files]
+        found = compute_stats(t for c in checks for t in c.watch(read_trajectories(c.path)))
         if plot:
             from lenvm.reports.lengths import draw_lengths
 
             draw_lengths(found, plot)
+        warnings = _find_faults(found, checks)
         if as_json:
-            typer.echo(json.dumps(found.to_json(), indent=2))
-        else:
-            _print(found)
+            typer.echo(json.dumps({**found.to_json(), "warnings": warnings}, indent=2))
+            return
+        _print(found)
+        for message in warnings:
+            typer.echo(f"lenvm: warning: {message}", err=True)
+
+
+def _find_faults(found: Any, checks: list[Any]) -> list[str]:
+    """What training on the files would suffer from."""
+    from lenvm.data.stats import describe_truncated
+
+    whole = found.groups[-1]
+    where = ", ".join(str(check.path) for check in checks)
+    told = describe_truncated(where, whole.num_truncated, whole.num_completions)
+    return [message for message in (told, *(check.warning for check in checks)) if message]
 
 
 def _print(found: Any) -> None:

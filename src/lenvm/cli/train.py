@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
         """
         import json
 
-        from lenvm.cli._console import print_table, stages
+        from lenvm.cli._console import plain_warnings, print_table, stages
         from lenvm.errors import DataError
         from lenvm.training.config import TrainingConfig
 
@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
         from lenvm.training.trainer import leave_group
         from lenvm.training.trainer import train as run
 
-        with stages() as progress:
+        with stages() as progress, plain_warnings():
             result = run(settings, progress)
         dropped = ", ".join(f"{n} {why}" for why, n in result.num_dropped.items()) or "none"
         print_table(

@@ -8,8 +8,10 @@ that is done here. It neither retries nor schedules: `sampler` does. What goes w
 """
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
@@ -21,6 +23,7 @@ from lenvm.errors import EndpointError, InputError
 
 ServerKind = Literal["vllm", "sglang", "lenvm", "openai"]
 SERVER_KINDS: tuple[ServerKind, ...] = ("vllm", "sglang", "lenvm", "openai")
+Fault = Literal["refused", "transient", "busy", "unreachable", "closed"]
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,14 @@ class CompletionError(Exception):
     """A request that did not succeed.
 
     "refused": the request is at fault, trying again is no use; "transient": it may succeed later;
-    "unreachable": the server did not answer at all; "closed": the endpoint cannot serve this run.
+    "busy": the server lives and has no place now, `wait_s` is when to come again, None where it did
+    not say; "unreachable": the server did not answer at all; "closed": the endpoint cannot serve
+    this run.
     """
 
-    def __init__(
-        self, kind: Literal["refused", "transient", "unreachable", "closed"], message: str
-    ) -> None:
+    def __init__(self, kind: Fault, message: str, *, wait_s: float | None = None) -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.wait_s = kind, wait_s
 
 
 class Completer(Protocol):
@@ -163,6 +166,7 @@ class HttpCompleter:
                 method, self.name + path, json=body, timeout=timeout
             ) as response:
                 status, data = response.status, await response.read()
+                wait_s = parse_retry_after(response.headers.get("Retry-After"))
         except TimeoutError:
             raise CompletionError("transient", "no answer within the time limit") from None
         except (aiohttp.ClientError, OSError) as error:
@@ -175,7 +179,7 @@ class HttpCompleter:
             answer = None
         if status >= 400:
             said = _find_message(answer) or data[:500].decode("utf-8", "replace")
-            raise _status_error(status, said)
+            raise _status_error(status, said, wait_s, answer)
         if not isinstance(answer, dict):
             raise CompletionError("transient", f"the answer is not a JSON object: {data!r:.80}")
         return answer
@@ -292,12 +296,37 @@ def _find_message(answer: Any) -> str:
     return str(error.get("message") or "") if isinstance(error, dict) else str(error or "")
 
 
-def _status_error(status: int, message: str) -> CompletionError:
+def _find_detail(answer: Any, name: str) -> Any:
+    """`param` or `code` of an error in OpenAI's form; None where there is none."""
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return error.get(name) if isinstance(error, dict) else None
+
+
+def _status_error(status: int, message: str, wait_s: float | None, answer: Any) -> CompletionError:
+    said = f"HTTP {status}: {message}"
+    if status == 429 and _find_detail(answer, "code") == "insufficient_quota":
+        return CompletionError("closed", said)  # OpenAI's: no waiting helps
+    if status == 429 or (status == 503 and wait_s is not None):
+        return CompletionError("busy", said, wait_s=wait_s)
     if status in (401, 403, 404, 405):
-        return CompletionError("closed", f"HTTP {status}: {message}")
-    if status in (408, 409, 425, 429) or status >= 500:
-        return CompletionError("transient", f"HTTP {status}: {message}")
-    return CompletionError("refused", f"HTTP {status}: {message}")
+        return CompletionError("closed", said)
+    if status in (408, 409, 425) or status >= 500:
+        return CompletionError("transient", said)
+    if _find_detail(answer, "param") == "n":
+        said += "; ask for fewer completions in one request (--per-request)"
+    return CompletionError("refused", said)
+
+
+def parse_retry_after(text: str | None) -> float | None:
+    """Seconds from now of a Retry-After header: a number, or an HTTP date; None for neither."""
+    if text is None:
+        return None
+    if text.strip().isdecimal():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
 
 
 def _names_extension(error: CompletionError) -> bool:

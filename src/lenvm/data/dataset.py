@@ -13,8 +13,11 @@ import io
 import json
 import math
 import os
+import random
 import shutil
 import tempfile
+import unicodedata
+import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,12 +29,25 @@ from typing import Any, Literal
 import numpy as np
 
 from lenvm.data.images import resolve_images
-from lenvm.data.trajectory import Trajectory, read_trajectories
-from lenvm.errors import DataError, InputError
+from lenvm.data.trajectory import (
+    IdCheck,
+    Trajectory,
+    describe_repeated,
+    hash_group,
+    read_trajectories,
+)
+from lenvm.errors import DataError, DataWarning, InputError
 from lenvm.files import explaining, read_json, write_json
 
-STORE_VERSION = 3
-NUM_TEXTS = 16
+STORE_VERSION = 4
+NUM_TEXTS = 256
+"""Texts of a file that are compared with their tokens: of a tenth of wrong ones, 26."""
+SAMPLE_OF_TEXT = 200
+"""Characters of each that are kept."""
+WINDOW = 20
+"""Characters, blanks aside, that the tokens must spell."""
+MANY_MISSPELT = 0.05
+"""Share of texts from which on a file is refused."""
 Censoring = Literal["drop", "one_sided", "bootstrap"]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -72,7 +88,9 @@ class TokenStore:
     sha256: str
     """Of the trajectory file."""
     texts: tuple[tuple[int, str], ...] = ()
-    """(row, beginning of its text) of the first completions that have a text."""
+    """(row, beginning of its text) of completions with a text, drawn from all over the file."""
+    repeated: tuple[int, str] = (0, "")
+    """Completions whose id an earlier one has, and the first such id."""
 
     @classmethod
     def load(cls, path: Path, prefix: "ControlPrefix | None" = None) -> "TokenStore":
@@ -94,28 +112,73 @@ class TokenStore:
         index = np.load(folder / "index.npy", mmap_mode="r")
         images = tuple(tuple(files) for files in meta["images"])
         texts = tuple((row, text) for row, text in meta["texts"])
-        return cls(path, tokens, index, tuple(meta["domains"]), images, meta["sha256"], texts)
+        domains, repeated = tuple(meta["domains"]), tuple(meta["repeated"])
+        return cls(path, tokens, index, domains, images, meta["sha256"], texts, repeated)
 
     def check_tokenizer(self, tokenizer: Any, name: str) -> None:
-        """DataError where no completion's tokens spell its text with the tokenizer of `name`.
+        """Whether the completions' tokens spell their texts with the tokenizer of `name`.
 
-        Token ids of another tokenizer may well lie inside the vocabulary. A text is looked for in
-        the tokens' own, blanks aside: servers trim texts and may leave a chain of thought out.
+        Token ids of another tokenizer may well lie inside the vocabulary, and a file may be mixed
+        of two generators'. DataError where all texts are misspelt, or more than one and
+        `MANY_MISSPELT` of them; a DataWarning where fewer are.
         """
-        read = ""
+        wrong = []
         for row, text in self.texts:
             entry = self.index[row]
             start = int(entry["start"]) + int(entry["prompt_length"])
-            read = tokenizer.decode(self.tokens[start : start + int(entry["length"])].tolist())
-            if "".join(text.split())[:20] in "".join(read.split()):
-                return
-        if self.texts:
-            text = self.texts[-1][1]
+            ids = self.tokens[start : start + int(entry["length"])].tolist()
+            if not spells(tokenizer, ids, text):
+                wrong.append((row, text, tokenizer.decode(ids)))
+        if not wrong:
+            return
+        row, text, read = wrong[0]
+        found = (
+            f"the tokens of {text[:40]!r} (completion {row + 1} of the file) spell {read[:40]!r}"
+        )
+        if len(wrong) == len(self.texts):
             raise DataError(
-                f"{self.path} was sampled with another tokenizer than that of {name}: the tokens "
-                f"of {text[:40]!r} spell {read[:40]!r}. Train on the backbone that sampled it, or "
-                "sample again."
+                f"{self.path} was sampled with another tokenizer than that of {name}: {found}. "
+                "Train on the backbone that sampled it, or sample again."
             )
+        share = f"{len(wrong)} of {len(self.texts)} completions looked at"
+        if len(wrong) > 1 and len(wrong) >= MANY_MISSPELT * len(self.texts):
+            raise DataError(
+                f"{self.path}: {share} do not spell their text with the tokenizer of {name}: "
+                f"{found}. Were files of two generators mixed? Keep the rows of the backbone that "
+                "is trained; a text that was changed on purpose may be left empty."
+            )
+        warnings.warn(
+            f"{self.path}: {share} does not spell its text with the tokenizer of {name}: {found}",
+            DataWarning,
+            stacklevel=2,
+        )
+
+    def warn_of_repeated(self) -> None:
+        """DataWarning where ids stand in the file more than once."""
+        if message := describe_repeated(self.path, *self.repeated):
+            warnings.warn(message, DataWarning, stacklevel=2)
+
+
+def spells(tokenizer: Any, ids: list[int], text: str) -> bool:
+    """Whether tokens spell a text, as far as a server would have it from them.
+
+    Servers trim texts, leave out special tokens or a chain of thought, and end in the middle of a
+    character: so the text's first or last characters are looked for in what the tokens say, with
+    and without special tokens; blanks, case, forms of a character and broken ones set aside.
+    """
+    said = _plain(text)
+    windows = {said[:WINDOW], said[-WINDOW:]}
+    for part in (ids[: 4 * SAMPLE_OF_TEXT], ids):  # mostly the beginning tells
+        for skip in (True, False):
+            read = _plain(tokenizer.decode(part, skip_special_tokens=skip))
+            if any(window in read for window in windows):
+                return True
+    return False
+
+
+def _plain(text: str) -> str:
+    text = unicodedata.normalize("NFKC", text.replace("\ufffd", "")).casefold()
+    return "".join(text.split())
 
 
 def _is_current(path: Path, folder: Path) -> bool:
@@ -139,12 +202,6 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_group(prompt_hash: str) -> int:
-    """A prompt's hash as a signed 64-bit number."""
-    digest = hashlib.blake2b(prompt_hash.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
 def _build(path: Path, folder: Path, prefix: ControlPrefix | None) -> None:
     stat, sha256 = path.stat(), hash_file(path)
     with explaining(folder):
@@ -161,7 +218,8 @@ def _build(path: Path, folder: Path, prefix: ControlPrefix | None) -> None:
 def _write_store(
     path: Path, part: Path, stat: os.stat_result, sha256: str, prefix: ControlPrefix | None
 ) -> None:
-    rows, domains, images, texts = _write_tokens(path, part / "tokens.i32", prefix)
+    ids = IdCheck(path)
+    rows, domains, images, texts = _write_tokens(path, part / "tokens.i32", prefix, ids)
     index = io.BytesIO()  # to a file, np.save passes over a full disk
     np.save(index, np.array(rows, dtype=INDEX))
     (part / "index.npy").write_bytes(index.getvalue())
@@ -173,23 +231,29 @@ def _write_store(
         "domains": domains,
         "images": images,
         "texts": texts,
+        "repeated": [ids.num_repeated, ids.first],
     }
     write_json(part / "meta.json", meta)
 
 
 def _write_tokens(
-    path: Path, out: Path, prefix: ControlPrefix | None
+    path: Path, out: Path, prefix: ControlPrefix | None, ids: IdCheck
 ) -> tuple[list[Any], list[str], list[list[str]], list[tuple[int, str]]]:
     rows: list[Any] = []
     texts: list[tuple[int, str]] = []
+    num_texts, chance = 0, random.Random(0)
     domains: dict[str, int] = {}
     images: dict[tuple[str, ...], int] = {}
     start = 0
     with out.open("wb") as file:
-        for t in read_trajectories(path):
+        for t in ids.watch(read_trajectories(path)):
             files = tuple(resolve_images(t.images, path.parent))
-            if t.completion_text.strip() and len(texts) < NUM_TEXTS:
-                texts.append((len(rows), t.completion_text[:200]))
+            if t.completion_text.strip():  # each text of the file is as likely to stay
+                place = num_texts if num_texts < NUM_TEXTS else chance.randrange(num_texts + 1)
+                if place < NUM_TEXTS:
+                    kept = (len(rows), t.completion_text[:SAMPLE_OF_TEXT])
+                    texts[place : place + 1] = [kept]
+                num_texts += 1
             prompt = t.prompt_token_ids
             if prefix is not None and t.length_control is not None:
                 prompt = [*prefix.encode(t.length_control), *prompt]
@@ -209,7 +273,7 @@ def _write_tokens(
                 )
             )
             start += len(prompt) + t.length
-    return rows, list(domains), [list(files) for files in images], texts
+    return rows, list(domains), [list(files) for files in images], sorted(texts)
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""Workers over completers: retries, failures on record, endpoints set aside, records written."""
+"""Workers over completers: retries, failures on record, endpoints set aside, records written.
+
+A server that says it has no place (HTTP 429) lives: its requests wait as long as it says, that is
+no failed attempt, and fewer of them are under way at once until it takes more (`_Gate`).
+"""
 
 import asyncio
 import random
@@ -14,6 +18,8 @@ from lenvm.errors import DataError, EndpointError
 from lenvm.files import JsonlWriter
 
 REFUSED_BEFORE_GIVING_UP = 16
+LONGEST_WAIT_S = 60.0
+"""A server that says to wait longer is asked again after so long."""
 
 
 @dataclass
@@ -26,6 +32,10 @@ class SampleReport:
     num_written: int = 0
     num_failed: int = 0
     """Completions whose requests failed for good: listed in `failures_path(path)`."""
+    first_failure: str = ""
+    """Why the first of them failed."""
+    num_busy: int = 0
+    """Times that a server had no place and said to wait."""
     num_tokens: int = 0
     num_truncated: int = 0
     num_mismatched: int = 0
@@ -43,7 +53,12 @@ class SampleReport:
         if self.num_failed:
             lines.append(
                 f"{self.num_failed} completions failed, see {failures_path(self.path)}; "
-                "the same command tries them again"
+                f"the same command tries them again. The first one: {self.first_failure}"
+            )
+        if self.num_busy:
+            lines.append(
+                f"{self.num_busy} times a server had no place and its requests waited; a lower "
+                "--concurrency asks for fewer at once"
             )
         if self.num_mismatched:
             lines.append(
@@ -62,6 +77,43 @@ def failures_path(path: Path) -> Path:
 class _Job:
     request: SampleRequest
     num_attempts: int = 0
+    num_busy: int = 0
+    busy_since: float | None = None
+    """When this endpoint first had no place for it."""
+    begun: float = 0.0
+    """When it was last asked for."""
+
+
+class _Gate:
+    """Requests under way at one endpoint: as many as it takes at once, first come, first served."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.limit, self.num_open = most, float(most), 0
+        self.queue: deque[asyncio.Future[None]] = deque()
+
+    async def enter(self) -> None:
+        if not self.queue and self.num_open < int(self.limit):
+            self.num_open += 1
+            return
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.queue.append(place)
+        await place
+
+    def leave(self) -> None:
+        self.num_open -= 1
+        while self.queue and self.num_open < int(self.limit):
+            place = self.queue.popleft()
+            if not place.done():  # cancelled: the run ends
+                self.num_open += 1
+                place.set_result(None)
+
+    def shrink(self) -> None:
+        """One under way found no place: what the others are is what there is room for."""
+        self.limit = float(max(1, min(int(self.limit), self.num_open - 1)))
+
+    def grow(self) -> None:
+        """One more at once for each round of completed requests."""
+        self.limit = min(float(self.most), self.limit + 1 / self.limit)
 
 
 @dataclass
@@ -75,6 +127,8 @@ class Pool:
     retries: int
     backoff_s: float
     patience_s: float
+    busy_s: float
+    """How long a request waits for a place."""
     strict: bool
     progress: Callable[[], None]
 
@@ -85,13 +139,19 @@ class Pool:
         self.failures: JsonlWriter | None = None
         self.wake = asyncio.Event()
         self.last_good: dict[str, float] = {}
+        """When each endpoint last showed that it lives."""
+        self.last_done: dict[str, float] = {}
+        """When each endpoint last completed a request."""
+        self.gates: dict[str, _Gate] = {}
 
     async def run(self, completers: Sequence[Completer], concurrency: int) -> None:
         now = time.monotonic()
         self.last_good = {c.name: now for c in completers}
+        self.last_done = dict(self.last_good)
         share = [concurrency // len(completers)] * len(completers)
         for i in range(concurrency % len(completers)):
             share[i] += 1
+        self.gates = {c.name: _Gate(max(1, s)) for c, s in zip(completers, share, strict=True)}
         tasks = [
             asyncio.create_task(self._work(completer))
             for completer, count in zip(completers, share, strict=True)
@@ -135,26 +195,71 @@ class Pool:
 
     async def _finish(self, completer: Completer, job: _Job) -> None:
         """Complete a job, retrying; or record it as failed; or return it where the endpoint is."""
-        while completer.name not in self.report.set_aside:
-            begun = time.monotonic()
+        name = completer.name
+        while name not in self.report.set_aside:
             try:
-                sampled = await completer.complete(job.request)
+                sampled = await self._ask(completer, job)
             except CompletionError as error:
+                if error.kind == "busy":
+                    wait_s = self._wait_for_place(name, job, error)
+                    if wait_s is None and name not in self.report.set_aside:
+                        self._record_failure(completer, job, error)
+                        return
+                    await asyncio.sleep(wait_s or 0.0)
+                    continue
                 job.num_attempts += error.kind in ("transient", "refused")
                 if error.kind == "refused" or job.num_attempts > self.retries:
                     self._record_failure(completer, job, error)
                     return
-                waited = begun - self.last_good[completer.name]
+                waited = job.begun - self.last_good[name]
                 if error.kind == "closed" or waited > self.patience_s:
-                    self.report.set_aside[completer.name] = str(error)
+                    self.report.set_aside[name] = str(error)
                     break
                 wait = self.backoff_s * 2.0 ** min(job.num_attempts, 6)
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0))
             else:
-                self.last_good[completer.name] = time.monotonic()
+                if sampled is None:
+                    break
+                self.last_good[name] = self.last_done[name] = time.monotonic()
                 self._record(job.request, sampled, completer)
                 return
+        job.busy_since = None
         self.returned.append(job)
+
+    async def _ask(self, completer: Completer, job: _Job) -> Sequence[Sampled] | None:
+        """The completions, once the gate lets the request through; None: set aside meanwhile."""
+        gate = self.gates[completer.name]
+        await gate.enter()
+        job.begun = time.monotonic()
+        try:
+            if completer.name in self.report.set_aside:
+                return None
+            sampled = await completer.complete(job.request)
+        except CompletionError as error:
+            if error.kind == "busy":
+                gate.shrink()
+            raise
+        else:
+            gate.grow()
+            return sampled
+        finally:
+            gate.leave()
+
+    def _wait_for_place(self, name: str, job: _Job, error: CompletionError) -> float | None:
+        """Seconds until a job may ask again; None: it waited long enough, and an endpoint that
+        completed nothing meanwhile is set aside."""
+        now = time.monotonic()
+        self.last_good[name] = now
+        self.report.num_busy += 1
+        job.num_busy += 1
+        job.busy_since = job.busy_since or now
+        if now - job.busy_since > self.busy_s:
+            if now - self.last_done[name] > self.busy_s:
+                self.report.set_aside[name] = f"no place within {self.busy_s:g} s: {error}"
+            return None
+        if error.wait_s is None:
+            return self.backoff_s * 2.0 ** min(job.num_busy, 6) * random.uniform(0.5, 1.0)
+        return min(max(error.wait_s, self.backoff_s), LONGEST_WAIT_S) * random.uniform(1.0, 1.1)
 
     def _record(
         self, request: SampleRequest, sampled: Sequence[Sampled], completer: Completer
@@ -177,6 +282,7 @@ class Pool:
 
     def _record_failure(self, completer: Completer, job: _Job, error: CompletionError) -> None:
         self.report.num_failed += len(job.request.indices)
+        self.report.first_failure = self.report.first_failure or str(error)
         if self.failures is None:
             self.failures = JsonlWriter(failures_path(self.report.path))
         self.failures.write(

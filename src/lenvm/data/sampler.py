@@ -86,6 +86,7 @@ def sample_from_endpoints(
                 concurrency=concurrency,
                 progress=progress,
                 set_aside=dead,
+                busy_s=timeout_s,
                 **options,
             )
         finally:
@@ -109,6 +110,7 @@ async def run_sampling(
     retries: int = 4,
     backoff_s: float = 0.5,
     patience_s: float = 30.0,
+    busy_s: float = 3600.0,
     strict: bool = False,
     progress: Progress = lambda *_: None,
     set_aside: Mapping[str, str] | None = None,
@@ -116,8 +118,9 @@ async def run_sampling(
     """`sample_from_endpoints` over any completers.
 
     concurrency: requests in flight, over all completers; per_request: most completions in one;
-    retries: of a request; patience_s: how long a completer may do nothing but fail; strict: token
-    ids that disagree with the server's count end the run with a DataError.
+    retries: of a request; patience_s: how long a completer may do nothing but fail; busy_s: how
+    long a request waits for a place (HTTP 429), which counts as neither; strict: token ids that
+    disagree with the server's count end the run with a DataError.
     """
     if n < 1 or concurrency < 1 or per_request < 1 or not prompts:
         raise InputError(
@@ -146,6 +149,7 @@ async def run_sampling(
             retries=retries,
             backoff_s=backoff_s,
             patience_s=patience_s,
+            busy_s=busy_s,
             strict=strict,
             progress=lambda: progress(
                 "sample completions", report.num_before + report.num_written, total

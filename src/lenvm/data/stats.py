@@ -18,6 +18,8 @@ from lenvm.errors import DataError, InputError
 from lenvm.files import claim, replace_jsonl
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+MANY_TRUNCATED = 0.05
+"""Share of truncated completions from which on leaving them out is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,18 @@ class _Group:
             percentiles={p: compute_percentile(lengths, p) for p in PERCENTILES},
             histogram=compute_histogram(lengths),
         )
+
+
+def describe_truncated(where: str, num_truncated: int, num_completions: int) -> str:
+    """A warning of truncated completions that training leaves out; empty where they are few."""
+    if num_truncated < MANY_TRUNCATED * num_completions or not num_truncated:
+        return ""
+    return (
+        f"{where}: {num_truncated} of {num_completions} completions "
+        f"({100 * num_truncated / num_completions:.0f}%) are truncated, and training leaves them "
+        'out (censoring = "drop"): the short answers remain, so lengths are underestimated. '
+        "Sample with a higher --max-tokens, or train with --set censoring=one_sided (or bootstrap)"
+    )
 
 
 def compute_histogram(lengths: Iterable[int]) -> dict[int, int]:

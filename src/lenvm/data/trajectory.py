@@ -5,8 +5,9 @@ whether the length is known ("stop": the completion ended by itself, its last to
 token) or only a lower bound (anything else: censored).
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -86,9 +87,8 @@ def read_trajectories(*paths: Path) -> Iterator[Trajectory]:
     An unfinished last line (its writer was killed) is passed over.
     """
     for path in paths:
-        empty = True
+        empty, number = True, 0
         for number, line in read_lines(path):
-            empty = False
             try:
                 trajectory = Trajectory.model_validate_json(line)
             except ValidationError as error:
@@ -97,9 +97,57 @@ def read_trajectories(*paths: Path) -> Iterator[Trajectory]:
                 raise DataError(f"{path}:{number}: {_describe(error, line)}") from None
             if "schema_" not in trajectory.model_fields_set:
                 raise DataError(f"{path}:{number}: schema is None, expected {SCHEMA!r}")
+            empty = False
             yield trajectory
+        if empty and number:
+            raise DataError(
+                f"{path} holds no trajectories, only an unfinished line: its writer was stopped in "
+                "the first one, or it is no file of JSON lines; run `lenvm sample` again or name "
+                "another file"
+            )
         if empty:
             raise DataError(f"{path} holds no trajectories")
+
+
+class IdCheck:
+    """Looks for completions of a file whose id another one before has: an id is unique in a file.
+    Two files may share ids, as two runs over the same prompts do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.num_repeated, self.first = path, 0, ""
+        self._seen: set[int] = set()
+
+    def watch(self, trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
+        """The same trajectories."""
+        for t in trajectories:
+            key = hash_group(t.id)
+            if key in self._seen:
+                self.num_repeated += 1
+                self.first = self.first or t.id
+            self._seen.add(key)
+            yield t
+
+    @property
+    def warning(self) -> str:
+        """What to tell; empty where all is well."""
+        return describe_repeated(self.path, self.num_repeated, self.first)
+
+
+def describe_repeated(path: Path, num_repeated: int, first: str) -> str:
+    """A warning of repeated ids; empty for none."""
+    if not num_repeated:
+        return ""
+    return (
+        f"{path}: {num_repeated} completions have an id that an earlier line has (the first is "
+        f"{first}); each counts and trains as often as it stands there. Remove the repeated lines; "
+        "keep the completions of another run in a file of its own"
+    )
+
+
+def hash_group(text: str) -> int:
+    """A prompt's hash, or an id, as a signed 64-bit number."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _describe(error: ValidationError, line: bytes) -> str:

@@ -1,6 +1,7 @@
 """TrainingConfig: every option of `lenvm train`, with its check. Defaults < TOML < command line."""
 
 import tomllib
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,6 +12,11 @@ from lenvm.model.config import TargetName
 from lenvm.model.head import HeadName
 from lenvm.training.model import Trainable
 from lenvm.training.objective import Aggregation, CensoringName, LossName, Objective
+
+MISSING = {
+    "data": "name at least one trajectory file",
+    "output": "name the folder of the checkpoint (--output FOLDER)",
+}
 
 
 class TrainingConfig(BaseModel):
@@ -117,12 +123,15 @@ class TrainingConfig(BaseModel):
         if self.init_from is not None:
             own = {"backbone", "head", "gamma", "num_layers"}
             if given := own & self.model_fields_set:
-                raise ValueError(f"init_from brings its own {', '.join(sorted(given))}")
+                raise ValueError(
+                    f"init_from brings its own {', '.join(sorted(given))}; leave that out"
+                )
             if self.trainable == "dora":
                 raise ValueError("init_from goes with trainable = 'full', 'lora', 'last', 'head'")
             of_adapter = {"lora_rank", "lora_alpha", "lora_dropout"} & self.model_fields_set
             if self.trainable == "lora" and of_adapter:
-                raise ValueError(f"init_from brings its own {', '.join(sorted(of_adapter))}")
+                names = ", ".join(sorted(of_adapter))
+                raise ValueError(f"init_from brings its own {names}; leave that out")
         given = self.model_fields_set
         if self.trainable != "last" and given & {"last_layers", "cache_frozen"}:
             raise ValueError("last_layers and cache_frozen need trainable = 'last'")
@@ -131,7 +140,7 @@ class TrainingConfig(BaseModel):
         if self.control_input and self.share_prompts:
             raise ValueError("control_input gives one prompt several forms: no share_prompts")
         if self.control_input and self.init_from is not None:
-            raise ValueError("init_from brings its own control_input")
+            raise ValueError("init_from brings its own control_input; leave that out")
         if self.share_prompts and self.cache_frozen:
             raise ValueError("share_prompts does not go with cache_frozen")
         return self
@@ -165,9 +174,7 @@ class TrainingConfig(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "configuration"
-            raise InputError(f"{where} is {first['input']!r}: {first['msg']}") from None
+            raise InputError(_describe(error, cls.model_json_schema()["properties"])) from None
 
     @classmethod
     def load(cls, path: Path | None, overrides: list[str]) -> "TrainingConfig":
@@ -189,3 +196,43 @@ class TrainingConfig(BaseModel):
             except tomllib.TOMLDecodeError:
                 values[key] = text
         return cls.parse(values)
+
+
+def _describe(error: ValidationError, options: dict[str, Any]) -> str:
+    """The first problem: what was got and what is allowed. options: their JSON schemas."""
+    first = error.errors()[0]
+    if not first["loc"]:
+        return str(first.get("ctx", {}).get("error", first["msg"]))
+    name = str(first["loc"][0])
+    if first["type"] == "missing":
+        return f"{name} is missing; {MISSING.get(name, 'it has no default')}"
+    if first["type"] == "extra_forbidden":
+        near = get_close_matches(name, options, n=3, cutoff=0.6)
+        advice = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(options)}"
+        return f"there is no option {name}; {advice}"
+    where, schema = name, options[name]
+    inner = schema.get("additionalProperties", schema.get("items"))
+    if inner is not None and len(first["loc"]) > 1:
+        where, schema = f"{name}.{first['loc'][1]}", inner
+    return f"{where} is {first['input']!r}; allowed: {_describe_allowed(schema)}"
+
+
+def _describe_allowed(schema: dict[str, Any]) -> str:
+    """A JSON schema in words."""
+    if "anyOf" in schema:
+        kinds = [s for s in schema["anyOf"] if s.get("type") != "null"]
+        return " or ".join(_describe_allowed(kind) for kind in kinds)
+    if "const" in schema:
+        return repr(schema["const"])
+    if "enum" in schema:
+        return ", ".join(repr(value) for value in schema["enum"])
+    names = {"number": "a number", "integer": "a whole number", "boolean": "true or false"}
+    names |= {"string": "a text", "object": "a table", "array": "a list that is not empty"}
+    limits = {
+        "exclusiveMinimum": "over",
+        "minimum": "from",
+        "exclusiveMaximum": "under",
+        "maximum": "up to",
+    }
+    told = [f"{word} {schema[key]}" for key, word in limits.items() if key in schema]
+    return " ".join([names[schema["type"]], " and ".join(told)]).strip()

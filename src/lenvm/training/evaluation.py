@@ -146,6 +146,24 @@ class Evaluation:
         }
 
 
+def name_metrics(sequences: Sequences) -> list[str]:
+    """The metrics of these sequences that a best model may be chosen by, before any is computed."""
+    known = sequences.complete & (sequences.lengths > 0)
+    names = ["loss"]
+    if known.any():
+        errors = list(_means(torch.ones(len(ERRORS)), ""))
+        found = [d for i, d in enumerate(sequences.domains) if known[sequences.domain == i].any()]
+        domains = found if len(sequences.domains) > 1 else []
+        names += errors + [f"{name}/{domain}" for domain in domains for name in errors]
+        names += [f"relative_error_at_{round(100 * share)}" for share in POSITIONS]
+        names.append("calibration_error")
+    _, which, counts = np.unique(sequences.groups, return_inverse=True, return_counts=True)
+    cut = np.bincount(which, ~sequences.complete, minlength=len(counts)) > 0
+    if ((counts > 1) & ~cut).any():
+        names += ["prompt_mre", "prompt_median"]
+    return names
+
+
 def _means(row: Tensor, suffix: str) -> dict[str, float]:
     sums = dict(zip(ERRORS, row.tolist(), strict=True))
     count = sums["count"]

@@ -67,6 +67,8 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         self.packers, self.validation = packers, validation
         self.val_losses: list[float] = []
         self.clock = Clock()
+        self.seconds_before = 0.0
+        """Of the run's earlier legs."""
         self._pending: deque[tuple[int, Tensor, Any]] = deque()
         super().__init__(
             model=PackedModel(model),
@@ -223,8 +225,9 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
     # evaluation
 
     @torch.no_grad()
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Metrics of the validation split, the same on every process."""
+    def evaluate(self, *_: Any, of_step: int | None = None, **__: Any) -> dict[str, Any]:
+        """Metrics of the validation split, the same on every process. of_step: whose weights they
+        are, where not the last step's."""
         self.check_pending()
         began = time.perf_counter()
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -254,17 +257,22 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
                 f"the validation loss is {metrics['eval_loss']} at step {self.state.global_step}; "
                 "check the data and the weights that training starts from"
             )
-        best = self.lenvm.best_metric
-        if best is not None and not isinstance(metrics.get(f"eval_{best}"), float):
-            names = sorted(n[5:] for n, v in metrics.items() if isinstance(v, float))
-            raise InputError(f"best_metric is {best!r}; this run has {', '.join(names)}")
         self.val_losses.append(metrics["eval_loss"])
         seconds = time.perf_counter() - began
         self.clock.other += seconds
-        self.log({**metrics, "eval_seconds": seconds})
+        about = {} if of_step is None else {"of_step": of_step}
+        self.log({**metrics, "eval_seconds": seconds, **about})
+        self.control.should_evaluate = False  # else the end of the epoch evaluates once more
         return metrics
 
+    def seconds(self) -> float:
+        """Of the whole run: earlier legs up to the checkpoint that this one goes on from."""
+        return self.seconds_before + self.clock.seconds()
+
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "train_runtime" in logs:
+            # transformers' summary: it takes a step for a sample, and the last leg for the run
+            logs = {"train_seconds": self.seconds(), "tokens_per_s": self.clock.tokens_per_s()}
         if "loss" in logs:
             logs = {**logs, "tokens_per_s": self.clock.tokens_per_s()}
         numbers = {k: v for k, v in logs.items() if not isinstance(v, list)}  # what trackers take
@@ -344,7 +352,11 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             folder = Path(self.args.output_dir)
             last = folder / f"checkpoint-{self.state.global_step}"
-            about = {"step": self.state.global_step, "layout": self.layout}
+            about = {
+                "step": self.state.global_step,
+                "layout": self.layout,
+                "seconds": self.seconds(),
+            }
             write_text(last / COMPLETE, json.dumps(about))
             keep = {last, Path(self.state.best_model_checkpoint or last)}
             for old in folder.glob("checkpoint-*"):

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -17,13 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
 from lenvm import returns
-from lenvm.data.dataset import ControlPrefix, Sequences, Split, TokenStore, mixing_weights
+from lenvm.data.dataset import SPLITS, ControlPrefix, Sequences, Split, TokenStore, mixing_weights
 from lenvm.data.packing import BatchPlan, Hidden
-from lenvm.errors import DataError, InputError
+from lenvm.data.stats import describe_truncated
+from lenvm.errors import DataError, DataWarning, InputError
 from lenvm.files import JsonlWriter, claiming, read_json, read_jsonl, write_json, write_text
 from lenvm.model.bundled import resolve_model
 from lenvm.model.config import CONFIG_FILE, LenVMConfig
@@ -34,6 +37,7 @@ from lenvm.model.tokenization import encode_control, hash_tokenizer, load_tokeni
 from lenvm.model.value_model import LengthValueModel
 from lenvm.training.attention import restore_attention
 from lenvm.training.config import TrainingConfig
+from lenvm.training.evaluation import name_metrics
 from lenvm.training.frozen import run_frozen, split_upper
 from lenvm.training.loop import (
     COMPLETE,
@@ -68,6 +72,7 @@ class TrainingResult:
     val_loss_last: float
     gamma: float
     seconds: float
+    """Of all legs of a run that was killed and continued, each up to its last checkpoint."""
     num_endless: int = 0
     """Sequences taught as answers that never end (`loops_above`, `rewards_below`)."""
 
@@ -85,8 +90,6 @@ def leave_group() -> None:
     """End the processes' connection after the last training, and this process where it is one of
     several: threads of torch that outlive Python abort it now and then on its way out ("terminate
     called without an active exception"), and the launcher calls the finished training failed."""
-    from accelerate import PartialState
-
     state = PartialState()
     state.destroy_process_group()
     if state.num_processes > 1:
@@ -100,7 +103,9 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
     """Train, or continue a run that was killed; a finished one returns its result at once.
 
     Raises DataError (no usable sequence, another tokenizer), InputError (changed settings) and
-    TrainingError (a loss that is not finite) before anything is lost.
+    TrainingError (a loss that is not finite) before anything is lost; a run that fails before its
+    first checkpoint leaves `output` free for other settings. Warns (DataWarning) of truncated,
+    repeated and misspelt completions.
     """
     prefix = _control_prefix(config)
     stores = [TokenStore.load(Path(p), prefix) for p in config.data]
@@ -109,27 +114,44 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
     output = Path(config.output)
     settings = {**config.model_dump(), "data_sha256": [s.sha256 for s in stores]}
     result_path = output.with_name(output.name + ".result.json")
-    with ExitStack() as set_up:
+    with ExitStack() as claimed:
         with args.main_process_first(desc="claim"):
-            set_up.enter_context(claiming(output, "value_model", settings))
+            has_begun = functools.partial(find_checkpoint, Path(args.output_dir))
+            claimed.enter_context(claiming(output, "value_model", settings, has_begun))
         if result_path.exists():
             return TrainingResult(**read_json(result_path))
-        splits = _select(stores, config)
-        objective = config.objective(int(splits.train.lengths.max()))
-        if config.init_from is None:
-            objective.check(config.head)
-        torch.manual_seed(config.seed)  # the fresh head
-        model = _build_model(config, splits.train, args).to(args.device)
-        objective.check(model.config.head)
-        for sequences in (splits.train, splits.validation):
-            sequences.check_vocabulary(model.backbone.get_input_embeddings().num_embeddings)
-        if model.tokenizer is not None:
-            for store in stores:
+        result = _train(config, stores, args, progress)
+        if is_first:
+            write_json(result_path, asdict(result))
+        PartialState().wait_for_everyone()
+        return result
+
+
+def _train(
+    config: TrainingConfig, stores: list[TokenStore], args: TrainingArguments, progress: Progress
+) -> TrainingResult:
+    splits = _select(stores, config)
+    _check_best_metric(config, splits.validation)
+    objective = config.objective(int(splits.train.lengths.max()))
+    if config.init_from is None:
+        objective.check(config.head)
+    torch.manual_seed(config.seed)  # the fresh head
+    model = _build_model(config, splits.train, args).to(args.device)
+    objective.check(model.config.head)
+    for sequences in (splits.train, splits.validation):
+        sequences.check_vocabulary(model.backbone.get_input_embeddings().num_embeddings)
+    with warnings.catch_warnings():
+        if args.process_index:  # one process tells
+            warnings.simplefilter("ignore", DataWarning)
+        _warn(config, splits.train)
+        for store in stores:
+            if model.tokenizer is not None:
                 store.check_tokenizer(model.tokenizer, model.config.generator or config.backbone)
-        images = [
-            prepare_images(model, s, trainable=config.trainable, share_prompts=config.share_prompts)
-            for s in (splits.train, splits.validation)
-        ]
+            store.warn_of_repeated()
+    images = [
+        prepare_images(model, s, trainable=config.trainable, share_prompts=config.share_prompts)
+        for s in (splits.train, splits.validation)
+    ]
     add_images = images[0] or images[1]
     trained, hidden = _prepare(model, config, splits, args, progress)
     steps = RunSteps(_plan(splits, config, args), objective, config.epochs, args.process_index)
@@ -165,9 +187,6 @@ def train(config: TrainingConfig, progress: Progress = lambda *_: None) -> Train
         num_endless=int(splits.train.is_endless.sum()),
     )
     _save(trainer, model, config)
-    if is_first:
-        write_json(result_path, asdict(result))
-    trainer.accelerator.wait_for_everyone()
     return result
 
 
@@ -178,10 +197,15 @@ def _run(trainer: LenVMTrainer, config: TrainingConfig) -> float:
         _check_layout(Path(last), trainer)
     trainer.args.eval_on_start = last is None
     _forget_after(trainer, last)
+    if last is not None:
+        trainer.seconds_before = read_json(Path(last) / COMPLETE).get("seconds", 0.0)
     trainer.train(resume_from_checkpoint=last)
-    if config.best_metric is not None:
-        trainer.evaluate()  # the best one's weights are back
-    return trainer.clock.seconds()
+    best = trainer.state.best_model_checkpoint
+    if config.best_metric is not None and best is not None:
+        step = int(best.rpartition("-")[2])
+        if step != trainer.state.global_step:
+            trainer.evaluate(of_step=step)  # the best one's weights are back
+    return trainer.seconds()
 
 
 def _check_layout(checkpoint: Path, trainer: LenVMTrainer) -> None:
@@ -239,10 +263,7 @@ def _select(stores: list[TokenStore], config: TrainingConfig) -> Splits:
             **sampling,
         )
         if not len(found):
-            raise DataError(
-                f"no usable {name} sequence in {', '.join(config.data)}; dropped: "
-                f"{dict(found.dropped) or 'none'}"
-            )
+            raise DataError(_describe_empty(name, found, stores))
         if found.is_endless.all():
             raise DataError(
                 f"with {config.endless} every {name} sequence counts as one that never ends, and "
@@ -251,6 +272,49 @@ def _select(stores: list[TokenStore], config: TrainingConfig) -> Splits:
         splits[name] = found
     weights = mixing_weights(config.weights, stores) if config.weights else None
     return Splits(splits["train"], splits["validation"], weights)
+
+
+def _describe_empty(split: Split, found: Sequences, stores: list[TokenStore]) -> str:
+    """Why a split has nothing to train or validate on, and what to do."""
+    counts = {
+        s: sum(int((t.index["split"] == i).sum()) for t in stores) for i, s in enumerate(SPLITS)
+    }
+    files = ", ".join(str(store.path) for store in stores)
+    there = ", ".join(f"{n} of split {s}" for s, n in counts.items() if n)
+    told = f"no usable {split} sequence in {files}: there are {there}"
+    if counts[split]:
+        dropped = ", ".join(f"{n} {why}" for why, n in found.dropped.items())
+        return f"{told}; dropped of {split}: {dropped}. See censoring, max_tokens and max_prompts"
+    return (
+        f"{told}. Training needs `train` and `validation`: sample more prompts (a prompt's split "
+        "is drawn by its hash, 80/10/10, where its row names none), or write "
+        f'"split": "{split}" into the lines of some of the prompts'
+    )
+
+
+def _check_best_metric(config: TrainingConfig, validation: Sequences) -> None:
+    names = name_metrics(validation)
+    if config.best_metric is not None and config.best_metric not in names:
+        raise InputError(
+            f"best_metric is {config.best_metric!r}; allowed in this run: {', '.join(names)}"
+        )
+
+
+def _warn(config: TrainingConfig, train: Sequences) -> None:
+    """DataWarning where truncated completions were left out, or a file was given twice."""
+    cut = train.dropped["truncated"]
+    names = ", ".join(config.data)
+    if message := describe_truncated(f"{names}, split train", cut, cut + len(train)):
+        warnings.warn(message, DataWarning, stacklevel=2)
+    hashes = [store.sha256 for store in train.stores]
+    twice = [str(s.path) for i, s in enumerate(train.stores) if s.sha256 in hashes[:i]]
+    if twice:
+        warnings.warn(
+            f"{', '.join(twice)}: the same content as another file of the run, so that each "
+            "completion trains twice; give a file once, and `weights` to see it more often",
+            DataWarning,
+            stacklevel=2,
+        )
 
 
 def _plan(splits: Splits, config: TrainingConfig, args: TrainingArguments) -> BatchPlan:
