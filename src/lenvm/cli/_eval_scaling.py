@@ -71,8 +71,11 @@ def train_and_evaluate(
     }
     for domain, table in summary["domains"].items():
         suffix = "" if domain == "all" else f"_{domain}"
-        metrics[f"mre{suffix}"] = table["mre"]["value"]
-        metrics[f"median_re{suffix}"] = table["median_re"]["value"]
+        metrics |= {
+            f"{name}{suffix}": table[name]["value"]
+            for name in ("mre", "median_re", "mre_mean", "mre_median", "spearman")
+            if table[name] is not None  # of one prompt there is no rank correlation
+        }
         metrics |= {
             f"mre_at_{row['at']:g}{suffix}": row["mre"]["value"] for row in table["positions"]
         }
@@ -82,7 +85,7 @@ def train_and_evaluate(
 def _print_summary(summary: dict[str, Any], output: Path) -> None:
     from lenvm.cli._console import print_table
 
-    shown = [m for m in ("val_loss", "mre", "median_re") if m in summary["metrics"]]
+    shown = [m for m in ("val_loss", "mre", "mre_median", "median_re") if m in summary["metrics"]]
     print_table(
         "Grid",
         [*summary["axes"], "seeds", *shown],

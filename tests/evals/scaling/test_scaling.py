@@ -7,13 +7,15 @@ import pytest
 from evals.prediction.test_prediction import write
 from lenvm.data.trajectory import read_trajectories
 from lenvm.errors import DataError, InputError, TrainingError
-from lenvm.evals.scaling.grid import load_grid
+from lenvm.evals.scaling.grid import DEFAULT_HEAD, SUBSET_KEYS, load_grid
 from lenvm.evals.scaling.run import run_grid
 from lenvm.evals.scaling.subset import write_subset
+from lenvm.training.config import TrainingConfig
 
 GRID = """
 [base]
 data = ["{data}"]
+head = "scalar"
 epochs = 2
 
 [axes]
@@ -45,7 +47,7 @@ def test_a_product_has_every_combination(tmp_path, data):
 
 
 def test_an_ablation_changes_one_axis_at_a_time(tmp_path):
-    text = 'design = "ablation"\n[axes]\ngamma = [0.9, 0.99, 0.999]\ngrouped = [false, true]\n'
+    text = 'design = "ablation"\nbase = {head = "scalar"}\n[axes]\ngamma = [0.9, 0.99, 0.999]\ngrouped = [false, true]\n'
     cells = grid(tmp_path, text).cells()
     assert [tuple(c.axes.values()) for c in cells] == [
         (0.9, False),
@@ -81,6 +83,38 @@ def test_an_axis_of_tables_sets_several_options(tmp_path):
 def test_grids_that_cannot_be_are_refused(tmp_path, text, message):
     with pytest.raises((DataError, InputError), match=message):
         grid(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[axes]\ngamma = ['auto', 0.99]\n",
+        "design = 'ablation'\n[axes]\ngamma = [0.9, 0.99]\ngrouped = [false, true]\n",
+        "[axes]\ngamma = [0.9, 0.99]\nhead = ['scalar', 'distribution']\n",
+        "[[axes.model]]\nlabel = 'a'\ngamma = 0.9\n[[axes.model]]\nlabel = 'b'\n",
+    ],
+)
+def test_gammas_of_a_distribution_head_are_refused_as_its_loss_has_none(tmp_path, text):
+    with pytest.raises(InputError, match='gamma alone .* head = "scalar"'):
+        grid(tmp_path, text)
+    assert TrainingConfig.model_fields["head"].default == DEFAULT_HEAD
+
+
+def test_gammas_may_differ_where_something_else_does(tmp_path):
+    text = "[axes]\nhead = ['scalar']\ngamma = [0.9, 0.99]\n"
+    assert len(grid(tmp_path, text).cells()) == 2
+    text = "[[axes.head]]\nlabel = 'd'\n[[axes.head]]\nlabel = 's'\nhead = 'scalar'\ngamma = 0.9\n"
+    assert len(grid(tmp_path, text).cells()) == 2
+
+
+def test_the_grid_of_the_docs_trains_different_models(tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
+    text = page.partition("```toml\n")[2].partition("```")[0]
+    cells = grid(tmp_path, text).cells()
+    assert {c.settings["head"] for c in cells} == {"scalar"}
+    for cell in cells:
+        options = {k: v for k, v in cell.settings.items() if k not in SUBSET_KEYS}
+        TrainingConfig.parse({**options, "output": "m"})
 
 
 def test_a_missing_grid_is_said(tmp_path):
