@@ -82,6 +82,14 @@ def train_and_evaluate(
     return metrics
 
 
+def format_seeds(found: dict[str, Any] | None, num_seeds: int) -> str:
+    """`0.0213 [0.0208, 0.0220]`; of a few seeds, no interval: `0.0213 (0.0207 to 0.0221)`."""
+    text = o.format_interval(found, ".4f")
+    if found is None or found["low"] is not None or num_seeds < 2:
+        return text
+    return f"{text} ({found['least']:.4f} to {found['greatest']:.4f})"
+
+
 def _print_summary(summary: dict[str, Any], output: Path) -> None:
     from lenvm.cli._console import print_table
 
@@ -93,7 +101,7 @@ def _print_summary(summary: dict[str, Any], output: Path) -> None:
             [
                 *(cell["axes"][name] for name in summary["axes"]),
                 cell["num_seeds"],
-                *(o.format_interval(cell["metrics"][m], ".4f") for m in shown),
+                *(format_seeds(cell["metrics"][m], cell["num_seeds"]) for m in shown),
             ]
             for cell in summary["cells"]
         ],

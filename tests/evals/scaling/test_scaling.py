@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from evals.prediction.test_prediction import write
+from lenvm.cli._eval_scaling import format_seeds
 from lenvm.data.trajectory import read_trajectories
 from lenvm.errors import DataError, InputError, TrainingError
 from lenvm.evals.scaling.grid import DEFAULT_HEAD, SUBSET_KEYS, load_grid
@@ -47,7 +48,8 @@ def test_a_product_has_every_combination(tmp_path, data):
 
 
 def test_an_ablation_changes_one_axis_at_a_time(tmp_path):
-    text = 'design = "ablation"\nbase = {head = "scalar"}\n[axes]\ngamma = [0.9, 0.99, 0.999]\ngrouped = [false, true]\n'
+    text = 'design = "ablation"\nbase = {head = "scalar"}\n'
+    text += "[axes]\ngamma = [0.9, 0.99, 0.999]\ngrouped = [false, true]\n"
     cells = grid(tmp_path, text).cells()
     assert [tuple(c.axes.values()) for c in cells] == [
         (0.9, False),
@@ -95,7 +97,7 @@ def test_grids_that_cannot_be_are_refused(tmp_path, text, message):
     ],
 )
 def test_gammas_of_a_distribution_head_are_refused_as_its_loss_has_none(tmp_path, text):
-    with pytest.raises(InputError, match='gamma alone .* head = "scalar"'):
+    with pytest.raises(InputError, match=r'gamma alone .* head = "scalar"'):
         grid(tmp_path, text)
     assert TrainingConfig.model_fields["head"].default == DEFAULT_HEAD
 
@@ -169,7 +171,12 @@ def test_a_grid_runs_every_cell_once_and_averages_its_seeds(tmp_path, data):
     assert first["axes"] == {"gamma": 0.9, "num_prompts": 2}
     assert first["num_seeds"] == 2
     assert first["metrics"]["loss"]["value"] == pytest.approx(1.4)
-    assert first["metrics"]["loss"]["low"] == pytest.approx(0.9)
+    loss = first["metrics"]["loss"]
+    assert (loss["low"], loss["high"]) == (None, None)  # of two seeds
+    assert (loss["least"], loss["greatest"]) == (pytest.approx(0.9), pytest.approx(1.9))
+    assert format_seeds(loss, 2) == "1.4000 (0.9000 to 1.9000)"
+    assert format_seeds({**loss, "low": 1.0, "high": 1.8}, 5) == "1.4000 [1.0000, 1.8000]"
+    assert format_seeds(None, 2) == "-"
     assert first["metrics"]["prompts"]["value"] == 2
     assert run_grid(cells, tmp_path / "out", run_cell) == summary
     assert len(seen) == 8
