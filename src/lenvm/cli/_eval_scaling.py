@@ -63,6 +63,7 @@ def train_and_evaluate(
     result = train(options)
     model = load_value_model(options.output, device=device)
     predictor = ValueModelPredictor(model, folder.name)
+    predictor.check_files(config.files)
     summary = run_prediction(config, predictor, folder / "prediction")
     metrics = {
         "val_loss": result.val_loss_last,
