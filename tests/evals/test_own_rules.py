@@ -19,8 +19,12 @@ from lenvm.evals.lifebench.arms import KINDS
 from lenvm.evals.lifebench.run import LifebenchConfig, regrade_lifebench, run_lifebench
 from lenvm.evals.tradeoff.arms import KINDS as TRADEOFF_KINDS
 from lenvm.evals.tradeoff.run import TradeoffConfig, run_tradeoff
+from lenvm.guidance.candidates import Candidates
+from lenvm.guidance.params import Asked, RuleParams
 from lenvm.guidance.request import LengthControl, installed_rules
-from lenvm.guidance.rules import find_rule
+from lenvm.guidance.rules import apply_rules, find_rule
+from lenvm.model.head import ScalarBelief
+from lenvm.returns import length_to_logit
 from serving import tiny_engine
 
 PAGE = Path(__file__).parents[2] / "docs" / "control.md"
@@ -54,21 +58,47 @@ def installed(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_rule_of_the_docs_moves_answers_towards_its_goal(installed):
-    """strict off: the rule alone decides. Its result is that of the formula in its comment."""
+    """strict off: the rule alone decides; without strength it is the generator."""
     engine = tiny_engine()
-    with torch.no_grad():  # a head that tells candidates apart
-        engine.value_model.head.summary.weight.mul_(20)
 
-    def ids(**fields: object) -> list[int]:
-        control = LengthControl.parse({"equal_to": 12, "strict": False, **fields})
-        request = Request("r", (4, 7, 5), SamplingParams(seed=1, max_tokens=24), control)
-        (done,) = engine.generate([request])
-        assert done.error is None
-        return done.token_ids
+    def lengths(rule: str, strength: float) -> list[int]:
+        control = LengthControl.parse(
+            {"equal_to": 12, "strict": False, "rule": rule, "strength": strength, "top_k": 64}
+        )
+        requests = [
+            Request(str(i), (4, 7, 5), SamplingParams(seed=i, max_tokens=64), control)
+            for i in range(8)
+        ]
+        done = sorted(engine.generate(requests), key=lambda c: int(c.request.id))
+        assert [c.error for c in done] == [None] * 8
+        return [len(c.token_ids) for c in done]
 
-    free = ids(rule="mine", strength=0.0)
-    assert ids(rule="soft", strength=0.0) == free  # a rule that changes nothing is the generator
-    assert ids(rule="mine", strength=10_000.0) != free
+    free = lengths("mine", 0.0)
+    assert lengths("soft", 0.0) == free
+    assert lengths("mine", 10_000.0) != free
+
+
+def test_the_rule_of_the_docs_is_its_formula(installed):
+    """Candidates that leave 0, 10 and 40 tokens, a goal of 11 with the next one counted."""
+    gamma = 0.98
+    candidates = Candidates(
+        ids=torch.tensor([[2, 5, 6]]),
+        log_probs=torch.log(torch.tensor([[0.5, 0.3, 0.2]])),
+        mask=torch.ones(1, 3, dtype=torch.bool),
+        is_ending=torch.tensor([[True, False, False]]),
+    )
+    rest = torch.tensor([[1.0, 10.0, 40.0]])
+    belief = ScalarBelief(length_to_logit(rest, gamma), gamma).with_terminal(candidates.is_ending)
+    control = LengthControl.parse({"equal_to": 11, "rule": "mine", "strength": 50.0})
+    params = RuleParams.build([Asked.read(control, has_distribution=False, gamma=gamma)], [0])
+    u = 1 - gamma ** torch.tensor([[0.0, 10.0, 40.0]])
+    expected = candidates.log_probs - 50 * (u - (1 - gamma**10)) ** 2
+    found = find_rule("mine")(candidates, belief, params)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    guided = apply_rules(candidates, belief, params)
+    assert guided.argmax() == 1  # the candidate that meets the goal
+    assert (belief.value()[0, 1:] < 0).all()
+    assert belief.value()[0, 1] > belief.value()[0, 2]  # more negative: longer
 
 
 def test_an_arm_names_a_rule_of_ones_own_beside_ours(installed, tmp_path):
