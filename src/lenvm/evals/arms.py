@@ -201,7 +201,7 @@ def _parse_settings(text: str, kind: str, fields: list[str]) -> tuple[tuple[str,
             raise InputError(
                 f"arm {text!r}: {value!r} is not a number, true, false or none"
             ) from None
-    LengthControl.parse({"at_most": 1} | values)
+    LengthControl.parse({"at_most" if kind == "at_most" else "equal_to": 1} | values)
     if values.get("rule") is not None:
         check_rule(values["rule"])
     return tuple(values.items())
