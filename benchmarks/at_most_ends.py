@@ -107,6 +107,24 @@ def describe(done: list[Completion], limit: int) -> dict[str, Any]:
     }
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/control.md, which a test compares with the result file."""
+    titles = [f"N = {n}: sentence, likely, length" for n in LIMITS]
+    lines = [f"| control | {' | '.join(titles)} | over N |"]
+    lines.append("|---" * (len(LIMITS) + 2) + "|")
+    for name in controls(LIMITS[0]):
+        found = [
+            next((r for r in rows if (r["limit"], r["control"]) == (n, name)), None) for n in LIMITS
+        ]
+        cells = [
+            f"{r['sentence_end']:.0%}, {r['likely_end']:.0%}, {r['mean_length']:.0f}" if r else "-"
+            for r in found
+        ]
+        over = " and ".join(f"{r['over']:.0%}" if r else "-" for r in found)
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {over} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
@@ -143,6 +161,7 @@ def main() -> None:
         "max_tokens": MAX_TOKENS,
         "rows": rows,
     }
+    print(table(rows))
     options.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
