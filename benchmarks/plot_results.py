@@ -10,7 +10,7 @@ import base64
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +120,8 @@ def _frontier(points: Mapping[str, tuple[Any, ...]], title: str, target: Path) -
             axis.errorbar(
                 x,
                 y,
-                xerr=[[x - loss["low"]], [loss["high"] - x]],
-                yerr=[[y - score["low"]], [score["high"] - y]],
+                xerr=_errors([loss]),
+                yerr=_errors([score]),
                 color=colour,
                 lw=0.8,
                 zorder=1,
@@ -211,7 +211,18 @@ def prediction(found: Numbers, images: Path) -> Iterator[Path]:
 
 def _mre(table: Numbers | None) -> tuple[float, float, float] | None:
     interval = (table or {}).get("mre")
-    return None if not interval else tuple(100 * interval[k] for k in ("value", "low", "high"))  # type: ignore[return-value]
+    if not interval:
+        return None
+    value, ((below,), (above,)) = 100 * interval["value"], _errors([interval], 100)
+    return value, value - below, value + above
+
+
+def _errors(intervals: Sequence[Numbers], scale: float = 1.0) -> list[list[float]]:
+    """[distances below, distances above] of error bars; 0 where there are too few clusters."""
+    return [
+        [0.0 if i[end] is None else scale * sign * (i[end] - i["value"]) for i in intervals]
+        for end, sign in (("low", -1), ("high", 1))
+    ]
 
 
 def tradeoffs(found: Numbers, images: Path) -> Iterator[Path]:
@@ -226,10 +237,7 @@ def tradeoffs(found: Numbers, images: Path) -> Iterator[Path]:
             colour = COLOURS.get(family, "#000000")
             x = [a["mean_length"]["value"] for a in rows]
             y = [100 * a["pass_at_1"]["value"] for a in rows]
-            error = [
-                [100 * (a["pass_at_1"]["value"] - a["pass_at_1"]["low"]) for a in rows],
-                [100 * (a["pass_at_1"]["high"] - a["pass_at_1"]["value"]) for a in rows],
-            ]
+            error = _errors([a["pass_at_1"] for a in rows], 100)
             label = family.replace("_", " ")
             axis.errorbar(x, y, yerr=error, color=colour, marker="o", ms=4, lw=1.4, label=label)
         plain = points["prompt"]

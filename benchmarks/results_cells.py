@@ -62,6 +62,8 @@ def interval(estimate: Numbers | None, digits: int) -> str:
     """`62.1 [60.0, 64.2]`."""
     if estimate is None:
         return "-"
+    if estimate["low"] is None:
+        return f"{estimate['value']:.{digits}f}"
     value, low, high = (f"{estimate[k]:.{digits}f}" for k in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
@@ -70,6 +72,8 @@ def percent(estimate: Numbers | None, *, short: bool = False) -> str:
     """`62.1% [60.0, 64.2]`; short: without the bounds."""
     if estimate is None:
         return "-"
+    if estimate["low"] is None:
+        return f"{100 * estimate['value']:.1f}%"
     value, low, high = (f"{100 * estimate[k]:.1f}" for k in ("value", "low", "high"))
     return f"{value}%" if short else f"{value}% [{low}, {high}]"
 

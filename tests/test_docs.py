@@ -52,6 +52,12 @@ def test_the_speed_up_is_that_of_one_call_on_one_card(monkeypatch):
     assert (found["peak_memory_gb_1p5b"], found["card_1p5b"]) == (90, "A")
 
 
+def test_the_table_of_endings_is_that_of_its_file(monkeypatch):
+    ends = load("at_most_ends", monkeypatch)
+    rows = json.loads((ROOT / "benchmarks/results/at_most_ends_cpu.json").read_text())["rows"]
+    assert ends.table(rows) in (ROOT / "docs/control.md").read_text()
+
+
 def test_the_results_of_page_and_readme_are_written_from_the_files(monkeypatch, tmp_path: Path):
     page = load("results_page", monkeypatch)
     (tmp_path / "docs" / "images").mkdir(parents=True)

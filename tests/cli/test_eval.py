@@ -11,7 +11,7 @@ from evals.stub import Stub, running, say
 from lenvm.cli import _eval_options as options
 from lenvm.cli._eval_length_tokens import _print_summary as print_tokens
 from lenvm.cli.eval import register
-from lenvm.errors import InputError
+from lenvm.errors import DataError, InputError
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
 from tiny import EOS, tiny_backbone, tiny_generator, tiny_tokenizer
 
@@ -154,6 +154,18 @@ def test_length_tokens_with_a_value_model_folder(value_model, tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["num_tokens"] == 4 * 11
     assert "results in" in call(*arguments, "--no-merge", "--regrade")
+
+
+@pytest.mark.parametrize("command", ["length-prediction", "length-tokens"])
+def test_data_of_another_tokenizer_is_refused(value_model, tmp_path, command):
+    from evals.prediction.test_prediction import change, write
+
+    data = write(tmp_path / "t.jsonl", [(i, "m", "test", 30 + i, "stop") for i in range(5)] * 2)
+    change(data, 7, 9)
+    arguments = [command, data, "-o", tmp_path / "out", "--lenvm", value_model, "--device", "cpu"]
+    with pytest.raises(DataError, match="sampled with another tokenizer"):
+        call(*arguments)
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokens_that_look_like_markup_are_printed_as_they_are(capsys, tmp_path):

@@ -49,7 +49,9 @@ def test_wrong_answers_become_ones_that_never_end(base, tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["lenvm", *arguments])
     monkeypatch.setenv("COLUMNS", "120")
     main()
-    printed = [line.split() for line in capsys.readouterr().out.replace("│", " ").splitlines()]
+    text = capsys.readouterr().out
+    assert "right │ % right │ without an answer" in " ".join(text.replace("┃", "│").split())
+    printed = [line.split() for line in text.replace("│", " ").splitlines()]
     assert ["math", "80", "80", "40", "50.0%", "0", "0"] in printed
     assert ["poems", "20", "0", "0", "-", "20", "0"] in printed
     assert ["all", "100", "80", "40", "50.0%", "20", "0"] in printed

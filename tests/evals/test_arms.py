@@ -75,6 +75,13 @@ def test_labels_name_the_number():
     assert Arm.parse("hard", KINDS).label == "LenVM hard"
 
 
+def test_settings_are_checked_with_the_goal_that_they_go_with():
+    focus = "conditional:2 tolerance=0.15 focus=15"
+    assert Arm.parse(focus, KINDS).name == focus
+    with pytest.raises(InputError, match="focus goes with equal_to"):
+        Arm.parse("at_most:20 focus=15", ["at_most"])
+
+
 def test_a_price_takes_evidence_and_a_conditional_arm_is_its_evidence():
     arm = Arm.parse("price:0.02 evidence=5", ["price", "conditional"])
     assert (arm.parameter, arm.settings) == (0.02, (("evidence", 5),))

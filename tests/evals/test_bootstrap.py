@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lenvm.evals.bootstrap import Resampler, average
+from lenvm.evals.bootstrap import MIN_CLUSTERS, Resampler, average
 
 
 def resample_by_hand(r: Resampler, names: list[str], clusters: list[str]) -> list[list[int]]:
@@ -99,12 +99,36 @@ def test_no_values_have_no_interval():
     assert average([]).to_json() is None
 
 
-def test_one_cluster_has_an_interval_of_no_width():
-    assert Resampler(["a"]).mean([1.0, 3.0], ["a", "a"]).to_json() == {
-        "value": 2.0,
-        "low": 2.0,
-        "high": 2.0,
-    }
+@pytest.mark.parametrize("num", [1, 2, 3, 4, 5])
+def test_few_clusters_have_no_interval(num):
+    clusters = [str(i % num) for i in range(20)]
+    values = [float(i % num) for i in range(20)]
+    every = [*clusters, *(f"other {i}" for i in range(30))]  # that have no value here
+    for r in (Resampler(clusters), Resampler(every)):
+        mean, median = r.mean(values, clusters), r.quantile(values, clusters)
+        rank = r.spearman(range(20), range(20), clusters)
+        for estimate in (mean, median, rank, mean - median, rank / rank, average([mean])):
+            found = estimate.to_json()
+            assert found["value"] == pytest.approx(estimate.value)
+            assert (found["low"] is None) == (found["high"] is None) == (num < MIN_CLUSTERS)
+    assert MIN_CLUSTERS >= 2
+
+
+def test_the_bounds_of_too_few_clusters_would_be_the_least_and_the_greatest():
+    for num in (2, 3, 4):
+        names = [str(i) for i in range(num)]
+        samples = Resampler(names).mean(range(num), names).samples
+        low, high = np.quantile(samples, [0.025, 0.975])
+        assert ((low, high) == (0, num - 1)) == (num < MIN_CLUSTERS)
+
+
+def test_an_estimate_has_the_clusters_of_its_poorest_part():
+    names = [str(i) for i in range(9)]
+    r = Resampler(names)
+    many, few = r.mean(range(9), names), r.mean([1, 2], ["0", "1"])
+    for estimate in (many - few, few - many, many / few, average([many, few])):
+        assert estimate.to_json()["low"] is None
+    assert (many - many).to_json()["low"] is not None
 
 
 def test_ratio_and_average_of_estimates():

@@ -90,6 +90,29 @@ def test_json_dict_and_control_are_the_same():
     assert control.interval() == (95, 105)
 
 
+@pytest.mark.parametrize(
+    ("target", "tolerance", "interval"),
+    [
+        (100, 0.29, (71, 129)),
+        (100, 0.57, (43, 157)),
+        (100, 0.299, (71, 129)),
+        (7, 0.1, (7, 7)),
+        (100, 1e-5, (100, 100)),
+        (100, 0, (100, 100)),
+    ],
+)
+def test_a_tolerance_is_the_share_that_is_written(target, tolerance, interval):
+    assert LengthControl(equal_to=target, tolerance=tolerance).interval() == interval
+
+
+def test_every_tolerance_in_percent_is_exact():
+    for target in (50, 100, 128, 1000):
+        for percent in range(100):
+            low, high = LengthControl(equal_to=target, tolerance=percent / 100).interval()
+            slack = percent * target // 100
+            assert (low, high) == (max(1, target - slack), target + slack)
+
+
 def test_intervals():
     assert LengthControl.parse({"at_most": 7}).interval() == (1, 7)
     assert LengthControl.parse({"at_least": 7}).interval() == (7, MAX_LENGTH)

@@ -101,6 +101,8 @@ def test_a_prompt_that_cannot_be_added_leaves_nothing_behind():
 class Entry:
     """An entry point as importlib.metadata has it."""
 
+    value = "their.module:rule"
+
     def __init__(self, function: Any) -> None:
         self.function = function
 

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lenvm.errors import CheckpointError, InputError
+from lenvm.model.config import CONFIG_FILE
 from lenvm.model.tokenization import hash_tokenizer
 from lenvm.model.value_model import HEAD_FILE, LengthValueModel, LenVMConfig
 from tiny import EOS, tiny_backbone, tiny_generator, tiny_tokenizer
@@ -47,9 +49,13 @@ def test_published_checkpoint_loads_with_its_gamma_given(tmp_path: Path):
     other = tmp_path / "other"
     model.save_pretrained(other)
     (other / HEAD_FILE).rename(tmp_path / "m" / HEAD_FILE)
-    with pytest.raises(CheckpointError, match="pass gamma"):
+    with pytest.raises(CheckpointError, match=r"download OWNER/NAME .* --gamma 0\.997") as caught:
         LengthValueModel.from_pretrained(tmp_path / "m")
     loaded = LengthValueModel.from_pretrained(tmp_path / "m", gamma=0.997)
+    assert torch.equal(loaded.read(IDS)[0], model.eval().read(IDS)[0])
+    smallest = re.search(r"\{.*\}", str(caught.value)).group()  # what the message tells to write
+    (tmp_path / "m" / CONFIG_FILE).write_text(smallest)
+    loaded = LengthValueModel.from_pretrained(tmp_path / "m")
     assert torch.equal(loaded.read(IDS)[0], model.eval().read(IDS)[0])
 
 

@@ -14,6 +14,7 @@ from lenvm.reports.tables import (
     format_pace,
     format_percent,
     format_signed,
+    read_bounds,
     table,
 )
 
@@ -44,6 +45,8 @@ def test_an_estimate_shows_its_interval_and_none_is_a_dash():
     text = estimate({"value": 0.5, "low": 0.4, "high": 0.6}, format_percent)
     assert text == '50% <span class="interval">40% to 60%</span>'
     assert estimate(None) == DASH
+    assert estimate({"value": 0.5, "low": None, "high": None}, format_percent) == "50%"
+    assert read_bounds({"value": 0.5, "low": None, "high": None}) == (0.5, 0.5)
 
 
 def test_cells_are_escaped_unless_they_are_html():

@@ -60,6 +60,7 @@ def register(group: typer.Typer) -> None:
         if model.tokenizer is None:
             raise CheckpointError("the value model has no tokenizer, so tokens cannot be shown")
         predictor = ValueModelPredictor(model, name_value_model(lenvm), levels=())
+        predictor.check_files(config.files)
         with stages() as progress:
             summary = run_length_tokens(
                 config, predictor, model.tokenizer, output, progress=progress

@@ -17,9 +17,9 @@ def register(group: typer.Typer) -> None:
         arm: Annotated[
             list[str] | None,
             typer.Option(
-                help="prompt, countdown, truncate, eos_bias:B, eos_decay:F, hard, soft:S, "
-                "conditional:E; may be repeated. Default: prompt, truncate, hard, soft:100, "
-                "conditional:1."
+                help="prompt, countdown, truncate, eos_bias:B, eos_decay:F, hard, expected, "
+                "soft:S, conditional:E, a rule of your own; may be repeated. Default: "
+                "prompt, truncate, hard, soft:100, conditional:1."
             ),
         ] = None,
         constraint: Annotated[

@@ -142,16 +142,24 @@ def parse_control_settings(text: str | None) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise InputError(f"--control is {text}; expected an object such as {{'top_k': 15}}")
     goals = (TARGETS | {"rule"}) & fields.keys()
+    if "rule" in goals:
+        raise InputError(
+            f"--control sets rule {fields['rule']!r}; an arm names its rule: --arm "
+            f"{fields['rule']} in lifebench, --arm 'at_most:200 rule={fields['rule']}' in tradeoff"
+        )
     if goals:
         raise InputError(f"--control sets {', '.join(sorted(goals))}; the arms set these")
     LengthControl.parse({**fields, "equal_to": 1})
     return fields
 
 
-def format_interval(interval: dict[str, float] | None, style: str = ".1f") -> str:
-    """`62.6% [61.0, 64.1]`: the estimate and its bounds; - where there is none."""
+def format_interval(interval: dict[str, Any] | None, style: str = ".1f") -> str:
+    """`62.6% [61.0, 64.1]`: the estimate and its bounds, where there are enough clusters for
+    bounds; - where there is none."""
     if interval is None:
         return "-"
+    if interval["low"] is None:
+        return format(interval["value"], style)
     value, low, high = (format(interval[k], style) for k in ("value", "low", "high"))
     return f"{value} [{low.rstrip('%')}, {high.rstrip('%')}]"
 

@@ -61,6 +61,7 @@ def register(group: typer.Typer) -> None:
         else:
             model = load_value_model(lenvm, device=pick_device(device))
             predictor = ValueModelPredictor(model, name_value_model(lenvm))
+            predictor.check_files(config.files)
         with stages() as progress:
             summary = run_prediction(config, predictor, output, progress=progress)
         _print_summary(summary, output)

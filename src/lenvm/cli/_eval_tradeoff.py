@@ -28,8 +28,8 @@ def register(group: typer.Typer) -> None:
         arm: Annotated[
             list[str] | None,
             typer.Option(
-                help="prompt, concise, tilt:S, at_most:N, budget:N, budget_answer:N, eos_bias:B; "
-                "may be repeated. Default: a sweep."
+                help="prompt, concise, tilt:S, at_most:N, 'at_most:N rule=NAME', budget:N, "
+                "budget_answer:N, eos_bias:B; may be repeated. Default: a sweep."
             ),
         ] = None,
         samples: o.Samples = 4,

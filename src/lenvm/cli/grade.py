@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
         rows = [*sorted(report.domains.items()), ("all", report.total)]
         print_table(
             f"Rewards: {output}",
-            ["domain", "completions", "graded", "right", "", "without an answer", "failed"],
+            ["domain", "completions", "graded", "right", "% right", "without an answer", "failed"],
             [
                 (
                     domain,

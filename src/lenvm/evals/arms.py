@@ -12,11 +12,12 @@ A LenVM arm may bring settings of its own, `conditional:2 tolerance=0.05 horizon
 | `budget:N`, `budget_answer:N` | cut off at N tokens; the latter then asks for the answer at once |
 | `eos_bias:B` | B is added to the logit of the ending token at every step (OpenAI `logit_bias`) |
 | `eos_decay:F` | transformers' ExponentialDecayLengthPenalty, factor F, from half the target |
-| `hard`, `soft:S`, `conditional:E` | LenVM rules; S = strength, E = evidence |
+| `hard`, `expected`, `soft:S`, `conditional:E` | LenVM rules; S = strength, E = evidence |
+| `NAME`, `NAME:S` | a rule of your own (entry point group `lenvm.rules`); S = strength |
 | `shortest:Q` | LenVM, as the shortest share Q of the answers would be |
 | `price:P` | LenVM, each token costs P nats |
 | `tilt:S` | LenVM tilt with scale S |
-| `at_most:N` | LenVM at most N tokens, by the best rule of the value model |
+| `at_most:N` | LenVM at most N tokens, by the best rule of the value model, or by `rule=NAME` |
 """
 
 import json
@@ -26,7 +27,7 @@ from typing import Any
 
 from lenvm.errors import InputError
 from lenvm.evals.generator import Feature, Generator, Sampling
-from lenvm.guidance.request import MAX_CANDIDATES, LengthControl
+from lenvm.guidance.request import BUILT_IN_RULES, MAX_CANDIDATES, LengthControl, installed_rules
 
 DEFAULTS: dict[str, float | None] = {
     "prompt": None,
@@ -34,6 +35,7 @@ DEFAULTS: dict[str, float | None] = {
     "concise": None,
     "truncate": None,
     "hard": None,
+    "expected": None,
     "budget": None,
     "budget_answer": None,
     "eos_bias": None,
@@ -57,6 +59,7 @@ LABELS = {
     "eos_bias": "EOS bias {}",
     "eos_decay": "EOS decay {}",
     "hard": "LenVM hard",
+    "expected": "LenVM expected",
     "soft": "LenVM soft, strength {}",
     "conditional": "LenVM conditional, evidence {}",
     "shortest": "LenVM shortest {}",
@@ -66,12 +69,18 @@ LABELS = {
 }
 TARGETS = {"equal_to", "at_most", "at_least", "shortest", "price", "tilt"}
 GOALS = TARGETS | {"remaining", "rule", "strength", "evidence"}
-"""What an arm is: not for its settings; the evidence of `price` and `shortest` is one."""
+"""What an arm is: not for its settings, but for those of SETTABLE."""
+SETTABLE = {
+    "price": {"evidence"},
+    "shortest": {"evidence"},
+    "at_most": {"rule", "strength", "evidence"},
+}
 FEATURES: dict[str, tuple[Feature, ...]] = {
     "countdown": (),
     "eos_bias": ("eos_bias",),
     "eos_decay": ("eos_decay",),
     "hard": ("control",),
+    "expected": ("control",),
     "soft": ("control",),
     "shortest": ("control", "conditional"),
     "price": ("control", "conditional"),
@@ -100,17 +109,47 @@ class Arm:
         return replace(arm, settings=_parse_settings(text, arm.kind, fields)) if fields else arm
 
     @classmethod
+    def read(cls, name: str) -> "Arm":
+        """The arm of results, by their name for it: its rule need not be installed here."""
+        kind = name.split()[0].partition(":")[0]
+        if kind in DEFAULTS and "rule=" not in name:
+            return cls.parse(name, DEFAULTS)
+        whole, *fields = name.split()
+        number = whole.partition(":")[2]
+        pairs = [entry.partition("=") for entry in fields]
+        settings = tuple((field, _read_value(field, text)) for field, _, text in pairs)
+        return cls(kind, float(number) if number else None, settings)
+
+    @property
+    def is_rule(self) -> bool:
+        """It names a rule, ours or one of the user's own: the goal is the evaluation's."""
+        return self.kind in BUILT_IN_RULES or self.is_own_rule
+
+    @property
+    def is_own_rule(self) -> bool:
+        """It names a rule that an installed package offers."""
+        return self.kind not in DEFAULTS
+
+    @classmethod
     def _parse_kind(cls, text: str, allowed: Iterable[str]) -> "Arm":
         kind, colon, number = text.partition(":")
         kinds = list(allowed)
-        if kind not in kinds:
-            raise InputError(f"arm is {text!r}; allowed here: {', '.join(kinds)}")
-        if colon and kind not in TAKES_NUMBER:
+        own = kind not in DEFAULTS and kind in installed_rules()
+        if own and not set(BUILT_IN_RULES) & set(kinds):
+            raise InputError(
+                f"arm is {text!r}, a rule, which needs a length to meet: here 'at_most:200 "
+                f"rule={kind}'"
+            )
+        if own:
+            check_rule(kind)
+        elif kind not in kinds:
+            raise InputError(f"arm is {text!r}; allowed here: {_describe_allowed(kinds)}")
+        if colon and kind not in TAKES_NUMBER and not own:
             raise InputError(f"arm {kind!r} takes no number; got {text!r}")
         if not colon:
             if kind in NEEDS_NUMBER:
                 raise InputError(f"arm {kind!r} needs a number, for example '{kind}:20'")
-            return cls(kind, DEFAULTS[kind])
+            return cls(kind, DEFAULTS.get(kind))
         try:
             value = float(number)
         except ValueError:
@@ -129,12 +168,14 @@ class Arm:
 
     @property
     def label(self) -> str:
-        label = LABELS[self.kind].format("" if self.parameter is None else f"{self.parameter:g}")
+        number = "" if self.parameter is None else f"{self.parameter:g}"
+        own = f"own rule {self.kind}" + (f", strength {number}" if number else "")
+        label = own if self.is_own_rule else LABELS[self.kind].format(number)
         return ", ".join([label, *(f"{k.replace('_', ' ')} {_show(v)}" for k, v in self.settings)])
 
     def why_skipped(self, generator: Generator) -> str | None:
         """A sentence where the generator cannot run this arm, else None."""
-        for feature in FEATURES.get(self.kind, ()):
+        for feature in _features(self.kind):
             if (reason := generator.lacks(feature)) is not None:
                 return reason
         return None
@@ -142,26 +183,59 @@ class Arm:
 
 def _parse_settings(text: str, kind: str, fields: list[str]) -> tuple[tuple[str, Any], ...]:
     """`tolerance=0.05` ... as fields; values are JSON, `none` is null. InputError for others."""
-    if "control" not in FEATURES.get(kind, ()):
+    if "control" not in _features(kind):
         raise InputError(f"arm {text!r}: settings go with LenVM's arms only")
-    goals = GOALS - {"evidence"} if kind in ("price", "shortest") else GOALS
+    goals = GOALS - SETTABLE.get(kind, set())
     values: dict[str, Any] = {}
     for entry in fields:
         name, equals, value = entry.partition("=")
+        if equals and name == "rule" and name in goals and kind in (*BUILT_IN_RULES, value):
+            raise InputError(
+                f"arm {text!r}: {kind!r} is a rule itself; name the other one alone: --arm {value}"
+            )
         if not equals or name in goals or name in values:
             raise InputError(f"arm {text!r}: {entry!r} is no field=value that an arm may set")
         try:
-            values[name] = None if value.lower() == "none" else json.loads(value)
+            values[name] = _read_value(name, value)
         except ValueError:
             raise InputError(
                 f"arm {text!r}: {value!r} is not a number, true, false or none"
             ) from None
-    LengthControl.parse({"equal_to": 1} | values)
+    LengthControl.parse({"at_most" if kind == "at_most" else "equal_to": 1} | values)
+    if values.get("rule") is not None:
+        check_rule(values["rule"])
     return tuple(values.items())
 
 
+def check_rule(name: str) -> None:
+    """InputError where a rule is installed and cannot be loaded, before anything is asked."""
+    from lenvm.guidance.rules import find_rule
+
+    find_rule(name)
+
+
+def _features(kind: str) -> tuple[Feature, ...]:
+    """What a generator must have for an arm of this kind."""
+    return FEATURES.get(kind, ()) if kind in DEFAULTS else ("control",)
+
+
+def _describe_allowed(kinds: list[str]) -> str:
+    text = ", ".join(kinds)
+    if not set(BUILT_IN_RULES) & set(kinds):
+        return text
+    own = ", ".join(sorted(installed_rules())) or "none is"
+    return f"{text}, and installed rules of your own ({own}; docs/control.md says how)"
+
+
+def _read_value(name: str, text: str) -> Any:
+    """A setting: JSON, `none`, or the name of a rule. ValueError for others."""
+    if text.lower() == "none":
+        return None
+    return text if name == "rule" else json.loads(text)
+
+
 def _show(value: Any) -> str:
-    return "none" if value is None else json.dumps(value)
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def match_truncation(sampling: Sampling) -> dict[str, Any]:

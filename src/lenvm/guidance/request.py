@@ -7,6 +7,7 @@ token counted, as `usage.completion_tokens` reports them. docs/control.md is the
 
 import functools
 import json
+from decimal import Decimal
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, Literal, Self
 
@@ -220,6 +221,7 @@ class LengthControl(BaseModel):
     def interval(self) -> tuple[int, int]:
         """[least, most] allowed lengths in tokens; (1, MAX_LENGTH) where there is no such goal."""
         if self.equal_to is not None:
-            slack = int(self.tolerance * self.equal_to)
+            # the tolerance as it is written: 0.29 of 100 is 29, in floating point 28.99..
+            slack = int(Decimal(repr(self.tolerance)) * self.equal_to)
             return max(1, self.equal_to - slack), min(MAX_LENGTH, self.equal_to + slack)
         return self.at_least or 1, self.at_most or MAX_LENGTH

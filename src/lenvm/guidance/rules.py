@@ -81,7 +81,10 @@ def find_rule(name: str) -> Rule:
     try:
         rule: Rule = installed_rules()[name].load()
     except Exception as error:  # whatever the import of a user's module raises
-        raise InputError(f"rule {name!r} cannot be loaded: {error!r}") from error
+        raise InputError(
+            f"rule {name!r} is installed (entry point {installed_rules()[name].value!r}) and "
+            f"cannot be loaded: {error!r}; repair that module, or uninstall its package"
+        ) from error
     if not callable(rule):
         raise InputError(f"rule {name!r} is not a function of (candidates, belief, params)")
     return rule

@@ -53,8 +53,10 @@ def load_config(folder: Path, gamma: float | None) -> LenVMConfig:
     if not path.exists():
         if gamma is None:
             raise CheckpointError(
-                f"{folder} has no {CONFIG_FILE} (a checkpoint of the published system stores no "
-                "gamma); pass gamma, e.g. 0.997 for its Qwen2.5 models, 0.9998 for Qwen3"
+                f"{folder} has no {CONFIG_FILE}, which says how its numbers are read. A checkpoint "
+                "of the published system stores no gamma: run `lenvm download OWNER/NAME -o "
+                f"{folder} --gamma 0.997` (its Qwen2.5 models; 0.9998 for Qwen3), which writes "
+                f'the file, or write {folder / CONFIG_FILE} yourself, {{"gamma": 0.997}} at least'
             )
         return LenVMConfig(gamma=gamma)
     data = read_json(path)

@@ -16,13 +16,19 @@ from lenvm.reports.tables import (
     format_pace,
     format_percent,
     format_signed,
+    read_bounds,
     table,
 )
 
 Arm = Mapping[str, Any]
-LENVM = ("hard", "soft", "conditional")
+OTHERS = ("prompt", "countdown", "truncate", "eos_decay", "eos_bias")
+"""Families that need no value model; every other one is a rule, ours or a user's own."""
 CONSTRAINTS = {"equal_to": "Equal to", "at_most": "At most", "at_least": "At least"}
 SCORE = "score (cut-off answers count 0)"
+
+
+def _is_lenvm(arm: Arm) -> bool:
+    return arm["family"] not in OTHERS
 
 
 def answer(results: Sequence[Result]) -> Html:
@@ -76,7 +82,7 @@ def _best(arms: Sequence[Arm], constraint: str) -> Arm:
         quality = _log_prob(arm, constraint)
         return round(_score(arm, constraint)), quality["value"] if quality else float("-inf")
 
-    own = [a for a in arms if a["family"] in LENVM]
+    own = [a for a in arms if _is_lenvm(a)]
     return max(own or arms, key=merit)
 
 
@@ -139,7 +145,7 @@ def _against_quality(arms: Sequence[Arm], constraint: str, *, height: int) -> Ht
         ]
         return bars("Score; cut-off answers count 0", drawn, 100)
     x = Axis.fit(
-        [q[end] for _, _, q in known for end in ("low", "high")],
+        [end for _, _, q in known for end in read_bounds(q)],
         "log-prob. per token → more natural",
         zero=False,
         pad=0.12,
@@ -147,8 +153,9 @@ def _against_quality(arms: Sequence[Arm], constraint: str, *, height: int) -> Ht
     chart = Chart(x, Axis(0, 105, SCORE, marks=(0, 25, 50, 75, 100)), height=height)
     for a, score, quality in known:
         at = (quality["value"], score["value"])
-        chart.span((quality["low"], at[1]), (quality["high"], at[1]), _kind(a))
-        chart.span((at[0], score["low"]), (at[0], score["high"]), _kind(a))
+        (left, right), (low, high) = read_bounds(quality), read_bounds(score)
+        chart.span((left, at[1]), (right, at[1]), _kind(a))
+        chart.span((at[0], low), (at[0], high), _kind(a))
     for a, score, quality in known:
         tip = f"{a['label']}\nscore {score['value']:.0f}, log-prob. {quality['value']:.2f}"
         chart.dot(quality["value"], score["value"], _kind(a), tip)
@@ -173,7 +180,7 @@ def _short(arm: Arm) -> str:
 
 
 def _kind(arm: Arm) -> str:
-    return "main" if arm["family"] in LENVM else "base"
+    return "main" if _is_lenvm(arm) else "base"
 
 
 def _against_target(

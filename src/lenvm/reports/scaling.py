@@ -6,7 +6,15 @@ from typing import Any
 from lenvm.reports.charts import Axis, Chart, pick_kind
 from lenvm.reports.page import Html, columns, details, figure, join, legend, note
 from lenvm.reports.results import Result
-from lenvm.reports.tables import Bar, bars, estimate, format_number, format_percent, table
+from lenvm.reports.tables import (
+    Bar,
+    bars,
+    estimate,
+    format_number,
+    format_percent,
+    read_bounds,
+    table,
+)
 
 Cell = Mapping[str, Any]
 METRICS = {"val_loss": "validation loss", "mre": "relative error at the prompt"}
@@ -25,9 +33,15 @@ def section_body(result: Result) -> Html:
     seeds = sorted({c["num_seeds"] for c in s["cells"]})
     about = note(
         f"{format_number(len(s['cells']))} trainings, each over "
-        f"{' or '.join(map(str, seeds))} seed{'s' if seeds[-1] > 1 else ''}; intervals over seeds."
+        f"{' or '.join(map(str, seeds))} seed{'s' if seeds[-1] > 1 else ''}"
+        + ("; intervals over seeds." if _has_intervals(s["cells"]) else ".")
     )
     return join(about, draw(s, metrics), details("Every cell", _cells(s)))
+
+
+def _has_intervals(cells: Sequence[Cell]) -> bool:
+    """False where every cell has too few seeds for one."""
+    return any(m and m["low"] is not None for c in cells for m in c["metrics"].values())
 
 
 def _is_number(value: object) -> bool:
@@ -69,7 +83,7 @@ def _curve(
         marks=tuple(place.values()),
         names=None if numeric else tuple(map(str, labels)),
     )
-    ends = [c["metrics"][metric][end] for c in cells for end in ("low", "high")]
+    ends = [end for c in cells for end in read_bounds(c["metrics"][metric])]
     y = Axis.fit(ends, METRICS[metric], zero=False, percent=metric != "val_loss")
     chart = Chart(x, y, height=250)
     series = s["axes"][by] if by else [None]
@@ -79,7 +93,8 @@ def _curve(
         kind = pick_kind(i)
         chart.line([(p, m["value"]) for p, m, _ in points], kind)
         for p, m, c in points:
-            chart.span((p, m["low"]), (p, m["high"]), kind)
+            low, high = read_bounds(m)
+            chart.span((p, low), (p, high), kind)
             tip = f"{_describe(c)}\n{METRICS[metric]} {y.write(m['value'])}"
             chart.dot(p, m["value"], kind, tip)
     keys = [(f"line {pick_kind(i)}", f"{v}") for i, v in enumerate(series)] if by else []
@@ -116,7 +131,7 @@ def _bars(cells: Sequence[Cell], name: str, base: object, metric: str) -> Html:
         kind = "base" if c["axes"][name] == base else "main"
         value, low, high = (m["value"], m["low"], m["high"]) if m else (None, None, None)
         rows.append(Bar(label, value, write(value), kind, low, high))
-    end = 1.05 * max((r.high or 0.0 for r in rows), default=1.0)
+    end = 1.05 * max((r.high or r.value or 0.0 for r in rows), default=1.0)
     return bars(f"{METRICS[metric].capitalize()}, less is better", rows, end)
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lenvm.reports.page import Html, escape
 
 DASH, MINUS = "\u2013", "\u2212"
-Interval = Mapping[str, float] | None
-"""{"value", "low", "high"} as evaluations write it; None = not defined."""
+Interval = Mapping[str, Any] | None
+"""{"value", "low", "high"} as evaluations write it; None = not defined, and bounds that are None =
+too few clusters for an interval."""
 
 
 def format_number(x: float | int | None) -> str:
@@ -43,10 +45,19 @@ def format_pace(x: float | None) -> str:
     return DASH if x is None else f"{x:,.{0 if x >= 100 else 1}f}"
 
 
+def read_bounds(interval: Mapping[str, Any]) -> tuple[float, float]:
+    """(low, high) to draw: the value itself where there is no interval."""
+    value: float = interval["value"]
+    low, high = interval["low"], interval["high"]
+    return (value, value) if low is None or high is None else (low, high)
+
+
 def estimate(interval: Interval, write: Callable[[float | None], str] = format_number) -> Html:
     """A value with its 95% interval in small type."""
     if not interval:
         return Html(DASH)
+    if interval["low"] is None:
+        return Html(escape(write(interval["value"])))
     value, low, high = (write(interval[key]) for key in ("value", "low", "high"))
     return Html(f'{escape(value)} <span class="interval">{escape(low)} to {escape(high)}</span>')
 

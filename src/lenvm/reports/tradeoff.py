@@ -14,6 +14,7 @@ from lenvm.reports.tables import (
     format_pace,
     format_percent,
     format_signed,
+    read_bounds,
     table,
 )
 
@@ -104,8 +105,8 @@ def _plane(s: Mapping[str, Any], *, height: int) -> Html:
     arms = {a["arm"]: a for a in s["arms"] if a["pass_at_1"] and a["mean_length"]}
     if not arms:
         return note("No arm has an answer.")
-    lengths = [a["mean_length"][end] for a in arms.values() for end in ("low", "high")]
-    shares = [a["pass_at_1"]["high"] for a in arms.values()]
+    lengths = [end for a in arms.values() for end in read_bounds(a["mean_length"])]
+    shares = [read_bounds(a["pass_at_1"])[1] for a in arms.values()]
     x = Axis.fit(lengths, "mean length (tokens)", zero=False)
     y = Axis(0, min(1.0, 1.08 * max(*shares, 0.1)), "pass@1", percent=True)
     chart = Chart(x, y, height=height)
@@ -114,8 +115,9 @@ def _plane(s: Mapping[str, Any], *, height: int) -> Html:
         chart.line(points, _kind(family))
     for a in arms.values():
         (length, accuracy), kind = _at(a), _kind(a["family"])
-        chart.span((a["mean_length"]["low"], accuracy), (a["mean_length"]["high"], accuracy), kind)
-        chart.span((length, a["pass_at_1"]["low"]), (length, a["pass_at_1"]["high"]), kind)
+        (left, right), (low, high) = read_bounds(a["mean_length"]), read_bounds(a["pass_at_1"])
+        chart.span((left, accuracy), (right, accuracy), kind)
+        chart.span((length, low), (length, high), kind)
     for a in arms.values():
         tip = (
             f"{a['label']}\n{format_percent(a['pass_at_1']['value'])} right, "

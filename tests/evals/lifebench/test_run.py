@@ -306,6 +306,11 @@ def test_the_loss_of_quality_is_paired_with_the_prompt_arm(file, tmp_path):
         loss = 0.0 if request.control is None else 0.25
         return GenerationResponse(request.id, "a b c.", 20, 5, "stop", -item - loss)
 
+    fourth = json.loads(file.read_text().splitlines()[0]) | {
+        "id": 3,
+        "task": "Task 3: {word_count_type} {word_count}",
+    }
+    file.write_text(file.read_text() + json.dumps(fourth) + "\n")
     summary = run_lifebench(config(file, "prompt", "hard"), Scripted(script), tmp_path / "o")
     loss = arm(summary, "hard")["quality"]["log_prob_loss"]
     assert loss == {k: pytest.approx(0.25) for k in ("value", "low", "high")}

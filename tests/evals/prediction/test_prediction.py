@@ -23,7 +23,7 @@ from lenvm.evals.prediction.predictors import EndpointPredictor, ValueModelPredi
 from lenvm.evals.prediction.run import PredictionConfig, regrade_prediction, run_prediction
 from lenvm.files import JsonlWriter
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
-from tiny import EOS, tiny_backbone
+from tiny import EOS, tiny_backbone, tiny_tokenizer
 
 GAMMA = 0.99
 
@@ -41,7 +41,7 @@ def write(path: Path, rows) -> Path:
                 messages=[{"role": "user", "content": f"Question {prompt}?"}],
                 prompt_token_ids=[4, 10 + prompt % 50, 5],
                 completion_token_ids=[7] * (length - 1) + [EOS],
-                completion_text="x",
+                completion_text=" ".join(["w7"] * (length - 1)),
                 finish_reason=finish,
                 model="m",
                 length_control=control[0] if control else None,
@@ -387,3 +387,42 @@ def test_numbers_of_a_server_become_beliefs():
         "length": 3,
         "quantiles": {"0.05": 1},
     }
+
+
+def tiny_predictor() -> ValueModelPredictor:
+    config = LenVMConfig(gamma=GAMMA, eos_token_ids=[EOS])
+    model = LengthValueModel.build(tiny_backbone(), config)
+    model.tokenizer = tiny_tokenizer()
+    return ValueModelPredictor(model, "tiny")
+
+
+def change(path: Path, token: int, new: int) -> None:
+    """Another id in the place of one, in all completions."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        ids = row["completion_token_ids"]
+        row["completion_token_ids"] = [new if i == token else i for i in ids]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_files_of_another_tokenizer_are_refused_as_training_does(tmp_path):
+    rows = [(i, "m", "test", 9 + i, "length" if i == 3 else "stop") for i in range(4)]
+    path = write(tmp_path / "t.jsonl", rows)
+    predictor = tiny_predictor()
+    predictor.check_files([path])
+    change(path, 7, 9)  # inside the vocabulary: other words
+    with pytest.raises(DataError, match=r"t\.jsonl was sampled with another tokenizer"):
+        predictor.check_files([path])
+    change(path, 9, 999_999)
+    with pytest.raises(DataError, match=r"t\.jsonl.*999999"):
+        predictor.check_files([path])
+
+
+def test_files_that_cannot_be_written_beside_are_checked_all_the_same(tmp_path, monkeypatch):
+    path = write(tmp_path / "data" / "t.jsonl", [(0, "m", "test", 9, "stop")])
+    change(path, 7, 9)
+    before = set((tmp_path / "data").iterdir())
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(DataError, match=rf"{path} was sampled with another tokenizer"):
+        tiny_predictor().check_files([path])
+    assert set((tmp_path / "data").iterdir()) == before

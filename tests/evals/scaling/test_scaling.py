@@ -5,15 +5,18 @@ from pathlib import Path
 import pytest
 
 from evals.prediction.test_prediction import write
+from lenvm.cli._eval_scaling import format_seeds
 from lenvm.data.trajectory import read_trajectories
 from lenvm.errors import DataError, InputError, TrainingError
-from lenvm.evals.scaling.grid import load_grid
+from lenvm.evals.scaling.grid import DEFAULT_HEAD, SUBSET_KEYS, load_grid
 from lenvm.evals.scaling.run import run_grid
 from lenvm.evals.scaling.subset import write_subset
+from lenvm.training.config import TrainingConfig
 
 GRID = """
 [base]
 data = ["{data}"]
+head = "scalar"
 epochs = 2
 
 [axes]
@@ -45,7 +48,8 @@ def test_a_product_has_every_combination(tmp_path, data):
 
 
 def test_an_ablation_changes_one_axis_at_a_time(tmp_path):
-    text = 'design = "ablation"\n[axes]\ngamma = [0.9, 0.99, 0.999]\ngrouped = [false, true]\n'
+    text = 'design = "ablation"\nbase = {head = "scalar"}\n'
+    text += "[axes]\ngamma = [0.9, 0.99, 0.999]\ngrouped = [false, true]\n"
     cells = grid(tmp_path, text).cells()
     assert [tuple(c.axes.values()) for c in cells] == [
         (0.9, False),
@@ -81,6 +85,38 @@ def test_an_axis_of_tables_sets_several_options(tmp_path):
 def test_grids_that_cannot_be_are_refused(tmp_path, text, message):
     with pytest.raises((DataError, InputError), match=message):
         grid(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[axes]\ngamma = ['auto', 0.99]\n",
+        "design = 'ablation'\n[axes]\ngamma = [0.9, 0.99]\ngrouped = [false, true]\n",
+        "[axes]\ngamma = [0.9, 0.99]\nhead = ['scalar', 'distribution']\n",
+        "[[axes.model]]\nlabel = 'a'\ngamma = 0.9\n[[axes.model]]\nlabel = 'b'\n",
+    ],
+)
+def test_gammas_of_a_distribution_head_are_refused_as_its_loss_has_none(tmp_path, text):
+    with pytest.raises(InputError, match=r'gamma alone .* head = "scalar"'):
+        grid(tmp_path, text)
+    assert TrainingConfig.model_fields["head"].default == DEFAULT_HEAD
+
+
+def test_gammas_may_differ_where_something_else_does(tmp_path):
+    text = "[axes]\nhead = ['scalar']\ngamma = [0.9, 0.99]\n"
+    assert len(grid(tmp_path, text).cells()) == 2
+    text = "[[axes.head]]\nlabel = 'd'\n[[axes.head]]\nlabel = 's'\nhead = 'scalar'\ngamma = 0.9\n"
+    assert len(grid(tmp_path, text).cells()) == 2
+
+
+def test_the_grid_of_the_docs_trains_different_models(tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
+    text = page.partition("```toml\n")[2].partition("```")[0]
+    cells = grid(tmp_path, text).cells()
+    assert {c.settings["head"] for c in cells} == {"scalar"}
+    for cell in cells:
+        options = {k: v for k, v in cell.settings.items() if k not in SUBSET_KEYS}
+        TrainingConfig.parse({**options, "output": "m"})
 
 
 def test_a_missing_grid_is_said(tmp_path):
@@ -135,7 +171,12 @@ def test_a_grid_runs_every_cell_once_and_averages_its_seeds(tmp_path, data):
     assert first["axes"] == {"gamma": 0.9, "num_prompts": 2}
     assert first["num_seeds"] == 2
     assert first["metrics"]["loss"]["value"] == pytest.approx(1.4)
-    assert first["metrics"]["loss"]["low"] == pytest.approx(0.9)
+    loss = first["metrics"]["loss"]
+    assert (loss["low"], loss["high"]) == (None, None)  # of two seeds
+    assert (loss["least"], loss["greatest"]) == (pytest.approx(0.9), pytest.approx(1.9))
+    assert format_seeds(loss, 2) == "1.4000 (0.9000 to 1.9000)"
+    assert format_seeds({**loss, "low": 1.0, "high": 1.8}, 5) == "1.4000 [1.0000, 1.8000]"
+    assert format_seeds(None, 2) == "-"
     assert first["metrics"]["prompts"]["value"] == 2
     assert run_grid(cells, tmp_path / "out", run_cell) == summary
     assert len(seen) == 8

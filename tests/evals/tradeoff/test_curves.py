@@ -79,3 +79,21 @@ def test_accuracy_at_a_length_is_read_off_the_line_and_nowhere_else():
     assert accuracy_at(curve, Estimate(200, np.array([200.0] * 3))).value == pytest.approx(0.6)
     assert accuracy_at(curve, Estimate(50, np.array([50.0] * 3))) is None
     assert accuracy_at([], Estimate(50, np.array([50.0] * 3))) is None
+
+
+def test_a_narrow_common_range_has_no_area():
+    """One arm of a family, a little shorter than the unguided one: a gap between two points."""
+    full = point("full", 70, 0.5)
+    near, far = point("near", 68, 0.6), point("far", 30, 0.4)
+    low, high, area = area_between([near, full], [far, full])
+    assert (low, high, area.to_json()) == (68, 70, None)
+    low, high, area = area_between([point("wide", 66, 0.6), full], [far, full])
+    assert area.to_json() is not None
+
+
+def test_an_area_of_few_prompts_has_no_bounds():
+    few = Estimate(0.5, np.array([0.5] * 3), 2)
+    one = [Point("a", point("", 30, 0).length, few), point("full", 70, 0.5)]
+    area = area_between(one, [point("b", 20, 0.3), point("full", 70, 0.5)])[2]
+    assert area.to_json()["value"] > 0
+    assert area.to_json()["low"] is None

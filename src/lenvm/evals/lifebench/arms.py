@@ -17,6 +17,7 @@ KINDS = (
     "eos_decay",
     "eos_bias",
     "hard",
+    "expected",
     "soft",
     "conditional",
 )
@@ -92,10 +93,10 @@ def build_control(
     arm: Arm, constraint: Constraint, tokens: int, shared: Mapping[str, Any]
 ) -> LengthControl | None:
     """The control of a LenVM arm; None for the others."""
-    if arm.kind not in ("hard", "soft", "conditional"):
+    if not arm.is_rule:
         return None
     fields: dict[str, Any] = {**shared, **dict(arm.settings), constraint: tokens, "rule": arm.kind}
-    if arm.kind == "soft":
+    if arm.kind == "soft" or (arm.is_own_rule and arm.parameter is not None):
         fields["strength"] = arm.parameter
     if arm.kind == "conditional":
         fields["evidence"] = arm.parameter

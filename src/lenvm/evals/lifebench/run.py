@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lenvm.errors import InputError
-from lenvm.evals.arms import DEFAULTS, Arm
+from lenvm.evals.arms import Arm
 from lenvm.evals.bootstrap import Resampler
 from lenvm.evals.generator import Generator, Sampling
 from lenvm.evals.judge import Judge, load_judgements
@@ -167,7 +167,7 @@ def summarise(
     arms = []
     for name, reason in skipped.items():
         rows = [g for g in grades if g["arm"] == name]
-        arm = Arm.parse(name, DEFAULTS)
+        arm = Arm.read(name)
         arms.append(
             {
                 "arm": name,
@@ -185,7 +185,7 @@ def summarise(
         grades,
         [name for name, reason in skipped.items() if not reason],
         ("constraint", "target", "item", "sample"),
-        lambda name, grade: applies(Arm.parse(name, DEFAULTS), grade["constraint"]),
+        lambda name, grade: applies(Arm.read(name), grade["constraint"]),
     )
     for name in skipped:
         answers = [g for g in grades if g["arm"] == name and not g["failed"]]

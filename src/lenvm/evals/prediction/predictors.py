@@ -6,9 +6,15 @@ them, `mean`, `geometric_mean` and `quantiles` ({"0.025": tokens, ...}).
 """
 
 import asyncio
-from collections.abc import Sequence
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
+from lenvm.data.dataset import Sequences, TokenStore
 from lenvm.errors import EndpointError, InputError
 from lenvm.model.head import DistributionBelief
 from lenvm.model.value_model import LengthValueModel
@@ -56,6 +62,17 @@ class ValueModelPredictor:
     ) -> None:
         self.model, self.name, self.batch_tokens, self.levels = model, name, batch_tokens, levels
 
+    def check_files(self, files: Sequence[Path]) -> None:
+        """DataError where trajectories were sampled with another tokenizer than the value model's,
+        as training refuses them: their ids may well lie inside the vocabulary."""
+        size = self.model.backbone.get_input_embeddings().num_embeddings
+        for file in files:
+            with _open_store(file) as store:
+                every = Sequences.select([store], None, max_tokens=2**31, censoring="one_sided")
+                every.check_vocabulary(size)
+                if self.model.tokenizer is not None:
+                    store.check_tokenizer(self.model.tokenizer, self.name)
+
     @property
     def gamma(self) -> float:
         return self.model.config.gamma
@@ -96,6 +113,19 @@ class ValueModelPredictor:
             row |= {"mean": mean, "geometric_mean": geometric}
             row["quantiles"] = {str(q): n for q, n in zip(self.levels, quantiles, strict=True)}
         return rows
+
+
+@contextmanager
+def _open_store(path: Path) -> Iterator[TokenStore]:
+    """The tokens of a trajectory file, beside it as training leaves them; where that folder cannot
+    be written to, for this time in another one."""
+    if os.access(path.parent, os.W_OK):
+        yield TokenStore.load(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / path.name
+        link.symlink_to(path.resolve())
+        yield dataclasses.replace(TokenStore.load(link), path=path)
 
 
 class EndpointPredictor:

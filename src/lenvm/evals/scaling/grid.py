@@ -30,6 +30,8 @@ from lenvm.files import hash_config
 
 DESIGNS = ("product", "ablation")
 SUBSET_KEYS = ("num_prompts", "completions")
+DEFAULT_HEAD = "distribution"
+"""That of `lenvm train`."""
 Value = dict[str, Any]
 """One value of an axis: `label` and the settings that it makes."""
 
@@ -97,7 +99,26 @@ def load_grid(path: Path) -> Grid:
     grid = Grid(raw.get("base", {}), axes, design)
     if design == "ablation" and set(axes) == {"seed"}:
         raise InputError(f"{path}: an ablation needs another axis than the seed")
+    _check_gammas(str(path), grid)
     return grid
+
+
+def _check_gammas(where: str, grid: Grid) -> None:
+    """InputError where cells under a distribution head differ in gamma alone: its loss is the
+    likelihood of the length, whatever gamma is, so that they would be one training."""
+    seen: dict[str, Any] = {}
+    for cell in grid.cells():
+        if cell.settings.get("head", DEFAULT_HEAD) != "distribution":
+            continue
+        rest = hash_config({k: v for k, v in cell.settings.items() if k != "gamma"})
+        gamma = cell.settings.get("gamma", "auto")
+        if seen.setdefault(rest, gamma) != gamma:
+            raise InputError(
+                f"{where}: cells differ in gamma alone ({seen[rest]} and {gamma}) under a "
+                "distribution head, whose loss does not use gamma: they would be the same "
+                'training twice. Set head = "scalar" in [base], or leave the gammas out; a '
+                "distribution head is read at any gamma after training"
+            )
 
 
 def read_axes(where: str, axes: Mapping[str, Any]) -> dict[str, list[Value]]:

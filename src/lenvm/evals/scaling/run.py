@@ -114,12 +114,15 @@ def _with_subset(cell: Cell, folder: Path) -> dict[str, Any]:
 
 
 def _average(records: list[Record], names: list[str]) -> dict[str, Any]:
-    """One place of the grid: metrics averaged over its seeds, intervals from the seeds."""
+    """One place of the grid: metrics averaged over its seeds, intervals from the seeds, and the
+    least and the greatest of them: all there is to say of two or three."""
     ids = [r["id"] for r in records]
     resampler = Resampler(ids)
     metrics = {}
     for name in names:
         rows = [(r["metrics"][name], r["id"]) for r in records if name in r["metrics"]]
-        metrics[name] = resampler.mean([v for v, _ in rows], [i for _, i in rows]).to_json()
+        values = [v for v, _ in rows]
+        found = resampler.mean(values, [i for _, i in rows]).to_json()
+        metrics[name] = found and {**found, "least": min(values), "greatest": max(values)}
     axes = {k: v for k, v in records[0]["axes"].items() if k != "seed"}
     return {"axes": axes, "num_seeds": len(records), "metrics": metrics}

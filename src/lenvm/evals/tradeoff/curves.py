@@ -11,7 +11,11 @@ from math import comb
 import numpy as np
 
 from lenvm.errors import InputError
-from lenvm.evals.bootstrap import Array, Estimate
+from lenvm.evals.bootstrap import Array, Estimate, average
+
+MIN_RANGE = 0.05
+"""Least width of a common range of lengths, as a share of its end, that has an area: over less, a
+gap is that between two points, and another draw of the prompts moves it anywhere."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +54,21 @@ def accuracy_at(curve: Sequence[Point], length: Estimate) -> Estimate | None:
     return Estimate(
         float(_interpolate(curve, None)(np.array([length.value]))[0]),
         np.array([_interpolate(curve, b)(n[None])[0] for b, n in enumerate(length.samples)]),
+        min(e.num_clusters for e in (length, *(p.length for p in curve))),
     )
 
 
 def area_between(
     one: Sequence[Point], two: Sequence[Point], *, num_points: int = 101
 ) -> tuple[float, float, Estimate] | None:
-    """(from, to, mean of accuracy one minus two) over the lengths both curves reach, or None."""
+    """(from, to, mean of accuracy one minus two) over the lengths both curves reach, or None. The
+    mean is NaN where that range is narrower than MIN_RANGE of its end."""
     low = max(min(p.length.value for p in curve) for curve in (one, two))
     high = min(max(p.length.value for p in curve) for curve in (one, two))
     if not high > low:
         return None
+    if high - low < MIN_RANGE * high:
+        return low, high, average([])
     grid = np.linspace(low, high, num_points)
 
     def gap(b: int | None) -> float:
@@ -68,7 +76,8 @@ def area_between(
         return float(np.trapezoid(difference, grid) / (high - low))
 
     samples = np.array([gap(b) for b in range(len(one[0].length.samples))])
-    return low, high, Estimate(gap(None), samples)
+    num = min(e.num_clusters for p in (*one, *two) for e in (p.length, p.accuracy))
+    return low, high, Estimate(gap(None), samples, num)
 
 
 def group_curves(points: Mapping[str, Sequence[Point]], unguided: Point) -> dict[str, list[Point]]:

@@ -178,7 +178,9 @@ def _compare(
         at = []
         for fraction in FRACTIONS:
             length = Estimate(
-                reference.length.value * fraction, reference.length.samples * fraction
+                reference.length.value * fraction,
+                reference.length.samples * fraction,
+                reference.length.num_clusters,
             )
             found = accuracy_at(curve, length)
             at.append(

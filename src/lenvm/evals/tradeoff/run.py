@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lenvm.errors import InputError
-from lenvm.evals.arms import DEFAULTS, Arm
+from lenvm.evals.arms import Arm
 from lenvm.evals.generator import Generator, Sampling
 from lenvm.evals.runner import (
     Case,
@@ -122,7 +122,7 @@ def summarise(
 ) -> dict[str, Any]:
     """grades.jsonl and summary.json from records; returns the summary."""
     grades = grade_records(records, on_progress=lambda done, total: progress("grade", done, total))
-    arms = [Arm.parse(name, DEFAULTS) for name in skipped]
+    arms = [Arm.read(name) for name in skipped]
     notes = [f"{name} did not run: {reason}" for name, reason in skipped.items() if reason]
     notes += note_missing(grades, [a for a, why in skipped.items() if not why], ("item", "sample"))
     errors = sum(g["grader_error"] is not None for g in grades)
