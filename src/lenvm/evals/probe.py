@@ -65,7 +65,7 @@ async def _probe(url: str, model: str | None, engine: str, api_key: str) -> Endp
             reason = f"the server at {url} has no lenvm plugin: it ignores length controls"
             missing |= {"control": reason, "conditional": reason}
         elif await _refuses(
-            client, body | wrap_control(found, {"equal_to": 8, "rule": "conditional"}), ""
+            client, body | wrap_control(found, {"equal_to": 1, "rule": "conditional"}), ""
         ):
             missing["conditional"] = "its value model has no distribution head"
         if not await _refuses(client, body | BAD_DECAY, "exponential_decay"):
