@@ -170,6 +170,8 @@ CASES = {
     "an unknown option": (["generate", "--equals", "3", "w7"], 2, "--equals"),
     "an unknown command": (["generte"], 2, "generte"),
     "a GPU that is not there": ([*GENERATE, "--device", "cuda", "w7"], 2, "no GPU"),
+    "no device": ([*GENERATE, "--device", "foo", "w7"], 2, "device is 'foo'; allowed: cpu, cuda"),
+    "no device to predict on": (["predict", "--device", "cpu:x", "w7"], 2, "device is 'cpu:x'"),
 }
 
 
