@@ -44,6 +44,12 @@ def change(**values: object) -> Callable[[Path], object]:
     return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def load(folder: Path) -> object:
+    if folder.name == "generator":
+        return TransformersEngine.load(str(folder))
+    return LengthValueModel.from_pretrained(folder).guide
+
+
 WEIGHTS, HEAD, CONFIG = "model.safetensors", "value_head.safetensors", "config.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CASES: list[tuple[str, str, Callable[[Path], object], str]] = [
@@ -78,10 +84,7 @@ def test_a_damaged_folder_is_named_with_the_file(made, tmp_path, kind, file, dam
     shutil.copytree(made / kind, folder)
     damage(folder / file)
     with pytest.raises(LenVMError, match=says) as caught:
-        if kind == "generator":
-            TransformersEngine.load(str(folder))
-        else:
-            assert LengthValueModel.from_pretrained(folder).guide
+        load(folder)
     assert str(folder) in str(caught.value)
     assert caught.value.exit_code in (3, 4)
 
@@ -92,7 +95,7 @@ def test_an_adapter_without_a_base_is_told_how_to_name_one(made, tmp_path):
     change(base_model=None)(folder / "lenvm.json")
     for text in ("{}", "[]", '{"base_model_name_or_path": null}'):
         (folder / ADAPTER_CONFIG).write_text(text)
-        with pytest.raises(CheckpointError, match="names no base .* FOLDER@BASE"):
+        with pytest.raises(CheckpointError, match=r"names no base .* FOLDER@BASE"):
             LengthValueModel.from_pretrained(folder)
 
 
@@ -101,7 +104,7 @@ def test_the_other_engines_readers_say_it_too(made, tmp_path):
     shutil.copytree(made / "whole", folder)
     head, _ = build_head_of(folder, 32)
     cut(folder / HEAD)
-    with pytest.raises(CheckpointError, match="value_head.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"value_head.safetensors is damaged"):
         load_head(head, folder, head.fc.weight.device)
     hold("{}")(folder / "lenvm.json")
     with pytest.raises(CheckpointError, match="gamma"):

@@ -450,5 +450,6 @@ def _to_control_error(request: Request, error: RequestError) -> ControlError:
     fault = str(error.cause)
     field = fault.split()[0]
     if request.control is None or field not in type(request.control).model_fields:
-        return ControlError("(whole)", request.control, fault)
+        given = request.control.model_dump(exclude_defaults=True) if request.control else None
+        return ControlError("(whole)", given, fault)
     return ControlError(field, getattr(request.control, field), fault)
