@@ -81,6 +81,9 @@ def make_handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     self.send_json(hub.info(commits[revision]))
             else:
                 name = path.split("/resolve/")[1].split("/", 1)[1]
+                if name not in hub.files:
+                    self.send_json({}, 404, X_Error_Code="EntryNotFound")
+                    return
                 self.send_file(name, commits[path.split("/resolve/")[1].split("/")[0]], body)
 
         def send_file(self, name: str, commit: str, body: bool) -> None:

@@ -23,12 +23,13 @@ class InputError(LenVMError):
 class ControlError(InputError):
     """A length control that does not parse.
 
-    `field` names the offending field, `value` what was got, `allowed` what may stand there; a
-    server turns the three into HTTP 422.
+    `field` names the offending field ("(whole)": how they go together), `value` what was got,
+    `allowed` what may stand there; a server turns the three into HTTP 422.
     """
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        super().__init__(f"length control: {field} is {value!r}; allowed: {allowed}")
+        what = "length control" if field == "(whole)" else f"length control: {field}"
+        super().__init__(f"{what} is {value!r}; allowed: {allowed}")
         self.field, self.value, self.allowed = field, value, allowed
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from lenvm.cli import main
 from lenvm.data.trajectory import read_trajectories
+from lenvm.engines.transformers import TransformersEngine
 from lenvm.model.value_model import LengthValueModel, LenVMConfig
 from stub_server import stub_server
 from tiny import EOS, tiny_backbone, tiny_generator, tiny_tokenizer
@@ -82,6 +83,16 @@ CASES = {
         [*GENERATE, "--equal-to", "9", "--tilt", "1", "w7"],
         2,
         "exactly one of equal_to",
+    ),
+    "a least length over the greatest": (
+        [*GENERATE, "--at-least", "50", "--at-most", "20", "w7"],
+        2,
+        "'at_least': 50}}; allowed: at_least up to at_most (50 > 20)",
+    ),
+    "a length that the models have no room for": (
+        [*GENERATE, "--at-least", "600", "w7"],
+        6,
+        "a length of 600 tokens does not fit: after this prompt the models have room for 509",
     ),
     "conditional on a scalar head": (
         [*GENERATE, "--equal-to", "9", "--rule", "conditional", "--max-tokens", "9", "w7"],
@@ -170,6 +181,8 @@ CASES = {
     "an unknown option": (["generate", "--equals", "3", "w7"], 2, "--equals"),
     "an unknown command": (["generte"], 2, "generte"),
     "a GPU that is not there": ([*GENERATE, "--device", "cuda", "w7"], 2, "no GPU"),
+    "no device": ([*GENERATE, "--device", "foo", "w7"], 2, "device is 'foo'; allowed: cpu, cuda"),
+    "no device to predict on": (["predict", "--device", "cpu:x", "w7"], 2, "device is 'cpu:x'"),
 }
 
 
@@ -272,6 +285,46 @@ def test_ctrl_c_says_what_to_do(base, tmp_path):
         child.send_signal(signal.SIGINT)
         _, said = child.communicate(timeout=30)
     assert child.returncode == 130, said
-    assert "lenvm: interrupted" in said
+    assert "lenvm: interrupted; what was finished is kept, run the same command to" in said
     assert "Traceback" not in said
     assert 0 < len(list(read_trajectories(output))) < 60
+
+
+def test_ctrl_c_promises_nothing_where_nothing_is_kept(base, tmp_path):
+    """`generate` ends its line first; the next run begins anew, and nobody says otherwise."""
+    command = ["generate", "--model", f"{base}/generator", "--max-tokens", "480", "--jsonl"]
+    command += ["--n", "400", "w7"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "lenvm", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": SRC},
+    )
+    while "generate: 0/400" not in (line := child.stderr.readline()):
+        assert line, "the command ended before it began to generate"
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=30)
+    assert child.returncode == 130, said
+    assert said.splitlines()[-1] == "lenvm: interrupted"
+
+
+def test_ctrl_c_ends_the_line_of_an_answer_that_is_being_written(base, monkeypatch, capsys):
+    command = ["generate", "--model", f"{base}/generator", "--max-tokens", "40", "w7"]
+    step, left = TransformersEngine.step, [5]
+
+    def interrupted(engine: TransformersEngine) -> object:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return step(engine)
+
+    monkeypatch.setattr(TransformersEngine, "step", interrupted)
+    monkeypatch.setattr(sys, "argv", ["lenvm", *command])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    printed = capsys.readouterr()
+    assert exit_.value.code == 130
+    assert printed.out.startswith("w")
+    assert printed.out.endswith("\n")
+    assert printed.err.endswith("lenvm: interrupted\n")

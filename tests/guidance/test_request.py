@@ -83,6 +83,29 @@ def test_bad_controls_name_field_value_and_what_is_allowed(value: object, field:
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (
+            {"at_least": 50, "at_most": 20},
+            "length control is {'at_least': 50, 'at_most': 20}; allowed: at_least up to at_most "
+            "(50 > 20)",
+        ),
+        ({"equal_to": 0}, "length control: equal_to is 0; allowed: greater than or equal to 1"),
+        ("[", "length control is '['; allowed: a JSON object such as {\"equal_to\": 128}"),
+        (
+            {"tilt": 1, "rule": "soft"},
+            "length control is {'tilt': 1, 'rule': 'soft'}; allowed: rule with a length or a value "
+            "to meet, not with a tilt or scale",
+        ),
+    ],
+)
+def test_what_is_called_allowed_is_what_is_allowed(value: object, says: str):
+    with pytest.raises(ControlError) as caught:
+        LengthControl.parse(value)  # type: ignore[arg-type]
+    assert str(caught.value) == says
+
+
 def test_json_dict_and_control_are_the_same():
     control = LengthControl.parse('{"equal_to": 100, "tolerance": 0.05}')
     assert control == LengthControl.parse({"equal_to": 100, "tolerance": 0.05})

@@ -33,6 +33,8 @@ COMMANDS = (
     "serve",
 )
 
+RESUMING = ("demo", "sample", "train", "eval", "download", "run")
+"""Commands that go on where they were interrupted when run again."""
 INTERRUPTED = 130
 
 HELP = """Know, steer and see how long a language model's answer will be.
@@ -107,8 +109,11 @@ def main() -> None:
         error.show()  # type: ignore[attr-defined]
         raise SystemExit(InputError.exit_code) from None
     if code == INTERRUPTED:
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        kept = "; what was finished is kept, run the same command to continue"
+        begin = "\n" if sys.stderr.isatty() else ""  # the terminal has written ^C
         print(
-            "lenvm: interrupted; what was finished is kept, run the same command to continue",
+            f"{begin}lenvm: interrupted{kept if command in RESUMING else ''}",
             file=sys.stderr,
         )
     if isinstance(code, int) and code:

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,6 +15,10 @@ def console() -> "Console":
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
+
+
+MIN_TEXT = len("(prompt)")
+"""Characters of a first column that gives way."""
 
 
 @contextmanager
@@ -85,14 +89,30 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on standard output; the first column is left-aligned, the others right."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, many: bool = False
+) -> None:
+    """A table on standard output; the first column is left-aligned, the others right.
+
+    many: columns of short numbers, which stay whole; the first one's long texts give way.
+    """
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", header_style="bold")
+    if many:
+        table.box, table.padding = box.SIMPLE_HEAD, 0
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        justify: Literal["left", "right"] = "left" if i == 0 else "right"
+        least = MIN_TEXT if many and i == 0 else None
+        table.add_column(
+            name, justify=justify, overflow="fold", no_wrap=many and i > 0, min_width=least
+        )
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console(highlight=False).print(table)
+    screen = Console(highlight=False)
+    if many:  # rather broken by the terminal than cut
+        wide = screen.options.update(width=1000)
+        screen.width = max(screen.width, screen.measure(table, options=wide).minimum)
+    screen.print(table)

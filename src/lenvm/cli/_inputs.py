@@ -16,10 +16,32 @@ def read_prompts(texts: list[str] | None, file: Path | None, limit: int | None) 
     if file:
         return load_prompts(str(file), limit=limit)
     if texts == ["-"]:
-        texts = [sys.stdin.read()]
+        try:
+            texts = [sys.stdin.read()]
+        except UnicodeDecodeError as error:
+            raise _not_utf8("standard input", error.object[error.start]) from None
+        check_text("standard input", texts[0])
     if not texts:
         raise InputError("no prompt: give one or more texts, or --prompts FILE")
+    for text in texts:
+        check_text("the prompt", text)
     return [Prompt.from_text(text) for text in texts]
+
+
+def check_text(what: str, text: str) -> None:
+    """InputError where a text of the command line was no UTF-8. Python keeps such a byte as half a
+    surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _not_utf8(what, ord(text[error.start]) & 0xFF) from None
+
+
+def _not_utf8(what: str, byte: int) -> InputError:
+    return InputError(
+        f"{what} is not UTF-8: it has the byte 0x{byte:02x}; convert it, such as with "
+        "iconv -f latin1 -t utf-8"
+    )
 
 
 def load_value_model(name: str | None, *, device: str) -> Any:

@@ -34,15 +34,25 @@ def register(app: typer.Typer) -> None:
         tolerance: Annotated[
             float | None, typer.Option(help="--equal-to is met within this share, such as 0.05.")
         ] = None,
-        rule: Annotated[str | None, typer.Option(help="conditional, soft or hard.")] = None,
+        rule: Annotated[
+            str | None,
+            typer.Option(help="conditional, soft, expected, hard, or one that is installed."),
+        ] = None,
         model: Annotated[str, typer.Option(help="Generator: folder, hub id, GGUF.")] = "smollm2",
         lenvm: Annotated[str | None, typer.Option(help="Value model folder.")] = None,
         max_tokens: Annotated[
             int | None,
-            typer.Option(help="Hard limit (default: 1024, or room for the length asked for)."),
+            typer.Option(help="Hard limit (default: 1024, or twice the length asked for)."),
         ] = None,
         temperature: Annotated[float, typer.Option()] = 1.0,
-        top_p: Annotated[float, typer.Option()] = 1.0,
+        top_p: Annotated[float, typer.Option(help="The likeliest tokens of this share.")] = 1.0,
+        top_k: Annotated[int, typer.Option(help="The likeliest TOP_K tokens; 0: all.")] = 0,
+        min_p: Annotated[
+            float, typer.Option(help="Tokens of this share of the likeliest one's probability.")
+        ] = 0.0,
+        stop: Annotated[
+            list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")
+        ] = None,
         frequency_penalty: Annotated[
             float, typer.Option(help="Off a token's logit for each time the answer has it.")
         ] = 0.0,
@@ -63,6 +73,7 @@ def register(app: typer.Typer) -> None:
         from lenvm.cli._inputs import load_value_model, read_prompts
         from lenvm.engines.sampling import SamplingParams
         from lenvm.engines.transformers import Request, TransformersEngine
+        from lenvm.guidance.request import DEFAULT_MAX_TOKENS, pick_max_tokens
         from lenvm.model.device import pick_device, pick_dtype
         from lenvm.model.tokenization import encode_prompt
 
@@ -79,31 +90,34 @@ def register(app: typer.Typer) -> None:
             {
                 "temperature": temperature,
                 "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+                "stop": tuple(stop or ()),
                 "frequency_penalty": frequency_penalty,
                 "presence_penalty": presence_penalty,
                 "repetition_penalty": repetition_penalty,
                 "seed": seed,
-                "max_tokens": pick_limit(control, max_tokens),
+                "max_tokens": DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
             }
         )
+        if max_tokens is not None:
+            check_limit(control, max_tokens)
         rows = read_prompts(prompts, prompts_file, limit)
         device = pick_device(device)
         value_model = load_value_model(lenvm, device=device) if control or lenvm else None
         engine = TransformersEngine.load(
             model, value_model, device=device, dtype=pick_dtype(device)
         )
-        requests = [
-            Request(
-                id=f"{i}-{j}",
-                prompt_token_ids=tuple(encode_prompt(engine.tokenizer, row.conversation)),
-                sampling=sampling,
-                control=control,
-                predict=True,
-                index=j,
-            )
-            for i, row in enumerate(rows)
-            for j in range(n)
-        ]
+        requests = []
+        for i, row in enumerate(rows):
+            ids = tuple(encode_prompt(engine.tokenizer, row.conversation))
+            room = max(1, engine.max_length - len(ids))  # none at all: the engine says so
+            most = max_tokens or pick_max_tokens(control, default=DEFAULT_MAX_TOKENS, room=room)
+            check_room(control, most)
+            own = sampling.model_copy(update={"max_tokens": most})
+            requests += [
+                Request(f"{i}-{j}", ids, own, control, predict=True, index=j) for j in range(n)
+            ]
         if len(requests) == 1 and not jsonl:
             _stream(engine, requests[0])
             return
@@ -129,11 +143,15 @@ def _stream(engine: Any, request: Any) -> None:
 
     completion = engine.submit(replace(request, stream=True))
     shown = 0
-    while completion.finish_reason is None:
-        engine.step()
-        print(completion.stream.text[shown:], end="", flush=True)
-        shown = len(completion.stream.text)
-    print()
+    try:
+        while completion.finish_reason is None:
+            engine.step()
+            settled = completion.stream.settled
+            print(settled[shown:], end="", flush=True)
+            shown = max(shown, len(settled))
+        print(completion.stream.text[shown:], end="")
+    finally:  # Ctrl-C too: what is said next begins a line
+        print(flush=True)
     if completion.error is not None:
         raise completion.error
     typer.echo(f"[{describe(completion)}]", err=True)
@@ -152,21 +170,32 @@ def parse_control(fields: dict[str, Any], text: str | None) -> Any:
     return LengthControl.parse(given) if given else None
 
 
-def pick_limit(control: Any, max_tokens: int | None) -> int:
-    """max_tokens, checked against the control; None leaves room for what it asks for."""
+def find_least(control: Any) -> int:
+    """The fewest tokens that a control asks for in all; 0 where it asks for none."""
+    counts = control is not None and not control.remaining
+    return (control.equal_to or control.at_least or 0) if counts else 0
+
+
+def check_room(control: Any, room: int) -> None:
+    """CapacityError where the length asked for does not fit after the prompt."""
+    from lenvm.errors import CapacityError
+
+    if (low := find_least(control)) > room:
+        raise CapacityError(
+            f"a length of {low} tokens does not fit: after this prompt the models have room for "
+            f"{room}; ask for less"
+        )
+
+
+def check_limit(control: Any, max_tokens: int) -> None:
+    """InputError where the length asked for does not fit into max_tokens."""
     from lenvm.errors import InputError
 
-    low = 0
-    if control is not None and not control.remaining:
-        low = control.equal_to or control.at_least or 0
-    if max_tokens is None:
-        return max(1024, low + low // 4)
-    if low > max_tokens:
+    if (low := find_least(control)) > max_tokens:
         raise InputError(
             f"a length of {low} tokens does not fit into --max-tokens {max_tokens}; raise it to "
             f"at least {low}, or leave it out"
         )
-    return max_tokens
 
 
 def to_json(completion: Any) -> dict[str, Any]:

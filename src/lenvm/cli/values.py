@@ -7,6 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+HEADINGS = {"geometric_mean": "geo.mean", "p_within_budget": "P(fits)"}
+"""What the table calls a number whose name is too long for a column."""
+
 
 def register(app: typer.Typer) -> None:
     @app.command()
@@ -39,7 +42,7 @@ def register(app: typer.Typer) -> None:
 
         `lenvm values ... --jsonl > a.jsonl` and `lenvm report a.jsonl b.jsonl` draw them.
         """
-        from lenvm.cli._inputs import load_value_model, name_value_model
+        from lenvm.cli._inputs import check_text, load_value_model, name_value_model
         from lenvm.errors import InputError
         from lenvm.evals.length_tokens.tokens import split_text
         from lenvm.model.device import pick_device
@@ -54,6 +57,8 @@ def register(app: typer.Typer) -> None:
             raise InputError("give --jsonl or --markdown, not both")
         if budget is not None and (jsonl or markdown):
             raise InputError("--budget goes with the table, not with --jsonl or --markdown")
+        check_text("the prompt", prompt or "")
+        check_text("the completion", completion or "")
         model = load_value_model(lenvm, device=pick_device(device))
         for prompt_ids, ids, complete, about in _read(
             model.tokenizer, prompt, completion, trajectories, limit, image or [], not cut
@@ -82,17 +87,23 @@ def _print_states(name: str, tokens: list[str], states: list[dict[str, Any]]) ->
     columns = [k for k in states[0] if k not in ("step", "remaining_true")]
     print_table(
         name,
-        ["token", "step", *columns, "true"],
+        ["token", "step", *(HEADINGS.get(c, c) for c in columns), "true"],
         (
             [
                 repr(token)[1:-1],
                 state["step"],
-                *(f"{state[c]:.4g}" for c in columns),
+                *(_shorten(state[c]) for c in columns),
                 "-" if state["remaining_true"] is None else state["remaining_true"],
             ]
             for token, state in zip(["(prompt)", *tokens], states, strict=True)
         ),
+        many=True,
     )
+
+
+def _shorten(number: float) -> str:
+    """Three digits, but whole tokens where there are more of them: 12740, not 1.27e+04."""
+    return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
 def _read(

@@ -30,6 +30,7 @@ from lenvm.model.bundled import resolve_model
 from lenvm.model.device import upload
 from lenvm.model.packed_linear import pack_linear
 from lenvm.model.ragged import RaggedDecoder
+from lenvm.model.reading import reading
 from lenvm.model.tokenization import find_eos_token_ids, load_tokenizer
 from lenvm.model.value_model import LengthValueModel
 
@@ -100,7 +101,9 @@ class TransformersEngine:
         from transformers import AutoModelForCausalLM
 
         path = resolve_model(generator)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+        with reading("a model", path):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model = model.to(device)
         tokenizer = load_tokenizer(path)
         eos = find_eos_token_ids(path, tokenizer)
         return cls(model, tokenizer, value_model, eos_token_ids=eos, **options)
@@ -447,5 +450,6 @@ def _to_control_error(request: Request, error: RequestError) -> ControlError:
     fault = str(error.cause)
     field = fault.split()[0]
     if request.control is None or field not in type(request.control).model_fields:
-        return ControlError("(whole)", request.control, fault)
+        given = request.control.model_dump(exclude_defaults=True) if request.control else None
+        return ControlError("(whole)", given, fault)
     return ControlError(field, getattr(request.control, field), fault)

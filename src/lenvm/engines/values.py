@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from lenvm.errors import CheckpointError
-from lenvm.files import read_json
-from lenvm.model.config import CONFIG_FILE, HEAD_FILE, LenVMConfig
+from lenvm.model.config import HEAD_FILE, load_config
 from lenvm.model.head import LengthBins, ValueHead, build_head
+from lenvm.model.loading import read_head
 
 BACKBONES = {
     "qwen2": "Qwen2ForCausalLM",
@@ -31,7 +31,7 @@ def find_backbone(engine: str, model_type: str) -> str:
 
 def build_head_of(folder: str | Path, hidden_size: int) -> tuple[ValueHead, float]:
     """(head without its weights, gamma) of a checkpoint."""
-    config = LenVMConfig.model_validate(read_json(Path(folder) / CONFIG_FILE))
+    config = load_config(Path(folder), None)
     bins = LengthBins(config.num_single_bins, config.bin_growth, config.loops)
     return build_head(config.head, hidden_size, bins), config.gamma
 
@@ -39,8 +39,6 @@ def build_head_of(folder: str | Path, hidden_size: int) -> tuple[ValueHead, floa
 def load_head(head: ValueHead, folder: str | Path, device: torch.device) -> None:
     """Weights into the head, in fp32 on the device; from its own file, since a checkpoint's index
     may hide it from the engine's loader."""
-    from safetensors.torch import load_file
-
-    state = load_file(Path(folder) / HEAD_FILE)
+    state = read_head(Path(folder) / HEAD_FILE)
     head.float().to(device)
-    head.load_state_dict({k.removeprefix("v_head."): v.float() for k, v in state.items()})
+    head.load_state_dict(state)

@@ -28,6 +28,8 @@ RULE_GROUP = "lenvm.rules"
 MAX_LENGTH = 131_072
 MAX_CANDIDATES = 256
 MAX_FACTORS = 64
+DEFAULT_MAX_TOKENS = 1024
+"""Where a request names no max_tokens."""
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_LENGTH)]
 Value = Annotated[float, Field(gt=0, lt=1)]
@@ -165,16 +167,16 @@ class LengthControl(BaseModel):
             )
         for name, (low, high) in zip(("at_least", "value_at_least"), intervals, strict=True):
             if low is not None and high is not None and low > high:
-                raise ValueError(f"{name} {low} is over {name.replace('least', 'most')} {high}")
+                raise ValueError(f"{name} up to {name.replace('least', 'most')} ({low} > {high})")
         if self.rule is not None and not self.has_target:
-            raise ValueError("rule goes with a length or a value to meet, not with a tilt or scale")
+            raise ValueError("rule with a length or a value to meet, not with a tilt or scale")
         for name in ("price", "shortest"):
             if getattr(self, name) is not None and self.rule not in (None, "conditional"):
-                raise ValueError(f"{name} goes with the conditional rule")
+                raise ValueError(f"{name} with the conditional rule alone")
         if self.focus and (self.equal_to is None or self.rule not in (None, "conditional")):
-            raise ValueError("focus goes with equal_to under the conditional rule")
+            raise ValueError("focus with equal_to under the conditional rule alone")
         if self.remaining and not self.counts_tokens:
-            raise ValueError("remaining goes with equal_to, at_most or at_least")
+            raise ValueError("remaining with equal_to, at_most or at_least alone")
         return self
 
     @classmethod
@@ -196,7 +198,7 @@ class LengthControl(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "(whole)"
-            allowed = first["msg"].removeprefix("Value error, ")
+            allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             if first["type"] == "extra_forbidden":
                 allowed = "one of the fields " + ", ".join(cls.model_fields)
             raise ControlError(field, first["input"], allowed) from None
@@ -225,3 +227,10 @@ class LengthControl(BaseModel):
             slack = int(Decimal(repr(self.tolerance)) * self.equal_to)
             return max(1, self.equal_to - slack), min(MAX_LENGTH, self.equal_to + slack)
         return self.at_least or 1, self.at_most or MAX_LENGTH
+
+
+def pick_max_tokens(control: LengthControl | None, *, default: int, room: int) -> int:
+    """max_tokens of a request that names none: `default`, or twice the length that it asks for, so
+    that an answer of at least that many tokens can end by itself. No more than `room`."""
+    goals = (control.equal_to, control.at_least) if control is not None else ()
+    return min(room, max(default, 2 * max((goal for goal in goals if goal), default=0)))

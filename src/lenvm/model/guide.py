@@ -28,6 +28,11 @@ def check_guide(model: LenVMConfig, place: Path) -> None:
             f"{place} should hold a guide, a value model, but has no {HEAD_FILE}; put a whole "
             "checkpoint there, or remove the folder"
         )
+    if not (place / CONFIG_FILE).exists() and model.head != "scalar":  # the published one's head
+        raise CheckpointError(
+            f"{place} should hold a guide, a value model, but has no {CONFIG_FILE}, which says how "
+            "its head is read; put a whole checkpoint there, or remove the folder"
+        )
     check_fit(model, load_config(place, None if (place / CONFIG_FILE).exists() else model.gamma))
 
 

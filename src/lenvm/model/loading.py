@@ -4,12 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoModel
 
 from lenvm.errors import CheckpointError, InputError
 from lenvm.files import read_json
 from lenvm.model.bundled import resolve_model
+from lenvm.model.reading import reading
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def load_backbone(path: str, dtype: torch.dtype | str, num_layers: int | None = None) -> nn.Module:
@@ -17,10 +21,8 @@ def load_backbone(path: str, dtype: torch.dtype | str, num_layers: int | None = 
 
     Raises CheckpointError where there is no model, InputError where it has fewer layers.
     """
-    try:
+    with reading("a model", path):
         model: nn.Module = AutoModel.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load a model from {path}: {error}") from error
     if num_layers is not None:
         keep_layers(model, num_layers)
     return model
@@ -33,23 +35,44 @@ def load_adapter(backbone: nn.Module, folder: Path, base: str, *, merge: bool) -
     """
     from peft import PeftModel
 
-    try:
-        adapted: Any = PeftModel.from_pretrained(backbone, str(folder), is_trainable=not merge)
-    except RuntimeError as error:  # peft's list of every weight whose size differs
-        reason = str(error).partition("\n\t")[2].partition("\n")[0]
+    if not any((folder / name).exists() for name in ADAPTER_FILES):
         raise CheckpointError(
-            f"the adapter in {folder} does not fit {base}: {reason or error}; name the base that "
-            "it was trained on"
-        ) from error
+            f"{folder} has an adapter_config.json, but no {ADAPTER_FILES[0]}, the adapter's "
+            "weights; copy or download the whole folder again"
+        )
+    with reading("an adapter", folder):
+        try:
+            adapted: Any = PeftModel.from_pretrained(backbone, str(folder), is_trainable=not merge)
+        except RuntimeError as error:  # peft's list of every weight whose size differs
+            reason = str(error).partition("\n\t")[2].partition("\n")[0]
+            raise CheckpointError(
+                f"the adapter in {folder} does not fit {base}: {reason or error}; name the base "
+                "that it was trained on"
+            ) from error
     merged: nn.Module = adapted.merge_and_unload() if merge else adapted
     return merged
 
 
 def find_base(folder: Path, named: str | None) -> str:
-    """Path or hub id of the model that an adapter goes on: the `named` one, else its own."""
+    """Path or hub id of the model that an adapter goes on: the `named` one, else its own.
+
+    Raises CheckpointError where it names none.
+    """
     if named is None:
-        named = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
+        found = read_json(folder / "adapter_config.json")
+        named = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    if not isinstance(named, str) or not named:
+        raise CheckpointError(
+            f"{folder / 'adapter_config.json'} names no base (base_model_name_or_path), so it is "
+            "damaged or incomplete; copy the folder again, or name the base: FOLDER@BASE"
+        )
     return resolve_model(named)
+
+
+def read_head(path: Path) -> dict[str, Tensor]:
+    """A value head's weights by name, in fp32. CheckpointError for a file that is damaged."""
+    with reading("a value head", path):
+        return {k.removeprefix("v_head."): v.float() for k, v in load_file(path).items()}
 
 
 def split_name(name: str | Path) -> tuple[Path, str | None]:

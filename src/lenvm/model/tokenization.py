@@ -3,22 +3,21 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from lenvm.errors import CheckpointError, InputError
+from lenvm.errors import InputError
+from lenvm.model.reading import reading
 
 Messages = Sequence[dict[str, Any]]
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model folder or hub id."""
+    """The tokenizer of a model folder or hub id. CheckpointError where it cannot be read."""
     from transformers import AutoTokenizer
 
-    try:
+    with reading("a tokenizer", path):
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load a tokenizer from {path}: {error}") from error
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
@@ -45,16 +44,23 @@ def describe_difference(expected: Any, found: Any, *, limit: int = 3) -> str:
 
 
 def find_eos_token_ids(path: str, tokenizer: Any) -> list[int]:
-    """Ids that end a completion, by generation config, config and tokenizer together."""
+    """Ids that end a completion, by generation config, config and tokenizer together.
+
+    Raises CheckpointError where one of the files is damaged.
+    """
     from transformers import AutoConfig, GenerationConfig
 
     found: set[int] = set()
-    sources = [
-        tokenizer.eos_token_id,
-        AutoConfig.from_pretrained(path).get_text_config().eos_token_id,
-    ]
-    with suppress(OSError):  # without generation_config.json the two other sources decide
-        sources.append(GenerationConfig.from_pretrained(path).eos_token_id)
+    with reading("a configuration", path):
+        sources = [
+            tokenizer.eos_token_id,
+            AutoConfig.from_pretrained(path).get_text_config().eos_token_id,
+        ]
+        try:
+            sources.append(GenerationConfig.from_pretrained(path).eos_token_id)
+        except OSError:  # without generation_config.json the two other sources decide
+            if (Path(path) / "generation_config.json").exists():
+                raise
     for ids in sources:
         found.update(ids if isinstance(ids, Iterable) else [ids] if ids is not None else [])
     return sorted(found)

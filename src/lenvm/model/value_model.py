@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lenvm.errors import CheckpointError, InputError
@@ -27,7 +27,15 @@ from lenvm.model.config import CONFIG_FILE, HEAD_FILE, load_config
 from lenvm.model.config import LenVMConfig as LenVMConfig
 from lenvm.model.guide import GUIDE_FOLDER, check_fit, check_guide
 from lenvm.model.head import LengthBelief, LengthBins, build_head
-from lenvm.model.loading import find_base, hidden_size, load_adapter, load_backbone, split_name
+from lenvm.model.loading import (
+    find_base,
+    hidden_size,
+    load_adapter,
+    load_backbone,
+    read_head,
+    split_name,
+)
+from lenvm.model.reading import reading
 from lenvm.model.tokenization import (
     describe_difference,
     encode_control,
@@ -271,6 +279,11 @@ class LengthValueModel(nn.Module):
             base = find_base(folder, base_model or config.base_model)
             backbone = load_backbone(base, dtype, config.num_layers)
             backbone = load_adapter(backbone, folder, base, merge=merge_adapter)
+        elif not (folder / "config.json").exists():
+            raise CheckpointError(
+                f"{folder} has neither config.json (a whole backbone) nor adapter_config.json (an "
+                "adapter); copy or download the whole folder again"
+            )
         else:
             backbone = load_backbone(base, dtype, config.num_layers)
         model = cls(backbone, config)
@@ -289,11 +302,7 @@ class LengthValueModel(nn.Module):
         return model.to(device).eval()
 
     def _load_head(self, path: Path) -> None:
-        try:
-            tensors = load_file(path)
-        except Exception as error:  # safetensors raises its own untyped SafetensorError
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-        state = {k.removeprefix("v_head."): v.float() for k, v in tensors.items()}
+        state = read_head(path)
         expected = {k: v.shape for k, v in self.head.state_dict().items()}
         found = {k: v.shape for k, v in state.items()}
         if expected != found:
@@ -340,10 +349,11 @@ def read_vocab_size(name: str | Path) -> int:
             raise CheckpointError(f"{name} is no checkpoint folder")
         gamma = None if (folder / CONFIG_FILE).exists() else 0.5  # no length is read here
         place = find_base(folder, base_model or load_config(folder, gamma).base_model)
-    if (Path(place) / "config.json").exists():
-        data = read_json(Path(place) / "config.json")
-        return int(data.get("text_config", data)["vocab_size"])
-    return int(AutoConfig.from_pretrained(place).get_text_config().vocab_size)  # from a hub
+    with reading("a configuration", place):
+        if (Path(place) / "config.json").exists():
+            data = read_json(Path(place) / "config.json")
+            return int(data.get("text_config", data)["vocab_size"])
+        return int(AutoConfig.from_pretrained(place).get_text_config().vocab_size)  # from a hub
 
 
 def _check_images(

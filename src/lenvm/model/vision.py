@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lenvm.errors import CheckpointError, DataError, InputError
+from lenvm.model.reading import reading
 
 SUPPORTED = ("qwen2_vl", "qwen2_5_vl")
 """Model types whose images are read."""
@@ -63,13 +64,16 @@ class ImageReader:
             Qwen2VLImageProcessorPil,
         )
 
-        try:
-            processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} is a model of text and images without an image processor "
-                f"(preprocessor_config.json): {error}"
-            ) from error
+        with reading("an image processor (preprocessor_config.json)", path):
+            try:
+                processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+            except OSError as error:
+                if (Path(path) / "preprocessor_config.json").exists():
+                    raise
+                raise CheckpointError(
+                    f"{path} is a model of text and images without an image processor "
+                    f"(preprocessor_config.json): {error}"
+                ) from error
         return cls(processor, config)
 
     def read(self, file: str) -> ReadImage:
@@ -205,7 +209,8 @@ def load_image_reader(path: str) -> ImageReader:
     """The reader of a folder or hub id, without the weights. InputError for a text model."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path)
+    with reading("a configuration", path):
+        config = AutoConfig.from_pretrained(path)
     reader = ImageReader.load(path, config)
     if reader is None:
         raise InputError(
