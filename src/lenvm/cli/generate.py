@@ -170,17 +170,11 @@ def parse_control(fields: dict[str, Any], text: str | None) -> Any:
     return LengthControl.parse(given) if given else None
 
 
-def find_least(control: Any) -> int:
-    """The fewest tokens that a control asks for in all; 0 where it asks for none."""
-    counts = control is not None and not control.remaining
-    return (control.equal_to or control.at_least or 0) if counts else 0
-
-
 def check_room(control: Any, room: int) -> None:
     """CapacityError where the length asked for does not fit after the prompt."""
     from lenvm.errors import CapacityError
 
-    if (low := find_least(control)) > room:
+    if control is not None and (low := control.least) > room:
         raise CapacityError(
             f"a length of {low} tokens does not fit: after this prompt the models have room for "
             f"{room}; ask for less"
@@ -191,7 +185,7 @@ def check_limit(control: Any, max_tokens: int) -> None:
     """InputError where the length asked for does not fit into max_tokens."""
     from lenvm.errors import InputError
 
-    if (low := find_least(control)) > max_tokens:
+    if control is not None and (low := control.least) > max_tokens:
         raise InputError(
             f"a length of {low} tokens does not fit into --max-tokens {max_tokens}; raise it to "
             f"at least {low}, or leave it out"

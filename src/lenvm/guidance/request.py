@@ -228,6 +228,12 @@ class LengthControl(BaseModel):
             return max(1, self.equal_to - slack), min(MAX_LENGTH, self.equal_to + slack)
         return self.at_least or 1, self.at_most or MAX_LENGTH
 
+    @property
+    def least(self) -> int:
+        """The fewest tokens that an answer must have in all; 0 where nothing is asked."""
+        asks = not self.remaining and not (self.equal_to is None and self.at_least is None)
+        return self.interval()[0] if asks else 0
+
 
 def pick_max_tokens(control: LengthControl | None, *, default: int, room: int) -> int:
     """max_tokens of a request that names none: `default`, or twice the length that it asks for, so

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from lenvm.engines.request import Completion, Request
 from lenvm.engines.sampling import SamplingParams
 from lenvm.errors import LenVMError
-from lenvm.guidance.request import LengthControl
+from lenvm.guidance.request import LengthControl, pick_max_tokens
 from lenvm.server import examples
 from lenvm.server.disconnect import ClientGone, EventStream, while_connected
 from lenvm.server.errors import CUT_OFF, RESPONSES, ApiError, from_lenvm, refuse
@@ -162,13 +162,15 @@ def _sampling(
     if max_tokens is not None and max_tokens > room:
         allowed = f"1 to {room}: prompt and answer together have {limit} tokens"
         raise refuse("max_tokens", max_tokens, allowed, status=400)
-    wanted = _check_fits(body.length, room, max_tokens, limit) if body.length else 0
+    if body.length is not None:
+        _check_fits(body.length, room, max_tokens, limit)
+    default = state.config.default_max_tokens
     return SamplingParams(
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=max(0, body.top_k),
         min_p=body.min_p,
-        max_tokens=max_tokens or min(room, max(state.config.default_max_tokens, 2 * wanted)),
+        max_tokens=max_tokens or pick_max_tokens(body.length, default=default, room=room),
         seed=body.seed,
         stop=tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids),
@@ -181,12 +183,9 @@ def _sampling(
     )
 
 
-def _check_fits(control: LengthControl, room: int, max_tokens: int | None, limit: int) -> int:
-    """The length that the control asks for, 0 where it asks for none; a least length that the
-    answer has no room for is refused."""
-    if not control.counts_tokens:
-        return 0
-    if not control.remaining and control.interval()[0] > (max_tokens or room):
+def _check_fits(control: LengthControl, room: int, max_tokens: int | None, limit: int) -> None:
+    """Refuse a least length that the answer has no room for."""
+    if control.least > (max_tokens or room):
         name = "equal_to" if control.equal_to is not None else "at_least"
         most = (
             f"up to this request's max_tokens, {max_tokens}"
@@ -194,7 +193,6 @@ def _check_fits(control: LengthControl, room: int, max_tokens: int | None, limit
             else f"up to {room}: prompt and answer together have {limit} tokens"
         )
         raise refuse(f"length.{name}", getattr(control, name), most)
-    return control.equal_to or control.at_least or 0
 
 
 async def _answer(state: ServerState, job: Job, request: HttpRequest) -> Response:
