@@ -78,7 +78,7 @@ def test_labels_name_the_number():
 def test_settings_are_checked_with_the_goal_that_they_go_with():
     focus = "conditional:2 tolerance=0.15 focus=15"
     assert Arm.parse(focus, KINDS).name == focus
-    with pytest.raises(InputError, match="focus goes with equal_to"):
+    with pytest.raises(InputError, match="focus with equal_to"):
         Arm.parse("at_most:20 focus=15", ["at_most"])
 
 

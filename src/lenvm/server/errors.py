@@ -99,9 +99,8 @@ def refuse(param: str, value: object, allowed: str, *, status: int = 422) -> Api
 def from_lenvm(error: LenVMError) -> ApiError:
     """What the engine says of a request, as an answer."""
     if isinstance(error, ControlError):
-        if error.field == "(whole)":
-            return _refuse_whole("length", error.allowed)
-        return refuse(f"length.{error.field}", error.value, error.allowed)
+        field = "length" if error.field == "(whole)" else f"length.{error.field}"
+        return refuse(field, error.value, error.allowed)
     if isinstance(error, CapacityError):
         return ApiError(400, str(error), param="max_tokens", code="context_length_exceeded")
     if isinstance(error, InputError):
@@ -129,17 +128,11 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     if not place and first["type"] == "missing":
         return ApiError(400, "the body is empty; send a JSON object")
     allowed = str(first["msg"]).removeprefix("Value error, ")
-    if place in ([], ["length"]) and first["type"] == "value_error":
-        return _refuse_whole(".".join(place) or None, allowed)
+    if not place and first["type"] == "value_error":  # several fields: the body would drown it
+        return ApiError(422, allowed, code="invalid_value", allowed=allowed)
     if first["type"] == "missing":
         return refuse(".".join(place) or "body", "missing", allowed)
     return refuse(".".join(place) or "body", first["input"], allowed)
-
-
-def _refuse_whole(param: str | None, reason: str) -> ApiError:
-    """What is wrong with several fields together: the reason says it, the whole does not."""
-    message = reason if param is None else f"{param}: {reason}"
-    return ApiError(422, message, param=param, code="invalid_value", allowed=reason)
 
 
 def _is_branch(part: object) -> bool:
