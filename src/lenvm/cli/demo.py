@@ -12,7 +12,7 @@ def register(app: typer.Typer) -> None:
         output: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
         generator: Annotated[str, typer.Option(help="Folder, hub id, GGUF.")] = "smollm2",
     ) -> None:
-        """The whole path on real prompts with a real model: one to six minutes on two cores.
+        """The whole path on real prompts with a real model: two to six minutes on two cores.
 
         Killed half-way, it continues when run again; complete, it says so at once.
         """

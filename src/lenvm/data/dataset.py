@@ -33,7 +33,7 @@ from lenvm.data.trajectory import (
     IdCheck,
     Trajectory,
     describe_repeated,
-    hash_group,
+    hash_text,
     read_trajectories,
 )
 from lenvm.errors import DataError, DataWarning, InputError
@@ -267,7 +267,7 @@ def _write_tokens(
                     t.is_complete,
                     SPLITS.index(t.split),
                     domains.setdefault(t.domain, len(domains)),
-                    hash_group(t.prompt_hash),
+                    hash_text(t.prompt_hash),
                     images.setdefault(files, len(images)) if files else -1,
                     math.nan if t.reward is None else t.reward,
                 )

@@ -120,7 +120,7 @@ class IdCheck:
     def watch(self, trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
         """The same trajectories."""
         for t in trajectories:
-            key = hash_group(t.id)
+            key = hash_text(t.id)
             if key in self._seen:
                 self.num_repeated += 1
                 self.first = self.first or t.id
@@ -144,8 +144,8 @@ def describe_repeated(path: Path, num_repeated: int, first: str) -> str:
     )
 
 
-def hash_group(text: str) -> int:
-    """A prompt's hash, or an id, as a signed 64-bit number."""
+def hash_text(text: str) -> int:
+    """A text as a signed 64-bit number."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 

@@ -124,7 +124,8 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
             400, "the body came without its type; send the header content-type: application/json"
         )
     if (form := FORMS.get(place[0] if place else "")) and len(errors) > 1:
-        return refuse(place[0], first["input"] if len(place) == 1 else "of another form", form)
+        message = f"{place[0]} has another form; allowed: {form}"
+        return ApiError(422, message, param=place[0], code="invalid_value", allowed=form)
     if not place and first["type"] == "missing":
         return ApiError(400, "the body is empty; send a JSON object")
     allowed = str(first["msg"]).removeprefix("Value error, ")

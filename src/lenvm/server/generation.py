@@ -76,9 +76,13 @@ def build_router(state: ServerState) -> APIRouter:
     )
     async def completions(body: CompletionRequest, request: HttpRequest) -> Any:
         state.check_model(body.model)
-        prompts = [await state.encoder.text(p) if isinstance(p, str) else p for p in _prompts(body)]
-        for ids in prompts:
-            _check_ids(state, "prompt", ids)
+        prompts = []
+        for prompt in _prompts(body):
+            if isinstance(prompt, str):
+                prompts.append(await state.encoder.text(prompt))
+            else:
+                _check_ids(state, "prompt", prompt)
+                prompts.append(prompt)
         if len(prompts) * body.n > state.loop.capacity:
             allowed = f"prompts times n up to {state.loop.capacity}"
             raise refuse("n", body.n, allowed)
@@ -135,6 +139,7 @@ def _job(
 
 
 def _check_ids(state: ServerState, field: str, ids: Iterable[int]) -> None:
+    """What the engine would refuse without the field's name."""
     size = state.engine.vocab_size
     for token in ids:
         if not 0 <= token < size:

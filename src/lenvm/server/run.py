@@ -74,7 +74,7 @@ def run(
     app: Any,
     config: ServerConfig,
     taken: socket.socket | None = None,
-    on_start: Callable[[str], None] = lambda url: None,
+    on_start: Callable[[str], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; returns after the drain.
 
