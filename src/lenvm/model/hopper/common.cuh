@@ -1,0 +1,175 @@
+// What the Hopper kernels share: barriers, the tensor copy engine, wgmma, dependent launch.
+// PTX of sm_90a; NVRTC compiles it without any header of CUDA's.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// A CUtensorMap, passed by value.
+struct __align__(64) TensorMap {
+    u8 bytes[128];
+};
+
+#define DEVICE __device__ __forceinline__
+
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// -- barriers in shared memory, by address ----------------------------------------------------------
+
+DEVICE void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// After the inits, before anybody (of the cluster or the copy engine) uses them.
+DEVICE void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+DEVICE void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+DEVICE void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// The same barrier of another block of the cluster.
+DEVICE void barrier_arrive_at(u32 barrier, u32 block) {
+    asm volatile(
+        "{\n.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+        "r"(block)
+        : "memory");
+}
+
+// Until the phase of that parity is over: 0 for the first. A fresh barrier counts as past phase 1.
+DEVICE void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nWAIT:\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// The same, where other blocks of the cluster arrive too.
+DEVICE void barrier_wait_cluster(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nWAIT:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// Threads of a block that meet at `id` (1 to 15), `count` of them.
+DEVICE void meet(int id, int count) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
+
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEVICE u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// -- the tensor copy engine ---------------------------------------------------------------------------
+
+DEVICE void prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Columns from c, rows from r of a 2D tensor to shared memory; `barrier` counts the bytes.
+DEVICE void load_box(u32 to, const TensorMap* map, u32 barrier, int c, int r) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(c), "r"(r)
+        : "memory");
+}
+
+// The same, to that place of every block of the cluster that `mask` names, and to its barrier.
+DEVICE void load_box_for_all(u32 to, const TensorMap* map, u32 barrier, int c, int r, u16 mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(c), "r"(r), "h"(mask)
+        : "memory");
+}
+
+// What ordinary stores wrote to shared memory becomes visible to wgmma and the copy engine.
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// -- wgmma ------------------------------------------------------------------------------------------
+
+// Descriptor of a tile of rows of 128 bytes, swizzled as the copy engine does (128 B), aligned to
+// 1024 bytes. Along the rows' bytes (16 bf16 are 32 bytes) add bytes / 16 to it.
+// K-major operands: `leading` is unused. A B operand that is transposed (rows are K): `group` bytes
+// between groups of 8 rows (1024), `leading` bytes between blocks of 64 columns.
+DEVICE u64 describe(u32 address, u32 group = 1024, u32 leading = 16) {
+    return (u64)((address & 0x3FFFF) >> 4) | (u64)(leading >> 4) << 16 | (u64)(group >> 4) << 32 |
+           1ull << 62;
+}
+
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+template <int N>
+DEVICE void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+DEVICE void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// -- dependent launch ----------------------------------------------------------------------------------
+
+// The next kernel's blocks may start where there is room; until they wait they read weights alone.
+DEVICE void launch_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// The kernel before is over and what it wrote is visible.
+DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// -- numbers --------------------------------------------------------------------------------------------
+
+DEVICE u32 pack_bf16(float low, float high) {
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+DEVICE float low_bf16(u32 both) { return __uint_as_float(both << 16); }
+DEVICE float high_bf16(u32 both) { return __uint_as_float(both & 0xFFFF0000u); }
+DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Four lanes hold columns 2 t, 2 t + 1 of each of four blocks of 8 columns, as wgmma leaves them;
+// afterwards lane t has all 8 columns of block t. Called by whole warps.
+DEVICE uint4 gather_block(u32 b0, u32 b1, u32 b2, u32 b3) {
+    const int t = threadIdx.x & 3;
+    // first with the lane that differs in bit 0: keep the blocks whose bit 0 is ours
+    u32 keep0 = t & 1 ? b1 : b0, give0 = t & 1 ? b0 : b1;
+    u32 keep1 = t & 1 ? b3 : b2, give1 = t & 1 ? b2 : b3;
+    u32 got0 = __shfl_xor_sync(0xFFFFFFFFu, give0, 1);
+    u32 got1 = __shfl_xor_sync(0xFFFFFFFFu, give1, 1);
+    // of block (t & 1) and of block 2 + (t & 1): columns of lanes t and t ^ 1, in order
+    u32 a0 = t & 1 ? got0 : keep0, a1 = t & 1 ? keep0 : got0;
+    u32 c0 = t & 1 ? got1 : keep1, c1 = t & 1 ? keep1 : got1;
+    // then with the lane that differs in bit 1
+    u32 mine0 = t & 2 ? c0 : a0, mine1 = t & 2 ? c1 : a1;
+    u32 other0 = t & 2 ? a0 : c0, other1 = t & 2 ? a1 : c1;
+    u32 from0 = __shfl_xor_sync(0xFFFFFFFFu, other0, 2);
+    u32 from1 = __shfl_xor_sync(0xFFFFFFFFu, other1, 2);
+    return t & 2 ? make_uint4(from0, from1, mine0, mine1) : make_uint4(mine0, mine1, from0, from1);
+}
