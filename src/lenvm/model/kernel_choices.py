@@ -30,6 +30,10 @@ class Tile:
     """Parts along the inputs; `out` and `down` only."""
     warps: int = 4
     stages: int = 4
+    hopper: bool = False
+    """A kernel of `hopper/`; `warps` is then BM / 16 and a warpgroup that fetches."""
+    cluster: int = 1
+    """Blocks of tokens that share the weights of a tile; of `hopper/` alone."""
 
 
 @dataclass(frozen=True)

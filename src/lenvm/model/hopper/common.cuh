@@ -35,12 +35,13 @@ DEVICE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// The same barrier of another block of the cluster.
+// The same barrier of another block of the cluster. Not a release at cluster scope, which costs a
+// fence of all memory each time: whoever waits must not read what ordinary stores wrote.
 DEVICE void barrier_arrive_at(u32 barrier, u32 block) {
     asm volatile(
         "{\n.reg .b32 there;\n"
         "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
         "r"(block)
         : "memory");
 }
@@ -50,16 +51,6 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
     asm volatile(
         "{\n.reg .pred done;\nWAIT:\n"
         "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-
-// The same, where other blocks of the cluster arrive too.
-DEVICE void barrier_wait_cluster(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nWAIT:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
         "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
         "r"(parity)
         : "memory");
@@ -138,6 +129,46 @@ DEVICE void fewer_registers() {
 DEVICE void launch_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 // The kernel before is over and what it wrote is visible.
 DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// A kernel that is told a counter waits for it instead, which is sooner: every block of the kernel
+// before adds one when its results are written. By ld.acquire of one thread of each group of threads
+// that meets afterwards; whoever then lets the copy engine read needs `fence_async_global`.
+DEVICE void wait_for_count(const u32* counter, u32 count) {
+    u32 seen;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    } while (seen < count);
+}
+// By one thread, once all of its block have met after their last store.
+DEVICE void add_to_count(u32* counter) {
+    asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter)
+                 : "memory");
+}
+DEVICE void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// Bring bytes (a multiple of 16) of global memory to the L2 cache.
+DEVICE void prefetch(const u8* from, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// -- other blocks' shared memory -------------------------------------------------------------------
+
+DEVICE u32 shared_of_block(u32 address, u32 block) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+    return there;
+}
+DEVICE void store_to_block(u32 there, float a, float b) {
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(there), "f"(a), "f"(b) : "memory");
+}
+DEVICE float4 load_shared(u32 address) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
 
 // -- numbers --------------------------------------------------------------------------------------------
 

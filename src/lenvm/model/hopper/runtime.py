@@ -96,7 +96,9 @@ def build_map(tensor: Tensor, rows: int, columns: int = 64) -> Any:
     (columns is 64); what is outside of the tensor comes as 0."""
     from cuda.bindings import driver
 
-    assert tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.dtype == torch.bfloat16
+    assert tensor.dim() == 2
+    assert tensor.stride(1) == 1
+    assert tensor.dtype == torch.bfloat16
     size = [driver.cuuint64_t(tensor.shape[1]), driver.cuuint64_t(tensor.shape[0])]
     return _check(
         driver.cuTensorMapEncodeTiled(
@@ -165,6 +167,7 @@ def build_source(
     parts = [f"#define {name} {value}" for name, value in definitions]
     parts += [(FOLDER / "common.cuh").read_text()]
     parts += [_write_wgmma(columns, registers) for columns, registers in products]
+    parts += [f"#define WGMMA wgmma_{products[0][0]}"]
     parts += [(FOLDER / file).read_text()]
     return "\n".join(parts)
 
