@@ -197,6 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             wgmma_wait<0>();
             settle(scores);
             u32 weights[4][4];
+            float shrink[2] = {1, 1};
             if (is_used) {
                 if (from + PAGE > length || (HAS_WINDOW && from < begin)) {
 #pragma unroll
@@ -214,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                         most = fmaxf(most, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
                     // a page has a key that is seen: never minus infinity
                     const float now = fmaxf(best[h], max4(most) * scale);
-                    const float shrink = exp2_fast(best[h] - now);
+                    shrink[h] = exp2_fast(best[h] - now);
                     float sum = 0;
                     best[h] = now;
 #pragma unroll
@@ -224,12 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                         sum += a + b;
                         weights[j / 2][j % 2 * 2 + h] = pack_bf16(a, b);
                     }
-                    total[h] = total[h] * shrink + sum;
-#pragma unroll
-                    for (int j = 0; j < D / 8; j++) {
-                        acc[4 * j + 2 * h] *= shrink;
-                        acc[4 * j + 2 * h + 1] *= shrink;
-                    }
+                    total[h] = total[h] * shrink[h] + sum;
                 }
             } else {
 #pragma unroll
@@ -248,6 +244,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 fence_async();
                 meet(2 + group, 128);
             }
+#pragma unroll
+            for (int j = 0; j < D / 2; j++) acc[j] *= shrink[j / 2 % 2];
             wgmma_fence();
 #pragma unroll
             for (int j = 0; j < 4; j++)  // 16 keys each
@@ -321,15 +319,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const float norm = 1 / total;
         const int token = first + (tile * ROWS + query) / G;
         const int head = kv_head * G + (tile * ROWS + query) % G;
-        *(uint4*)(out + ((long long)token * (HKV * G) + head) * D + column) =
-            make_uint4(pack_bf16(sums[0] * norm, sums[1] * norm),
+        store16_global(out + ((long long)token * (HKV * G) + head) * D + column,
+                       pack_bf16(sums[0] * norm, sums[1] * norm),
                        pack_bf16(sums[2] * norm, sums[3] * norm),
                        pack_bf16(sums[4] * norm, sums[5] * norm),
                        pack_bf16(sums[6] * norm, sums[7] * norm));
     }
     if (SPLITS > 1) {  // the others may still read what lies here
         __syncwarp();
-        cluster_arrive();
+        cluster_arrive_relaxed();
         cluster_wait();
     }
 }
