@@ -1,4 +1,4 @@
-"""The Hopper attention kernel against plain fp32; that it compiles without spills, on any machine."""
+"""The Hopper attention kernel against plain fp32; and that it compiles without spills."""
 
 import importlib.util
 import re
@@ -91,7 +91,7 @@ class Case:
             out,
             scale=q.shape[-1] ** -0.5,
             window=window,
-            max_candidates=max(self.counts),
+            max_candidates=max(1, *self.counts),
             num_splits=num_splits,
             num_stages=num_stages,
             own_is_token=not self.single,
@@ -152,7 +152,9 @@ def test_windows(group, head_size, window, num_splits):
 
 
 @mark
-@pytest.mark.parametrize(("head_size", "num_stages"), [(64, 3), (64, 4), (64, 5), (64, 7), (128, 3)])
+@pytest.mark.parametrize(
+    ("head_size", "num_stages"), [(64, 3), (64, 4), (64, 5), (64, 7), (128, 3)]
+)
 @pytest.mark.parametrize("num_splits", [1, 4])
 def test_numbers_of_stages(head_size, num_stages, num_splits):
     case = Case(LENGTHS, COUNTS, 7, 2, head_size, seed=2)
