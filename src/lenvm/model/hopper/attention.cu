@@ -175,27 +175,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const int step = alternate ? 2 : 1;
         const u32 times = step;  // what the other group does not read it does not free
         int i = alternate ? group : 0, stage = i, parity = 0;
-        int last_stage = 0, last_parity = 0;
         const bool brings = warp % 4 == 0 && (alternate || group == 0);
-        for (; i < count; i += step) {
-            const u32 keys = stages + stage * STAGE_BYTES, values = keys + PART_BYTES;
-            const u32 keys_full = barriers + stage * 24, values_full = keys_full + 8;
-            const int from = (first_page + i * SPLITS) * PAGE;  // position of the first key
-            float scores[32];
-            barrier_wait(keys_full, parity);
+        float scores[32];
+        if (i < count) {
+            const u32 keys = stages + stage * STAGE_BYTES;
+            barrier_wait(barriers + stage * 24, 0);
             wgmma_fence();
 #pragma unroll
             for (int j = 0; j < D / 16; j++)
                 multiply_keys(scores, queries[j],
                               describe(keys + j / 4 * BOX_BYTES) + j % 4 * 2, j > 0);
             wgmma_commit();
-            const int further = i - step + STAGES;  // in place of the page before
-            if (brings && i >= step && further < count) {
-                barrier_wait(barriers + last_stage * 24 + 16, last_parity);
-                pages.bring(further, max(further - step, 0), last_stage, kv_head, lane);
-            }
             wgmma_wait<0>();
             settle(scores);
+        }
+        for (; i < count; i += step) {
+            const u32 values = stages + stage * STAGE_BYTES + PART_BYTES;
+            const int from = (first_page + i * SPLITS) * PAGE;  // position of the first key
             u32 weights[4][4];
             float shrink[2] = {1, 1};
             if (is_used) {
@@ -231,7 +227,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
                 for (int j = 0; j < 16; j++) weights[j / 4][j % 4] = 0;
             }
-            barrier_wait(values_full, parity);
+            const int further = i - step + STAGES;  // in place of the page before
+            if (brings && i >= step && further < count) {
+                const int wrapped = stage < step, last_stage = stage - step + wrapped * STAGES;
+                barrier_wait(barriers + last_stage * 24 + 16, parity ^ wrapped);
+                pages.bring(further, max(further - step, 0), last_stage, kv_head, lane);
+            }
+            barrier_wait(barriers + stage * 24 + 8, parity);
             if (from + PAGE > length) {  // weight 0 of a stale NaN would be NaN
                 const int seen = length - from;
                 for (int j = threadIdx.x % 128; j < (PAGE - seen) * (D / 8); j += 128) {
@@ -246,17 +248,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             }
 #pragma unroll
             for (int j = 0; j < D / 2; j++) acc[j] *= shrink[j / 2 % 2];
+            const u32 is_free = barriers + stage * 24 + 16;
+            stage += step;
+            if (stage >= STAGES) stage -= STAGES, parity ^= 1;
+            // the scores of the next page along with it; after the last one,
+            // of whatever lies there, for nobody, without a branch amid wgmma
+            if (i + step < count) barrier_wait(barriers + stage * 24, parity);
+            const u32 keys = stages + stage * STAGE_BYTES;
             wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < D / 16; j++)
+                multiply_keys(scores, queries[j],
+                              describe(keys + j / 4 * BOX_BYTES) + j % 4 * 2, j > 0);
 #pragma unroll
             for (int j = 0; j < 4; j++)  // 16 keys each
                 multiply_values(acc, weights[j], describe(values + j * 2048, 1024, BOX_BYTES), 1);
             wgmma_commit();
             wgmma_wait<0>();
+            settle(scores);
             settle(acc);
-            if (lane == 0) barrier_arrive_times(keys_full + 16, times);
-            last_stage = stage, last_parity = parity;
-            stage += step;
-            if (stage >= STAGES) stage -= STAGES, parity ^= 1;
+            if (lane == 0) barrier_arrive_times(is_free, times);
         }
 
         __syncthreads();  // every page was read: its place is free

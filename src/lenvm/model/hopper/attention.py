@@ -57,8 +57,9 @@ def candidate_attention(
     v_pages [P, S, Hkv, D]; int32: table [*, C], of which `rows` [R] names each row's; lengths [R];
     first [R + 1]: row r owns packed tokens first[r] .. first[r + 1] - 1, at most `max_candidates`.
     num_splits: blocks that share a prefix, one of SPLITS; num_stages: pages on their way to each,
-    3 to 6 (heads of 64: up to 13, but from 7 on a multiprocessor has room for one block alone). own_is_token: own_index is 0, 1, 2 ... pdl: start while the kernel before still
-    ends; pages, table, rows, lengths and first are read before it has.
+    3 to 6 (heads of 64: up to 13, but from 7 on a multiprocessor has room for one block alone).
+    own_is_token: own_index is 0, 1, 2 ... pdl: start while the kernel before still ends; pages,
+    table, rows, lengths and first are read before it has.
     """
     num_heads, head_size = q.shape[1:]
     num_kv = k_pages.shape[2]
