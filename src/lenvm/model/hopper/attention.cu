@@ -57,18 +57,18 @@ DEVICE float sum4(float x) {
 }
 DEVICE float dot2(u32 a, u32 b) { return low_bf16(a) * low_bf16(b) + high_bf16(a) * high_bf16(b); }
 
-// The pages of a block, by a warp that knows the numbers of 32 of them and of the next 32.
+// The pages of a block, by a warp that knows the numbers of 32 of them at a time.
 struct Pages {
     const TensorMap *k_map, *v_map;
     const int* table;  // of this block's first page; the others follow SPLITS apart
-    int count, known, next;
+    int count, known;
     u32 stages, barriers;
 
     DEVICE int look_up(int i) const { return i < count ? table[i * SPLITS] : 0; }
-    DEVICE void open(int lane) { known = look_up(lane), next = look_up(32 + lane); }
+    DEVICE void open(int lane) { known = look_up(lane); }
     // i: in order, a page or two at a time
     DEVICE void bring(int i, int last, int stage, int kv_head, int lane) {
-        if (i / 32 != last / 32) known = next, next = look_up((i / 32 + 1) * 32 + lane);
+        if (i / 32 != last / 32) known = look_up(i / 32 * 32 + lane);
         const int place = __shfl_sync(0xFFFFFFFFu, known, i % 32) * PAGE;
         const u32 to = stages + stage * STAGE_BYTES, full = barriers + stage * 24;
         if (lane == 0) {
@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     Pages pages;
     if (warp % 4 == 0) {
         pages = {&k_map, &v_map, table + (long long)table_row * num_columns + first_page, count, 0,
-                 0, stages, barriers};
+                 stages, barriers};
         pages.open(lane);
         for (int i = 0; i < min(count, STAGES); i++)
             if (warp == 0) pages.bring(i, i, i, kv_head, lane);
