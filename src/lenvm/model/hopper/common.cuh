@@ -204,3 +204,54 @@ DEVICE uint4 gather_block(u32 b0, u32 b1, u32 b2, u32 b3) {
     u32 from1 = __shfl_xor_sync(0xFFFFFFFFu, other1, 2);
     return t & 2 ? make_uint4(from0, from1, mine0, mine1) : make_uint4(mine0, mine1, from0, from1);
 }
+
+// -- what the attention needs besides ---------------------------------------------------------------
+
+// Arrive `times` times at once.
+DEVICE void barrier_arrive_times(u32 barrier, u32 times) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(times)
+                 : "memory");
+}
+
+// After wgmma_wait: nobody reads the accumulators before it.
+template <int N>
+DEVICE void settle(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// The same place of the shared memory of another block of the cluster, and loads from there.
+DEVICE u32 address_at(u32 address, u32 block) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+    return there;
+}
+DEVICE float2 load2_at(u32 address) {
+    float2 x;
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(x.x), "=f"(x.y)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+DEVICE float4 load4_at(u32 address) {
+    float4 x;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+DEVICE void store2(u32 address, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+DEVICE void store16_global(void* to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c),
+                 "r"(d)
+                 : "memory");
+}
+
+// Where nobody needs what was written before: the end of reads from other blocks.
+DEVICE void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}

@@ -1,0 +1,344 @@
+// Attention of candidates over their request's prefix, page by page, and themselves.
+//
+// Definitions: D (head size: 64 or 128), G (query heads of a key head), HKV, STAGES (pages on their
+// way), SPLITS (blocks of a cluster), BLOCKS (blocks of a multiprocessor), HAS_WINDOW, OWN_IS_TOKEN.
+//
+// A cluster serves up to 128 query rows (candidates x G) of one request and key head; its blocks
+// take every SPLITS-th page each. In a block, two groups of 128 threads compute: each 64 rows, or,
+// where there are no more than 64, the same rows over every other page. The first warp of a group
+// brings further pages; a warp that does nothing else would take registers from the others.
+// What each group found is merged in shared memory, across the cluster, always in the same order.
+// Thread t of a group holds rows t / 4 % 8 + 16 (t / 32) and 8 further; of 8 columns each, columns
+// 2 (t % 4) and the next (wgmma's layout).
+
+constexpr int PAGE = 64;
+constexpr int BOX_BYTES = PAGE * 128;  // 64 keys x 64 columns
+constexpr int PART_BYTES = D / 64 * BOX_BYTES;  // the keys of a page, or its values
+constexpr int STAGE_BYTES = 2 * PART_BYTES;
+constexpr int ROWS = 128;
+constexpr int THREADS = 256;
+// a row of a group's sums; 8 further keep the banks apart
+constexpr int SUM_BYTES = (D + 8) * 4;
+constexpr int GROUP_BYTES = 64 * SUM_BYTES;
+constexpr int BEST = 2 * GROUP_BYTES;  // behind both groups' sums: (maximum, total) of 2 x 64 rows
+static_assert(BEST + 2 * 64 * 8 <= STAGES * STAGE_BYTES, "the merge happens where the pages were");
+
+#define NEGATIVE_INFINITY __int_as_float(0xff800000)
+
+// d [64, 64] (+)= A [64, 16] in registers @ B [64, 16]^T
+DEVICE void multiply_keys(float (&d)[32], const u32 (&a)[4], u64 b, int more) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+          "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),
+          "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),
+          "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
+}
+
+#if D == 64
+#define multiply_values wgmma_rt_64
+#else
+#define multiply_values wgmma_rt_128
+#endif
+
+DEVICE float max4(float x) {  // of the four lanes that share a row
+    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+}
+DEVICE float sum4(float x) {
+    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+}
+DEVICE float dot2(u32 a, u32 b) { return low_bf16(a) * low_bf16(b) + high_bf16(a) * high_bf16(b); }
+
+// The pages of a block, by a warp that knows the numbers of 32 of them at a time.
+struct Pages {
+    const TensorMap *k_map, *v_map;
+    const int* table;  // of this block's first page; the others follow SPLITS apart
+    int count, known;
+    u32 stages, barriers;
+
+    DEVICE int look_up(int i) const { return i < count ? table[i * SPLITS] : 0; }
+    DEVICE void open(int lane) { known = look_up(lane); }
+    // i: in order, a page or two at a time
+    DEVICE void bring(int i, int last, int stage, int kv_head, int lane) {
+        if (i / 32 != last / 32) known = look_up(i / 32 * 32 + lane);
+        const int place = __shfl_sync(0xFFFFFFFFu, known, i % 32) * PAGE;
+        const u32 to = stages + stage * STAGE_BYTES, full = barriers + stage * 24;
+        if (lane == 0) {
+            barrier_expect(full, PART_BYTES);
+#pragma unroll
+            for (int box = 0; box < D / 64; box++)
+                load_box(to + box * BOX_BYTES, k_map, full, kv_head * D + box * 64, place);
+            barrier_expect(full + 8, PART_BYTES);
+#pragma unroll
+            for (int box = 0; box < D / 64; box++)
+                load_box(to + PART_BYTES + box * BOX_BYTES, v_map, full + 8,
+                         kv_head * D + box * 64, place);
+        }
+        __syncwarp();
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    run(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+        const u16* q, const u16* own_k, const u16* own_v, const long long* own_index,
+        const int* table, const int* rows, const int* lengths, const int* firsts, u16* out,
+        float scale, int window, int num_columns, int num_rows) {
+    extern __shared__ u8 dynamic[];
+    const u32 stages = (shared_address(dynamic) + 1023) & ~1023u;
+    // of a stage: its keys have come, its values have come, it is free
+    const u32 barriers = stages + STAGES * STAGE_BYTES;
+    const int split = blockIdx.x, kv_head = blockIdx.y;
+    const int row = blockIdx.z % num_rows, tile = blockIdx.z / num_rows;  // first tiles come first
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    launch_next();
+    const int first = firsts[row], end = firsts[row + 1], length = lengths[row];
+    const int table_row = rows[row];
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(barriers + i * 24, 1);
+            barrier_init(barriers + i * 24 + 8, 1);
+            barrier_init(barriers + i * 24 + 16, 8);  // warps
+        }
+        barrier_init_fence();
+    }
+    const int num_queries = min((end - first) * G - tile * ROWS, ROWS);
+    if (num_queries <= 0) {  // so is the whole cluster
+        wait_for_previous();
+        return;
+    }
+    int begin = 0;
+    if (HAS_WINDOW) begin = max(length - window + 1, 0);
+    const int first_page = begin / PAGE + split;
+    const int last_page = begin < length ? (length + PAGE - 1) / PAGE : 0;
+    const int count = first_page < last_page ? (last_page - first_page - 1) / SPLITS + 1 : 0;
+    const bool alternate = num_queries <= 64;
+    __syncthreads();
+
+    Pages pages;
+    if (warp % 4 == 0) {
+        pages = {&k_map, &v_map, table + (long long)table_row * num_columns + first_page, count, 0,
+                 stages, barriers};
+        pages.open(lane);
+        for (int i = 0; i < min(count, STAGES); i++)
+            if (warp == 0) pages.bring(i, i, i, kv_head, lane);
+    }
+    {
+        const int group = warp / 4;
+        const int base = (alternate ? 0 : 64 * group) + warp % 4 * 16;  // of the warp, in the tile
+        const bool is_used = base < num_queries;
+        u32 queries[D / 16][4];
+        float acc[D / 2];
+        float best[2], total[2];
+        wait_for_previous();
+        const bool has_own = split == 0 && (!alternate || group == 0);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int query = base + lane / 4 + 8 * h;
+            const bool is_real = query < num_queries;
+            const int token = first + (tile * ROWS + query) / G;
+            const int head = kv_head * G + (tile * ROWS + query) % G;
+            const u32* from = (const u32*)(q + ((long long)token * (HKV * G) + head) * D);
+#pragma unroll
+            for (int j = 0; j < D / 8; j++)
+                queries[j / 2][j % 2 * 2 + h] = is_real ? from[4 * j + lane % 4] : 0;
+            best[h] = NEGATIVE_INFINITY;
+            total[h] = 0;
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) acc[4 * j + 2 * h] = acc[4 * j + 2 * h + 1] = 0;
+            if (has_own) {  // the candidate itself is the first key
+                float score = 0;
+                if (is_real) {
+                    const long long own = OWN_IS_TOKEN ? token : own_index[token];
+                    const u32* key = (const u32*)(own_k + (own * HKV + kv_head) * D);
+                    const u32* value = (const u32*)(own_v + (own * HKV + kv_head) * D);
+#pragma unroll
+                    for (int j = 0; j < D / 8; j++) {
+                        score += dot2(queries[j / 2][j % 2 * 2 + h], key[4 * j + lane % 4]);
+                        const u32 two = value[4 * j + lane % 4];
+                        acc[4 * j + 2 * h] = low_bf16(two);
+                        acc[4 * j + 2 * h + 1] = high_bf16(two);
+                    }
+                }
+                best[h] = sum4(score) * scale;
+                total[h] = lane % 4 == 0;  // the four lanes' totals are added at the end
+            }
+        }
+
+        const int step = alternate ? 2 : 1;
+        const u32 times = step;  // what the other group does not read it does not free
+        int i = alternate ? group : 0, stage = i, parity = 0;
+        const bool brings = warp % 4 == 0 && (alternate || group == 0);
+        float scores[32];
+        if (i < count) {
+            const u32 keys = stages + stage * STAGE_BYTES;
+            barrier_wait(barriers + stage * 24, 0);
+            wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < D / 16; j++)
+                multiply_keys(scores, queries[j],
+                              describe(keys + j / 4 * BOX_BYTES) + j % 4 * 2, j > 0);
+            wgmma_commit();
+            wgmma_wait<0>();
+            settle(scores);
+        }
+        for (; i < count; i += step) {
+            const u32 values = stages + stage * STAGE_BYTES + PART_BYTES;
+            const int from = (first_page + i * SPLITS) * PAGE;  // position of the first key
+            u32 weights[4][4];
+            float shrink[2] = {1, 1};
+            if (is_used) {
+                if (from + PAGE > length || (HAS_WINDOW && from < begin)) {
+#pragma unroll
+                    for (int j = 0; j < 32; j++) {
+                        const int at = from + j / 4 * 8 + lane % 4 * 2 + j % 2;
+                        const bool seen = at < length && (!HAS_WINDOW || at >= begin);
+                        scores[j] = seen ? scores[j] : NEGATIVE_INFINITY;
+                    }
+                }
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float most = scores[2 * h];
+#pragma unroll
+                    for (int j = 0; j < 8; j++)
+                        most = fmaxf(most, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
+                    // a page has a key that is seen: never minus infinity
+                    const float now = fmaxf(best[h], max4(most) * scale);
+                    shrink[h] = exp2_fast(best[h] - now);
+                    float sum = 0;
+                    best[h] = now;
+#pragma unroll
+                    for (int j = 0; j < 8; j++) {
+                        const float a = exp2_fast(scores[4 * j + 2 * h] * scale - now);
+                        const float b = exp2_fast(scores[4 * j + 2 * h + 1] * scale - now);
+                        sum += a + b;
+                        weights[j / 2][j % 2 * 2 + h] = pack_bf16(a, b);
+                    }
+                    total[h] = total[h] * shrink[h] + sum;
+                }
+            } else {
+#pragma unroll
+                for (int j = 0; j < 16; j++) weights[j / 4][j % 4] = 0;
+            }
+            const int further = i - step + STAGES;  // in place of the page before
+            if (brings && i >= step && further < count) {
+                const int wrapped = stage < step, last_stage = stage - step + wrapped * STAGES;
+                barrier_wait(barriers + last_stage * 24 + 16, parity ^ wrapped);
+                pages.bring(further, max(further - step, 0), last_stage, kv_head, lane);
+            }
+            barrier_wait(barriers + stage * 24 + 8, parity);
+            if (from + PAGE > length) {  // weight 0 of a stale NaN would be NaN
+                const int seen = length - from;
+                for (int j = threadIdx.x % 128; j < (PAGE - seen) * (D / 8); j += 128) {
+                    const int box = D == 64 ? 0 : j / 8 % 2;
+                    const int key = seen + (D == 64 ? j / 8 : j / 16);
+                    const u32 to = values + box * BOX_BYTES + key * 128 + j % 8 * 16;
+                    store2(to, 0, 0);
+                    store2(to + 8, 0, 0);
+                }
+                fence_async();
+                meet(2 + group, 128);
+            }
+#pragma unroll
+            for (int j = 0; j < D / 2; j++) acc[j] *= shrink[j / 2 % 2];
+            const u32 is_free = barriers + stage * 24 + 16;
+            stage += step;
+            if (stage >= STAGES) stage -= STAGES, parity ^= 1;
+            // the scores of the next page along with it; after the last one,
+            // of whatever lies there, for nobody, without a branch amid wgmma
+            if (i + step < count) barrier_wait(barriers + stage * 24, parity);
+            const u32 keys = stages + stage * STAGE_BYTES;
+            wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < D / 16; j++)
+                multiply_keys(scores, queries[j],
+                              describe(keys + j / 4 * BOX_BYTES) + j % 4 * 2, j > 0);
+#pragma unroll
+            for (int j = 0; j < 4; j++)  // 16 keys each
+                multiply_values(acc, weights[j], describe(values + j * 2048, 1024, BOX_BYTES), 1);
+            wgmma_commit();
+            wgmma_wait<0>();
+            settle(scores);
+            settle(acc);
+            if (lane == 0) barrier_arrive_times(is_free, times);
+        }
+
+        __syncthreads();  // every page was read: its place is free
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int local = warp % 4 * 16 + lane / 4 + 8 * h;
+            const u32 to = stages + group * GROUP_BYTES + local * SUM_BYTES + lane % 4 * 8;
+            const float sum = sum4(total[h]);
+            if (is_used) {
+#pragma unroll
+                for (int j = 0; j < D / 8; j++)
+                    store2(to + j * 32, acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1]);
+                if (lane % 4 == 0)
+                    store2(stages + BEST + (group * 64 + local) * 8, best[h], sum);
+            }
+        }
+    }
+
+    __syncwarp();
+    if (SPLITS > 1) {
+        cluster_arrive();
+        cluster_wait();
+    } else {
+        __syncthreads();
+    }
+    // 8 columns of a row at a time, over all threads of the cluster
+    for (int i = threadIdx.x + THREADS * split; i < num_queries * (D / 8); i += THREADS * SPLITS) {
+        const int query = i / (D / 8), column = i % (D / 8) * 8;
+        const int group = query / 64, local = query % 64;
+        float2 found[SPLITS][2];
+        float most = NEGATIVE_INFINITY;
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++)
+#pragma unroll
+            for (int g = 0; g < 2; g++) {
+                found[s][g] = make_float2(NEGATIVE_INFINITY, 0);
+                if (g == 0 || alternate)
+                    found[s][g] =
+                        load2_at(address_at(stages + BEST + ((group + g) * 64 + local) * 8, s));
+                most = fmaxf(most, found[s][g].x);
+            }
+        float total = 0, sums[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) sums[j] = 0;
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++)
+#pragma unroll
+            for (int g = 0; g < 2; g++)
+                if (g == 0 || alternate) {
+                    const float weight = exp2_fast(found[s][g].x - most);
+                    const u32 at = address_at(
+                        stages + (group + g) * GROUP_BYTES + local * SUM_BYTES + column * 4, s);
+                    const float4 a = load4_at(at), b = load4_at(at + 16);
+                    total += found[s][g].y * weight;
+                    sums[0] += a.x * weight, sums[1] += a.y * weight;
+                    sums[2] += a.z * weight, sums[3] += a.w * weight;
+                    sums[4] += b.x * weight, sums[5] += b.y * weight;
+                    sums[6] += b.z * weight, sums[7] += b.w * weight;
+                }
+        const float norm = 1 / total;
+        const int token = first + (tile * ROWS + query) / G;
+        const int head = kv_head * G + (tile * ROWS + query) % G;
+        store16_global(out + ((long long)token * (HKV * G) + head) * D + column,
+                       pack_bf16(sums[0] * norm, sums[1] * norm),
+                       pack_bf16(sums[2] * norm, sums[3] * norm),
+                       pack_bf16(sums[4] * norm, sums[5] * norm),
+                       pack_bf16(sums[6] * norm, sums[7] * norm));
+    }
+    if (SPLITS > 1) {  // the others may still read what lies here
+        __syncwarp();
+        cluster_arrive_relaxed();
+        cluster_wait();
+    }
+}

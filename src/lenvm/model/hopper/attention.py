@@ -1,0 +1,146 @@
+"""Attention of a RaggedDecoder's candidates on Hopper GPUs: the kernel in `attention.cu`.
+
+Shape legend: R rows (requests), N packed tokens, P pages, S tokens of a page, C pages of a row,
+Hq query heads, Hkv key heads, G = Hq / Hkv, D head size.
+"""
+
+import torch
+from torch import Tensor
+
+from lenvm.model.hopper.runtime import SHARED_BYTES, build_map, get_kernel
+
+LOG2_E = 1.4426950408889634
+PAGE_SIZE = 64
+TILE_ROWS = 128
+"""Query rows (candidates x G) of one cluster."""
+NUM_THREADS = 256
+SPLITS = (1, 2, 4, 8)
+
+
+def can_attend(
+    dtype: torch.dtype, *, num_heads: int, num_kv: int, head_size: int, page_size: int
+) -> bool:
+    """Whether `candidate_attention` serves layers of that shape."""
+    return (
+        dtype == torch.bfloat16
+        and head_size in (64, 128)
+        and page_size == PAGE_SIZE
+        and num_heads % num_kv == 0
+        and num_heads // num_kv <= 64
+    )
+
+
+def candidate_attention(
+    q: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    own_index: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    first: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    max_candidates: int,
+    num_splits: int,
+    num_stages: int,
+    own_is_token: bool = False,
+    pdl: bool = False,
+) -> None:
+    """out[n] = attention of packed token n over its row's prefix and itself.
+
+    q, out [N, Hq, D] bf16; own_k, own_v [*, Hkv, D] indexed by own_index [N] int64; k_pages,
+    v_pages [P, S, Hkv, D]; int32: table [*, C], of which `rows` [R] names each row's; lengths [R];
+    first [R + 1]: row r owns packed tokens first[r] .. first[r + 1] - 1, at most `max_candidates`.
+    num_splits: blocks that share a prefix, one of SPLITS; num_stages: pages on their way to each,
+    3 to 6 (heads of 64: up to 13, but from 7 on a multiprocessor has room for one block alone).
+    own_is_token: own_index is 0, 1, 2 ... pdl: start while the kernel before still ends; pages,
+    table, rows, lengths and first are read before it has.
+    """
+    num_heads, head_size = q.shape[1:]
+    num_kv = k_pages.shape[2]
+    group = num_heads // num_kv
+    assert can_attend(
+        q.dtype,
+        num_heads=num_heads,
+        num_kv=num_kv,
+        head_size=head_size,
+        page_size=k_pages.shape[1],
+    )
+    assert num_splits in SPLITS
+    assert all(x.dtype == torch.int32 for x in (table, rows, lengths, first))
+    assert own_is_token or own_index.dtype == torch.int64
+    assert all(x.is_contiguous() for x in (q, own_k, own_v, k_pages, v_pages, table, out))
+    kernel = get_kernel(
+        "attention.cu",
+        definitions(
+            head_size,
+            group,
+            num_kv,
+            num_splits=num_splits,
+            num_stages=num_stages,
+            has_window=window is not None,
+            own_is_token=own_is_token,
+        ),
+        products(head_size),
+        shared_bytes=shared_bytes(head_size, num_stages),
+        num_threads=NUM_THREADS,
+        cluster=num_splits,
+    )
+    num_tiles = -(-max_candidates * group // TILE_ROWS)
+    kernel.launch(
+        (num_splits, num_kv, rows.shape[0] * num_tiles),
+        *(build_map(x.view(-1, num_kv * head_size), PAGE_SIZE) for x in (k_pages, v_pages)),
+        q,
+        own_k,
+        own_v,
+        own_index,
+        table,
+        rows,
+        lengths,
+        first,
+        out,
+        float(scale * LOG2_E),
+        window or 0,
+        table.shape[1],
+        rows.shape[0],
+        pdl=pdl,
+    )
+
+
+def definitions(
+    head_size: int,
+    group: int,
+    num_kv: int,
+    *,
+    num_splits: int,
+    num_stages: int,
+    has_window: bool = False,
+    own_is_token: bool = True,
+) -> dict[str, int]:
+    """What `attention.cu` is compiled for."""
+    fits_twice = head_size == 64 and shared_bytes(head_size, num_stages) <= SHARED_BYTES // 2
+    return {
+        "D": head_size,
+        "G": group,
+        "HKV": num_kv,
+        "STAGES": num_stages,
+        "SPLITS": num_splits,
+        "BLOCKS": 2 if fits_twice else 1,
+        "HAS_WINDOW": int(has_window),
+        "OWN_IS_TOKEN": int(own_is_token),
+    }
+
+
+def products(head_size: int) -> list[tuple[int, bool]]:
+    """The shared wgmma that it issues, as `get_kernel` takes them."""
+    return [(head_size, True)]
+
+
+def shared_bytes(head_size: int, num_stages: int) -> int:
+    """Pages (keys and values), their barriers, and what alignment may take."""
+    return num_stages * (4 * PAGE_SIZE * head_size + 24) + 1024

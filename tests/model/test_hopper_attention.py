@@ -1,0 +1,200 @@
+"""The Hopper attention kernel against plain fp32; and that it compiles without spills."""
+
+import importlib.util
+import re
+
+import pytest
+import torch
+
+from lenvm.model.hopper import attention
+from lenvm.model.hopper.runtime import build_source, is_supported
+
+PAGE = 64
+LENGTHS = [0, 1, 63, 64, 65, 1000, 8000, 1024, 200]
+COUNTS = [3, 0, 20, 1, 8, 9, 5, 19, 10]
+on_hopper = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or not is_supported(torch.device("cuda")),
+        reason="needs a Hopper GPU and cuda-bindings",
+    ),
+]
+
+
+class Case:
+    """Random requests; NaN wherever nothing may be read, and in `out`."""
+
+    def __init__(self, lengths, counts, group, num_kv, head_size, single=False, seed=0):
+        generator = torch.Generator("cuda").manual_seed(seed)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+        self.lengths, self.counts, self.single = lengths, counts, single
+        padding, num_rows = 3, len(lengths)
+        first = [sum(counts[:i]) for i in range(num_rows + 1)]
+        self.num_tokens, heads = first[-1], group * num_kv
+        columns = max(lengths) // PAGE + 1
+        num_pages = num_rows * columns + 2
+        self.pages = torch.full((2, num_pages, PAGE, num_kv, head_size), torch.nan)
+        self.pages = self.pages.bfloat16().cuda()
+        order = torch.randperm(num_pages - 1, generator=generator, device="cuda") + 1
+        self.table = torch.zeros(num_rows + 2, columns, dtype=torch.int32, device="cuda")
+        self.rows = list(range(num_rows + 1, 1, -1))
+        for r, length in enumerate(lengths):
+            mine = order[r * columns : (r + 1) * columns]
+            self.table[self.rows[r]] = mine
+            flat = draw(2, columns * PAGE, num_kv, head_size)
+            flat[:, length:] = torch.nan
+            self.pages[:, mine] = flat.view(2, columns, PAGE, num_kv, head_size)
+        self.q = draw(self.num_tokens + padding, heads, head_size) * 2
+        self.own = draw(2, self.num_tokens + padding, num_kv, head_size)
+        for x in (self.q, self.own[0], self.own[1]):
+            x[self.num_tokens :] = torch.nan
+        self.index = torch.arange(self.num_tokens, device="cuda")
+        self.first = first
+        if single:  # own keys and values lie in the store, behind the prefix
+            assert max(counts) == 1
+            slots = []
+            for r, length in enumerate(lengths):
+                if counts[r]:
+                    page = int(self.table[self.rows[r], length // PAGE])
+                    slots.append(page * PAGE + length % PAGE)
+            self.index = torch.tensor(slots, device="cuda")
+            flat = self.pages.flatten(1, 2)
+            flat[:, self.index] = self.own[:, : self.num_tokens]
+
+    def run(self, num_splits, num_stages=6, window=None, only=None):
+        """[N, Hq, D]; of one request alone where `only` names it."""
+        rows, lengths, first, q, own, index = (
+            self.rows, self.lengths, self.first, self.q, self.own, self.index,
+        )  # fmt: skip
+        if only is not None:
+            rows, lengths = rows[only : only + 1], lengths[only : only + 1]
+            q, own = q[first[only] :].clone(), own[:, first[only] :].clone()
+            index = index[first[only] :]
+            first = [0, first[only + 1] - first[only]]
+        out = torch.full_like(q, torch.nan)
+        ints = {"dtype": torch.int32, "device": "cuda"}
+        own_k, own_v = self.pages.flatten(1, 2) if self.single else own
+        attention.candidate_attention(
+            q,
+            own_k,
+            own_v,
+            index,
+            self.pages[0],
+            self.pages[1],
+            self.table,
+            torch.tensor(rows, **ints),
+            torch.tensor(lengths, **ints),
+            torch.tensor(first, **ints),
+            out,
+            scale=q.shape[-1] ** -0.5,
+            window=window,
+            max_candidates=max(1, *self.counts),
+            num_splits=num_splits,
+            num_stages=num_stages,
+            own_is_token=not self.single,
+        )
+        torch.cuda.synchronize()
+        assert out[first[-1] :].isnan().all(), "padding was written"
+        return out[: first[-1]]
+
+    def expect(self, window=None):
+        out = torch.empty(self.q[: self.num_tokens].shape, device="cuda")
+        num_kv, size = self.own.shape[2:]
+        for r, length in enumerate(self.lengths):
+            begin = 0 if window is None else max(length - window + 1, 0)
+            pages = self.pages[:, self.table[self.rows[r]].long()].flatten(1, 2)
+            prefix = pages[:, begin : max(length, begin)].float()
+            for n in range(self.first[r], self.first[r + 1]):
+                k, v = torch.cat([self.own[:, n : n + 1].float(), prefix], 1)
+                q = self.q[n].float().view(num_kv, -1, size)
+                scores = torch.einsum("hgd,thd->hgt", q, k) * size**-0.5
+                out[n] = torch.einsum("hgt,thd->hgd", scores.softmax(-1), v).flatten(0, 1)
+        return out
+
+
+def compare(out, expected):
+    assert not out.isnan().any()
+    error = out.float() - expected
+    assert error.norm() / expected.norm() < 5e-3
+    assert (error.norm(dim=-1) / expected.norm(dim=-1)).max() < 3e-2
+
+
+def mark(test):
+    for one in on_hopper:
+        test = one(test)
+    return test
+
+
+@mark
+@pytest.mark.parametrize(
+    ("group", "head_size"), [(7, 64), (6, 128), (1, 64), (2, 64), (8, 64), (8, 128), (1, 128)]
+)
+@pytest.mark.parametrize("num_splits", attention.SPLITS)
+def test_ragged_requests(group, head_size, num_splits):
+    case = Case(LENGTHS, COUNTS, group, 2, head_size)
+    out = case.run(num_splits)
+    compare(out, case.expect())
+    assert torch.equal(out, case.run(num_splits))
+    for r in (0, 2, 3, 5, 6):
+        assert torch.equal(out[case.first[r] : case.first[r + 1]], case.run(num_splits, only=r))
+
+
+@mark
+@pytest.mark.parametrize(("group", "head_size"), [(7, 64), (6, 128)])
+@pytest.mark.parametrize("window", [1, 2, 60, 64, 65, 500])
+@pytest.mark.parametrize("num_splits", [1, 2, 8])
+def test_windows(group, head_size, window, num_splits):
+    case = Case(LENGTHS, COUNTS, group, 2, head_size, seed=1)
+    compare(case.run(num_splits, window=window), case.expect(window))
+
+
+@mark
+@pytest.mark.parametrize(
+    ("head_size", "num_stages"), [(64, 3), (64, 4), (64, 5), (64, 7), (128, 3)]
+)
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_numbers_of_stages(head_size, num_stages, num_splits):
+    case = Case(LENGTHS, COUNTS, 7, 2, head_size, seed=2)
+    compare(case.run(num_splits, num_stages), case.expect())
+
+
+@mark
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_own_keys_in_the_store(head_size):
+    lengths = [0, 1, 63, 64, 65, 1000, 130]
+    case = Case(lengths, [1, 1, 1, 0, 1, 1, 1], 7, 2, head_size, single=True)
+    compare(case.run(2), case.expect())
+
+
+@mark
+def test_nobody_has_a_candidate():
+    assert Case([5, 70], [0, 0], 7, 2, 64).run(2).shape[0] == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="needs cuda-bindings")
+@pytest.mark.parametrize(
+    ("group", "head_size", "num_splits"), [(7, 64, 1), (7, 64, 2), (7, 64, 8), (6, 128, 1)]
+)
+@pytest.mark.parametrize("has_window", [False, True])
+def test_it_compiles_without_spills(group, head_size, num_splits, has_window):
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    definitions = attention.definitions(
+        head_size, group, 2, num_splits=num_splits, num_stages=6, has_window=has_window
+    )
+    source = build_source(
+        "attention.cu", sorted(definitions.items()), attention.products(head_size)
+    )
+    _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"attention.cu", 0, None, None)
+    options = [
+        b"--gpu-architecture=sm_90a", b"--std=c++17", b"--use_fast_math", b"--ptxas-options=-v",
+    ]  # fmt: skip
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    log = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
+    nvrtc.nvrtcGetProgramLog(program, log)
+    told = bytes(log).decode()
+    assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS, told
+    assert re.findall(r"(\d+) bytes spill", told) == ["0", "0"], told
+    assert "serializ" not in told
