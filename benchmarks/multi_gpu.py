@@ -48,9 +48,13 @@ NO_MULTICAST = {
     "VLLM_USE_NCCL_SYMM_MEM": "0",
 }
 """It can put the host's GPUs out of service."""
-ZERO3 = {"zero3": {}, "zero3_hooks": {"stage3_max_live_parameters": 10**8}}
-"""The shipped ZeRO-3; and its weights shared out and fetched module by module, as those of models
-that do not fit are."""
+ZERO3 = {
+    "zero3": {},
+    "zero3_at_end": {"reduce_bucket_size": 10**9},
+    "zero3_hooks": {"stage3_max_live_parameters": 10**8},
+}
+"""The shipped ZeRO-3; with its gradients in one bucket, reduced when the last backward has ended;
+and its weights shared out and fetched module by module, as those of models that do not fit are."""
 LAYOUTS = ("ddp", "fsdp2_one_unit", "fsdp2_kept", "fsdp2")
 """On two GPUs, where a step's time is compared. FSDP2 gathers weights 1, 25 and 98 times a step of
 two micro batches of 24 layers."""

@@ -52,11 +52,13 @@ def tiny_settings(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def launch(tmp_path: Path, settings: dict[str, Any], layout: str | None) -> subprocess.Popen[bytes]:
+def launch(
+    tmp_path: Path, settings: dict[str, Any], layout: str | None, script: Path = SCRIPT
+) -> subprocess.Popen[bytes]:
     """A training process on the CPU, or two of them under a shipped configuration."""
     path = tmp_path / "run.json"
     path.write_text(json.dumps(settings))
-    command = [sys.executable, str(SCRIPT), str(path)]
+    command = [sys.executable, str(script), str(path)]
     if layout is not None:
         options = [
             "--config_file",
@@ -137,6 +139,30 @@ def test_zero3_gives_the_losses_of_one_process_and_goes_on(tmp_path: Path, field
     one, other = (LengthValueModel.from_pretrained(tmp_path / n) for n in ("one", "two"))
     ids = [[5, 6, 7, 8, 9, 10, 11, 12]]
     assert torch.allclose(one.read(ids)[0], other.read(ids)[0], atol=2e-3)
+
+
+def test_zero3_reduces_a_part_while_the_last_backward_goes_on(tmp_path: Path):
+    """Seven layers are three parts. Processes may have different numbers of micro batches."""
+    pytest.importorskip("deepspeed")
+    settings = {**tiny_settings(tmp_path), "precision": "bf16", "epochs": 1}
+    tiny_generator(num_hidden_layers=7).save_pretrained(tmp_path / "base")
+    finish(launch(tmp_path, {**settings, "output": str(tmp_path / "one")}, None))
+    two = {**settings, "output": str(tmp_path / "two")}
+    finish(launch(tmp_path, two, "zero3", Path(__file__).with_name("record_reductions.py")))
+    for a, b in zip(losses(tmp_path, "one"), losses(tmp_path, "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    parts = [f"joined_{name}" for name in ("head", "backbone_2", "backbone_1", "backbone_0")]
+    last = ["begin", *parts, "end", "joined_backbone"]
+    counts = []
+    for process in (0, 1):
+        events = json.loads((tmp_path / f"two.events{process}.json").read_text())
+        steps = " ".join(events).split("step")[1:]
+        before = [step.removesuffix(" ".join(last)) for step in map(str.strip, steps)]
+        assert all(step.endswith(" ".join(last)) for step in map(str.strip, steps))
+        assert all(set(text.split()) <= {"begin", "end"} for text in before)
+        counts.append([text.count("begin") for text in before])
+    assert max(counts[0]) > 0
+    assert counts[1] == [counts[0][0], *(count + 1 for count in counts[0][1:])]
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "fsdp2_one_unit"])

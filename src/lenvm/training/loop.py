@@ -123,15 +123,21 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         return self._count(inputs, total)
 
     def _step_whole(self, engine: Any, inputs: Step, scale: float, total: Tensor) -> None:
-        """DeepSpeed's, with gradients reduced once: they too stay whole during a step."""
-        state = self.accelerator.gradient_state
+        """DeepSpeed's, with gradients reduced once: they too stay whole during a step, and each
+        part's is sent while the last micro batch's backward goes on to the parts before it."""
+        optimizer = engine.optimizer
         with engine.coalesce_grad_reduction():
-            state._set_sync_gradients(False)  # else `backward` took the optimizer's step
-            for rows in inputs.micro_batches:
+            for number, rows in enumerate(inputs.micro_batches):
+                is_last = number == len(inputs.micro_batches) - 1
+                # the hooks of DeepSpeed's parameters look at it; its own context would let them
+                # reduce nothing before its end, which has no backward left to go on beside
+                optimizer._coalesce_grad_reduction = not is_last
+                engine.set_gradient_accumulation_boundary(is_last)
                 loss = self._sum(engine, rows) * scale
-                self.accelerator.backward(loss)
+                engine.backward(loss)  # accelerate's would take the optimizer's step
                 total += loss.detach()
-        state._set_sync_gradients(True)
+            # the part that still waits for a next one: the context's end takes it for not begun
+            optimizer.overlapping_partition_gradients_reduce_epilogue()
         engine.set_gradient_accumulation_boundary(True)
         engine.step()
 

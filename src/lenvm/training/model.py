@@ -3,6 +3,7 @@
 Shape legend: N tokens of a batch, M states, H hidden size, D head outputs.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +22,10 @@ Trainable = Literal["full", "lora", "dora", "last", "head"]
 
 JOINED = "joined_"
 """Begins the names of parameters that are joined weights."""
+LAYERS_A_PART = 3
+"""Decoder layers whose trained weights are joined. A part's gradient can be reduced once the
+backward has passed its first layer: with fewer layers there is more to do on the host, with more
+there is less of the backward left to reduce it in."""
 
 
 @dataclass
@@ -67,7 +72,8 @@ class PackedModel(nn.Module):
 
     def join_weights(self) -> None:
         """Make weights of a kind one parameter, of which every forward gives the modules their
-        views: what a layout does on the host for each parameter it then does for one or two."""
+        views: what a layout does on the host for each parameter it then does for a few. Kinds are
+        the head, every `LAYERS_A_PART` layers, the backbone's rest, and what is frozen."""
         found: dict[int, tuple[nn.Parameter, _Piece]] = {}
         for prefix, module in self.named_modules():
             for own, weight in module._parameters.items():
@@ -76,9 +82,13 @@ class PackedModel(nn.Module):
                     piece.places.append((module, own, f"{prefix}.{own}"))
         weights: dict[str, list[Tensor]] = {}
         for weight, piece in found.values():
-            part = "head" if piece.places[0][2].startswith("value_model.head.") else "backbone"
-            kind = "" if weight.requires_grad else f"_frozen_{str(weight.dtype).partition('.')[2]}"
-            name = f"{JOINED}{part}{kind}"
+            full_name = piece.places[0][2]
+            part = "head" if full_name.startswith("value_model.head.") else "backbone"
+            if not weight.requires_grad:
+                part += f"_frozen_{str(weight.dtype).partition('.')[2]}"
+            elif part == "backbone" and (layer := re.search(r"\.layers\.(\d+)\.", full_name)):
+                part += f"_{int(layer[1]) // LAYERS_A_PART}"
+            name = f"{JOINED}{part}"
             weights.setdefault(name, []).append(weight.data)
             self._joined.setdefault(name, []).append(piece)
             for module, own, _ in piece.places:
@@ -130,10 +140,15 @@ def keep_whole(model: PackedModel, deepspeed: dict[str, Any]) -> None:
     from deepspeed.utils import nvtx, set_z3_leaf_module
 
     model.join_weights()
-    set_z3_leaf_module(model, True)  # hooks around the model alone
+    # hooks around the model alone. It holds the parameters and is no leaf itself: a leaf's
+    # gradients are reduced by a hook of the module, which here runs as the backward begins
+    set_z3_leaf_module(model.value_model, True)
     nvtx.enable_nvtx = False  # marks for NVIDIA's profiler around each of its functions
     zero = deepspeed["zero_optimization"]
     zero["stage3_param_persistence_threshold"] = sum(p.numel() for p in model.parameters())
+    # a part is reduced from where it lies when the next one is complete, not copied to a bucket,
+    # which would be 2 GB by default and hold most models to the end of the backward
+    zero.setdefault("reduce_bucket_size", 1)
     # saves what a gathered weight takes as bf16 in a backward, by a product written in Python
     zero.setdefault("memory_efficient_linear", False)
 
