@@ -32,8 +32,6 @@ class Tile:
     stages: int = 4
     hopper: bool = False
     """A kernel of `hopper/`; `warps` is then BM / 16 and a warpgroup that fetches."""
-    cluster: int = 1
-    """Blocks of tokens that share the weights of a tile; of `hopper/` alone."""
 
 
 @dataclass(frozen=True)

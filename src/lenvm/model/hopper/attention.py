@@ -89,7 +89,7 @@ def candidate_attention(
         products(head_size),
         shared_bytes=shared_bytes(head_size, num_stages),
         num_threads=NUM_THREADS,
-        cluster=num_splits,
+        cluster=(num_splits, 1, 1),
     )
     num_tiles = -(-max_candidates * group // TILE_ROWS)
     kernel.launch(

@@ -107,7 +107,7 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
         if (BLOCKS == 1 && CONSUMERS == 2) more_registers<232>();
         const int thread = threadIdx.x % 128, lane = thread % 32, t = lane & 3;
         const int tile_row = (group - 1) * 64 + thread / 32 * 16 + lane / 4;
-        const int row = row_tile * BM + tile_row;
+        [[maybe_unused]] const int row = row_tile * BM + tile_row;
         if (thread == 0) wait_for_input(around);
         meet(group, 128);
         if (NEXT_EARLY && threadIdx.x == 128) launch_next();
@@ -168,7 +168,7 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
         }
         wgmma_wait<0>();
         if (!NEXT_EARLY && threadIdx.x == 128) launch_next();
-        float scale[2] = {1.0f, 1.0f};
+        [[maybe_unused]] float scale[2] = {1.0f, 1.0f};
 #if PARTS > 0
 #pragma unroll
         for (int i = 0; i < 2; i++) {

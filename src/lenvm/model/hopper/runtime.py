@@ -41,12 +41,13 @@ class Kernel:
     function: Any
     shared_bytes: int
     num_threads: int
-    cluster: int
-    """Blocks of a cluster, along the first dimension of the grid."""
+    cluster: tuple[int, int, int]
+    """Blocks of a cluster, along the dimensions of the grid."""
 
     def launch(self, grid: tuple[int, int, int], *arguments: Any, pdl: bool = True) -> None:
-        """arguments: tensors (their address), ints (32 bits), floats (fp32), tensor maps. pdl:
-        start while the kernel before still ends; that kernel, and every one after, waits."""
+        """arguments: None (a null pointer), tensors (their address), ints (32 bits), floats (fp32),
+        ctypes structures, tensor maps. pdl: start while the kernel before still ends; that kernel,
+        and every one after, waits."""
         from cuda.bindings import driver
 
         config = driver.CUlaunchConfig()
@@ -55,14 +56,11 @@ class Kernel:
         config.sharedMemBytes = self.shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
         attributes = []
-        if self.cluster > 1:
+        if self.cluster != (1, 1, 1):
             size = driver.CUlaunchAttribute()
             size.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            size.value.clusterDim.x, size.value.clusterDim.y, size.value.clusterDim.z = (
-                self.cluster,
-                1,
-                1,
-            )
+            dims = size.value.clusterDim
+            dims.x, dims.y, dims.z = self.cluster
             attributes.append(size)
         if pdl:
             early = driver.CUlaunchAttribute()
@@ -80,8 +78,10 @@ class Kernel:
 def _hold(argument: Any) -> tuple[int, Any]:
     """(address of the value, what must stay alive until the launch)."""
     value: Any
-    if isinstance(argument, Tensor):
-        value = ctypes.c_uint64(argument.data_ptr())
+    if argument is None or isinstance(argument, Tensor):
+        value = ctypes.c_uint64(0 if argument is None else argument.data_ptr())
+    elif isinstance(argument, ctypes.Structure):
+        value = argument
     elif isinstance(argument, int):
         value = ctypes.c_int32(argument)
     elif isinstance(argument, float):
@@ -124,7 +124,7 @@ def get_kernel(
     *,
     shared_bytes: int,
     num_threads: int,
-    cluster: int = 1,
+    cluster: tuple[int, int, int] = (1, 1, 1),
 ) -> Kernel:
     """The kernel `run` of a source file. products: (columns, whether A lies in registers and B is
     transposed) of each wgmma that it issues."""
@@ -146,7 +146,7 @@ def _get_kernel(
     products: tuple[tuple[int, bool], ...],
     shared_bytes: int,
     num_threads: int,
-    cluster: int,
+    cluster: tuple[int, int, int],
     _device: int,
 ) -> Kernel:
     from cuda.bindings import driver
