@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lenvm.model.attention_kernels import candidate_attention, causal_attention
+from lenvm.model.hopper import attention as hopper
 from lenvm.model.kernel_choices import PLAIN, Choices
 
 
@@ -102,14 +103,34 @@ class CudaCandidates(_StoreFirst):
         return k, v, self.index
 
     def attend_stored(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
+        own_k, own_v, index = self.destination(layer)
+        k, v = self.data[layer]
+        out = torch.empty_like(q)
+        rows = self.table, self.rows, self.lengths, self.first
+        if self.choices.attention.hopper:
+            hopper.candidate_attention(
+                q,
+                own_k,
+                own_v,
+                index,
+                k,
+                v,
+                *rows,
+                out,
+                scale=scale,
+                window=window,
+                max_candidates=self.max_candidates,
+                num_splits=min(self.num_splits, hopper.SPLITS[-1]),
+                num_stages=self.choices.attention.stages,
+                own_is_token=self.stash is not None,
+                pdl=self.choices.pdl,
+            )
+            return out
         if self._scratch is None:
             shape = (self.num_splits if self.num_splits > 1 else 0, *q.shape)
             part = torch.empty(shape, dtype=torch.float32, device=q.device)
             lse = torch.empty(shape[:-1], dtype=torch.float32, device=q.device)
             self._scratch = part, lse, self.count
-        own_k, own_v, index = self.destination(layer)
-        k, v = self.data[layer]
-        out = torch.empty_like(q)
         candidate_attention(
             q,
             own_k,
@@ -117,10 +138,7 @@ class CudaCandidates(_StoreFirst):
             index,
             k,
             v,
-            self.table,
-            self.rows,
-            self.lengths,
-            self.first,
+            *rows,
             out,
             self._scratch,
             scale=scale,

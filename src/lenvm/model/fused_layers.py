@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from lenvm.model import kernels, products
 from lenvm.model.cuda_plans import CudaPlan
+from lenvm.model.hopper import products as hopper
+from lenvm.model.hopper.runtime import is_supported
 from lenvm.model.kernel_choices import PLAIN, Choices, LayerShape, Tile, choose
 from lenvm.model.llama_shape import build_checked
 from lenvm.model.products import Rows
@@ -87,9 +89,18 @@ class FusedLayers:
         """Whether the fused products know all that these layers have."""
         first, shape, tiles = self.layers[0], self.shape, choices.tiles
         sizes = {"out": shape.hidden, "gate_up": shape.inner, "down": shape.hidden}
-        if any(sizes[name] % tile.BN for name, tile in tiles.items() if name != "qkv"):
+        plain = {name: tile for name, tile in tiles.items() if not tile.hopper}
+        if any(sizes[name] % tile.BN for name, tile in plain.items() if name != "qkv"):
             return False
-        split = [tile for tile in tiles.values() if tile.splits > 1]
+        if choices.attention.hopper or len(plain) < len(tiles):
+            if not is_supported(first.out[0].device) or shape.head_size not in (64, 128):
+                return False
+            inputs = {name: getattr(first, name)[0].shape for name in tiles}
+            for name, tile in tiles.items():
+                outputs = sizes.get(name, inputs[name][0])
+                if tile.hopper and not hopper.can_multiply(name, tile, inputs[name][1], outputs):
+                    return False
+        split = [tile for tile in plain.values() if tile.splits > 1]
         if any(-(-num_tokens // t.BM) * (shape.hidden // t.BN) > MAX_TILES for t in split):
             return False
         if any(getattr(first, name)[1] is not None for name in tiles if name != "qkv"):
@@ -117,9 +128,11 @@ class FusedLayers:
             k_to, v_to, index = plan.destination(layer.index)
             to = q, k_to, v_to, index
             if choices.qkv is not None:
-                products.project_qkv(
-                    rows, *layer.qkv, cos, sin, eps, *to, tile=choices.qkv, pdl=pdl, total=total
-                )
+                about = rows, *layer.qkv, cos, sin, eps, *to
+                if choices.qkv.hopper:
+                    hopper.project_qkv(*about, tile=choices.qkv, pdl=pdl)
+                else:
+                    products.project_qkv(*about, tile=choices.qkv, pdl=pdl, total=total)
             else:
                 weight, bias = layer.qkv
                 squares = rows.squares
@@ -141,9 +154,13 @@ class FusedLayers:
             activated = rows.x.new_empty(rows.x.shape[0], layer.down[0].shape[1])
             weight, bias = layer.gate_up
             if choices.gate_up is not None:
-                products.gate_and_up(
-                    rows, weight, eps, activated, tile=choices.gate_up, pdl=pdl, total=total
-                )
+                tile = choices.gate_up
+                if tile.hopper:
+                    hopper.gate_and_up(rows, weight, eps, activated, tile=tile, pdl=pdl)
+                else:
+                    products.gate_and_up(
+                        rows, weight, eps, activated, tile=tile, pdl=pdl, total=total
+                    )
             else:
                 gate_up = F.linear(rows.x, weight, bias)
                 kernels.silu_mul(gate_up, activated, rows.squares, eps, rows.x.shape[1], pdl)
@@ -171,9 +188,12 @@ class FusedLayers:
         parts = (size // tile.BN, num_tokens)
         squares = torch.empty(parts, dtype=torch.float32, device=x.device)
         rows = Rows(torch.empty_like(residual, dtype=x.dtype), squares)
-        products.project_out(
-            x, linear[0], residual, norm, rows, self._count, tile=tile, pdl=pdl, total=total
-        )
+        if tile.hopper:
+            hopper.project_out(x, linear[0], residual, norm, rows, tile=tile, pdl=pdl)
+        else:
+            products.project_out(
+                x, linear[0], residual, norm, rows, self._count, tile=tile, pdl=pdl, total=total
+            )
         return rows
 
 

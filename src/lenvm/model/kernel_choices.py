@@ -31,7 +31,7 @@ class Tile:
     warps: int = 4
     stages: int = 4
     hopper: bool = False
-    """A kernel of `hopper/`; `warps` is then BM / 16 and a warpgroup that fetches."""
+    """A kernel of `hopper/`, where BK is 64 and warps follow from BM."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class AttentionChoice:
     """Pages on their way at once; at most 3 where no copy engine brings them."""
     merges: bool = False
     """The split that ends last merges them, in place of a second kernel."""
+    hopper: bool = False
+    """The kernel of `hopper/`, where a block takes 128 query rows and merges splits by itself."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Choices:
     def __post_init__(self) -> None:
         if self.trims and len(self.tiles) < len(_PRODUCTS):
             raise ValueError(f"trims needs tiles of {_PRODUCTS}; got {tuple(self.tiles)}")
+        if self.trims and any(tile.hopper for tile in self.tiles.values()):
+            raise ValueError("kernels of hopper/ compute whole buckets; got a tile of them to trim")
 
     @property
     def tiles(self) -> dict[str, Tile]:

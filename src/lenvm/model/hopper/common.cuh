@@ -62,6 +62,10 @@ DEVICE void meet(int id, int count) {
 }
 
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// Where nobody needs what was written before.
+DEVICE void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 DEVICE u32 cluster_rank() {
     u32 rank;
@@ -130,22 +134,6 @@ DEVICE void launch_next() { asm volatile("griddepcontrol.launch_dependents;" :::
 // The kernel before is over and what it wrote is visible.
 DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// A kernel that is told a counter waits for it instead, which is sooner: every block of the kernel
-// before adds one when its results are written. By ld.acquire of one thread of each group of threads
-// that meets afterwards; whoever then lets the copy engine read needs `fence_async_global`.
-DEVICE void wait_for_count(const u32* counter, u32 count) {
-    u32 seen;
-    do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-    } while (seen < count);
-}
-// By one thread, once all of its block have met after their last store.
-DEVICE void add_to_count(u32* counter) {
-    asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter)
-                 : "memory");
-}
-DEVICE void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-
 // Bring bytes (a multiple of 16) of global memory to the L2 cache.
 DEVICE void prefetch(const u8* from, u32 bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
@@ -153,13 +141,18 @@ DEVICE void prefetch(const u8* from, u32 bytes) {
 
 // -- other blocks' shared memory -------------------------------------------------------------------
 
-DEVICE u32 shared_of_block(u32 address, u32 block) {
+// The same place of another block of the cluster.
+DEVICE u32 address_at(u32 address, u32 block) {
     u32 there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
     return there;
 }
-DEVICE void store_to_block(u32 there, float a, float b) {
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(there), "f"(a), "f"(b) : "memory");
+// 16 bytes there, which a barrier there counts.
+DEVICE void send(u32 there, u32 barrier_there, float a, float b, float c, float d) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::
+            "r"(there), "r"(barrier_there), "f"(a), "f"(b), "f"(c), "f"(d)
+        : "memory");
 }
 DEVICE float4 load_shared(u32 address) {
     float4 x;
@@ -220,12 +213,7 @@ DEVICE void settle(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// The same place of the shared memory of another block of the cluster, and loads from there.
-DEVICE u32 address_at(u32 address, u32 block) {
-    u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
-    return there;
-}
+// Loads from another block's shared memory.
 DEVICE float2 load2_at(u32 address) {
     float2 x;
     asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
@@ -249,9 +237,4 @@ DEVICE void store16_global(void* to, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c),
                  "r"(d)
                  : "memory");
-}
-
-// Where nobody needs what was written before: the end of reads from other blocks.
-DEVICE void cluster_arrive_relaxed() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }

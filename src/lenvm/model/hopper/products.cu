@@ -15,26 +15,19 @@ constexpr int W_ROWS = EPILOGUE == 2 ? 2 * BN : BN;
 constexpr int X_BYTES = BM * BK * 2, W_BYTES = W_ROWS * BK * 2;
 constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int BLOCKS_OF_K = K / BK;
+// rows of a tile that a block ends, and their sums as another block of the cluster sends them
+constexpr int ROWS = BM / SPLITS, SLICE_BYTES = ROWS * BN * 4;
 static_assert(K % BK == 0 && BN % 32 == 0 && BLOCKS_OF_K >= SPLITS, "tile");
 
-struct Around {
-    const u32* before;  // counter of the kernel before, or null: wait until it is over
-    u32 num_before;
-    u32* done;  // this one's counter
-    const u8* next[2];  // what the next kernels will read, for the L2 cache
-    u32 next_bytes[2];
+// Weights that the next kernels read, for the L2 cache: up to two.
+struct Ahead {
+    const u8* from[2];
+    u32 bytes[2];
 };
-
-DEVICE void wait_for_input(const Around& around) {
-    if (around.before)
-        wait_for_count(around.before, around.num_before);
-    else
-        wait_for_previous();
-}
 
 extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), BLOCKS)
 run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
-    const __grid_constant__ Around around, int num_tokens, const float* squares, float eps,
+    const __grid_constant__ Ahead ahead, int num_tokens, const float* squares, float eps,
 #if EPILOGUE == 0
     const u32* bias, const u32* cos, const u32* sin, u16* q, u16* k, u16* v, const long long* index
 #elif EPILOGUE == 1
@@ -45,8 +38,10 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
 ) {
     extern __shared__ u8 memory[];
     const u32 tiles = (shared_address(memory) + 1023) & ~1023u;
-    __shared__ u64 barriers[2 * STAGES];
+    __shared__ u64 barriers[2 * STAGES + 1];
     const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
+    [[maybe_unused]] const u32 exchanged = empty + 8 * STAGES;
+    [[maybe_unused]] const u32 exchange = tiles + STAGES * STAGE_BYTES;
     const int group = threadIdx.x / 128;  // 0 fetches
     const int row_tile = blockIdx.x, column_tile = blockIdx.y, split = blockIdx.z;
     const int begin = split * BLOCKS_OF_K / SPLITS;
@@ -59,12 +54,17 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
             barrier_init(full + 8 * s, 1);
             barrier_init(empty + 8 * s, CONSUMERS);
         }
+        if (SPLITS > 1) {
+            barrier_init(exchanged, 1);
+            barrier_expect(exchanged, (SPLITS - 1) * SLICE_BYTES);
+        }
         barrier_init_fence();
     }
     __syncthreads();
+    if (SPLITS > 1) cluster_arrive_relaxed();
 
     if (group == 0) {
-        if (BLOCKS == 1 && CONSUMERS == 2) fewer_registers<40>();
+        if (BLOCKS == 1 && CONSUMERS == 2) fewer_registers<56>();
         if (threadIdx.x == 0) {
             auto load_w = [&](int block) {
                 const u32 stage = tiles + block % STAGES * STAGE_BYTES + X_BYTES;
@@ -81,8 +81,7 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
             };
             const int early = count < STAGES ? count : STAGES;
             for (int block = 0; block < early; block++) load_w(block);  // weights wait for nobody
-            wait_for_input(around);
-            fence_async_global();
+            wait_for_previous();
             for (int block = 0; block < early; block++) load_x(block);
             for (int block = early; block < count; block++) {
                 barrier_wait(empty + 8 * (block % STAGES), (block / STAGES - 1) & 1);
@@ -93,55 +92,75 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
             const u32 blocks = gridDim.x * gridDim.y * gridDim.z;
             const u32 own = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
             for (int i = 0; i < 2; i++) {
-                const u32 pieces = around.next_bytes[i] / 4096;
+                const u32 pieces = ahead.bytes[i] / 4096;
                 for (u32 piece = own; piece < pieces; piece += blocks)
-                    prefetch(around.next[i] + piece * 4096ull, 4096);
+                    prefetch(ahead.from[i] + piece * 4096ull, 4096);
             }
         }
-        if (EPILOGUE == 1 && SPLITS > 1) {
+        if (SPLITS > 1) {
             __syncwarp();
-            cluster_arrive();
             cluster_wait();
         }
     } else {
-        if (BLOCKS == 1 && CONSUMERS == 2) more_registers<232>();
+        if (BLOCKS == 1 && CONSUMERS == 2) more_registers<224>();
         const int thread = threadIdx.x % 128, lane = thread % 32, t = lane & 3;
         const int tile_row = (group - 1) * 64 + thread / 32 * 16 + lane / 4;
         [[maybe_unused]] const int row = row_tile * BM + tile_row;
-        if (thread == 0) wait_for_input(around);
-        meet(group, 128);
+        wait_for_previous();
         if (NEXT_EARLY && threadIdx.x == 128) launch_next();
-        // what the epilogue needs is read here, so that nobody waits for it there
+        // what the epilogue needs is read while the first products run, so that nobody waits for it
 #if PARTS > 0
-        float square[2] = {0.0f, 0.0f};
         float part_of_square[2][(PARTS + 3) / 4];
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int j = 0; j < (PARTS + 3) / 4; j++)
-                part_of_square[i][j] = t + 4 * j < PARTS && row + 8 * i < num_tokens
-                                           ? squares[(t + 4 * j) * num_tokens + row + 8 * i]
-                                           : 0.0f;
 #endif
 #if EPILOGUE == 0
         constexpr int HALF = BN / 16;  // blocks of 8 columns
         u32 turn_cos[2][HALF], turn_sin[2][HALF], biases[2 * HALF];
         long long place[2];
         const int head = column_tile;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int own = row + 8 * i < num_tokens ? row + 8 * i : num_tokens - 1;
-            place[i] = index[own];
-#pragma unroll
-            for (int j = 0; j < HALF; j++) {
-                turn_cos[i][j] = cos[own * (BN / 2) + 4 * j + t];
-                turn_sin[i][j] = sin[own * (BN / 2) + 4 * j + t];
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < 2 * HALF; j++)
-            biases[j] = HAS_BIAS ? bias[head * (BN / 2) + 4 * j + t] : 0;
+#elif EPILOGUE == 1
+        const bool is_mine = tile_row / ROWS == split;  // this warp ends its rows
+        float2 before[2][BN / 8];
+        u32 weights[BN / 8];
 #endif
+        auto read_early = [&]() {
+#if PARTS > 0
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int j = 0; j < (PARTS + 3) / 4; j++)
+                    part_of_square[i][j] = t + 4 * j < PARTS && row + 8 * i < num_tokens
+                                               ? squares[(t + 4 * j) * num_tokens + row + 8 * i]
+                                               : 0.0f;
+#endif
+#if EPILOGUE == 0
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int own = row + 8 * i < num_tokens ? row + 8 * i : num_tokens - 1;
+                place[i] = index[own];
+#pragma unroll
+                for (int j = 0; j < HALF; j++) {
+                    turn_cos[i][j] = cos[own * (BN / 2) + 4 * j + t];
+                    turn_sin[i][j] = sin[own * (BN / 2) + 4 * j + t];
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 2 * HALF; j++)
+                biases[j] = HAS_BIAS ? bias[head * (BN / 2) + 4 * j + t] : 0;
+#elif EPILOGUE == 1
+            if (is_mine) {
+#pragma unroll
+                for (int j = 0; j < BN / 8; j++) {
+                    const int column = column_tile * BN + 8 * j + 2 * t;
+                    weights[j] = *(const u32*)(norm + column);
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        if (row + 8 * i < num_tokens)
+                            before[i][j] = *(const float2*)(
+                                residual + (long long)(row + 8 * i) * OUTPUTS + column);
+                }
+            }
+#endif
+        };
         float acc[BN / 2];
 #if EPILOGUE == 2
         float up[BN / 2];
@@ -161,6 +180,7 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
 #endif
             }
             wgmma_commit();
+            if (block == 0) read_early();
             if (block > 0) {
                 wgmma_wait<1>();
                 if (thread == 0) barrier_arrive(empty + 8 * ((block - 1) % STAGES));
@@ -172,66 +192,64 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
 #if PARTS > 0
 #pragma unroll
         for (int i = 0; i < 2; i++) {
+            float square = 0.0f;
 #pragma unroll
-            for (int j = 0; j < (PARTS + 3) / 4; j++) square[i] += part_of_square[i][j];
-            square[i] += __shfl_xor_sync(0xFFFFFFFFu, square[i], 1);
-            square[i] += __shfl_xor_sync(0xFFFFFFFFu, square[i], 2);
-            scale[i] = rsqrtf(square[i] / K + eps);
+            for (int j = 0; j < (PARTS + 3) / 4; j++) square += part_of_square[i][j];
+            square += __shfl_xor_sync(0xFFFFFFFFu, square, 1);
+            square += __shfl_xor_sync(0xFFFFFFFFu, square, 2);
+            scale[i] = rsqrtf(square / K + eps);
         }
 #endif
 #if EPILOGUE == 1
-        // each block of the cluster ends ROWS rows: the sums go to it, then from shared memory out
-        constexpr int ROWS = BM / SPLITS, PITCH = BN + 8;
-        constexpr int THREADS = 128 * CONSUMERS, PER_ROW = THREADS / ROWS;
-        constexpr int PIECES = BN / 4 / PER_ROW;  // of four columns
-        const int own = threadIdx.x - 128, own_row = own / PER_ROW, own_part = own % PER_ROW;
-        const int end_row = row_tile * BM + split * ROWS + own_row;
-        const bool inside = end_row < num_tokens;
-        const long long at = (long long)end_row * OUTPUTS + column_tile * BN;
-        const u32 exchange = tiles + STAGES * STAGE_BYTES;
-        float4 sum[PIECES];
-#pragma unroll
-        for (int p = 0; p < PIECES; p++)
-            sum[p] = inside ? __ldcg((const float4*)(residual + at) + own_part + p * PER_ROW)
-                            : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        u32 there = exchange + ((split * ROWS + tile_row % ROWS) * PITCH + 2 * t) * 4;
-        if (SPLITS > 1) there = shared_of_block(there, tile_row / ROWS);
-#pragma unroll
-        for (int i = 0; i < 2; i++)
+        // each block of the cluster ends ROWS rows; the threads that hold the others' sums send them
+        // to the threads that hold the same columns there
+        if (SPLITS > 1) cluster_wait();  // all have begun
+        constexpr int CHUNK = ROWS / 16 * 32 * 16;  // bytes of one float4 of each thread
+        const u32 slot = (tile_row % ROWS / 16 * 32 + lane) * 16;
+        if (!is_mine) {
+            const u32 to = tile_row / ROWS;
+            const u32 source = split < to ? split : split - 1;
+            const u32 there = address_at(exchange + source * SLICE_BYTES + slot, to);
+            const u32 barrier = address_at(exchanged, to);
 #pragma unroll
             for (int j = 0; j < BN / 8; j++)
-                store_to_block(there + (8 * i * PITCH + 8 * j) * 4, acc[4 * j + 2 * i],
-                               acc[4 * j + 2 * i + 1]);
-        if (SPLITS > 1) {
-            cluster_arrive();
-            cluster_wait();
+                send(there + j * CHUNK, barrier, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2],
+                     acc[4 * j + 3]);
         } else {
-            meet(3, THREADS);
-        }
-        float total = 0.0f;
+            if (SPLITS > 1) barrier_wait(exchanged, 0);
 #pragma unroll
-        for (int p = 0; p < PIECES; p++) {
-            const int column = 4 * (own_part + p * PER_ROW);
+            for (int source = 0; source < SPLITS - 1; source++)
 #pragma unroll
-            for (int s = 0; s < SPLITS; s++) {
-                const float4 more =
-                    load_shared(exchange + ((s * ROWS + own_row) * PITCH + column) * 4);
-                sum[p].x += more.x, sum[p].y += more.y, sum[p].z += more.z, sum[p].w += more.w;
+                for (int j = 0; j < BN / 8; j++) {
+                    const float4 more = load_shared(exchange + source * SLICE_BYTES + slot + j * CHUNK);
+                    acc[4 * j] += more.x, acc[4 * j + 1] += more.y;
+                    acc[4 * j + 2] += more.z, acc[4 * j + 3] += more.w;
+                }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const bool inside = row + 8 * i < num_tokens;
+                const long long at = (long long)(row + 8 * i) * OUTPUTS + column_tile * BN;
+                float total = 0.0f;
+                u32 both[BN / 8];
+#pragma unroll
+                for (int j = 0; j < BN / 8; j++) {
+                    const float a = before[i][j].x + acc[4 * j + 2 * i];
+                    const float b = before[i][j].y + acc[4 * j + 2 * i + 1];
+                    total += a * a + b * b;
+                    both[j] = pack_bf16(a * low_bf16(weights[j]), b * high_bf16(weights[j]));
+                    if (inside) *(float2*)(residual + at + 8 * j + 2 * t) = make_float2(a, b);
+                }
+                total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
+                total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
+                if (inside && t == 0) out_squares[column_tile * num_tokens + row + 8 * i] = total;
+#pragma unroll
+                for (int quad = 0; quad < BN / 32; quad++) {
+                    const uint4 all = gather_block(both[4 * quad], both[4 * quad + 1],
+                                                   both[4 * quad + 2], both[4 * quad + 3]);
+                    if (inside) *(uint4*)(out + at + 32 * quad + 8 * t) = all;
+                }
             }
-            total += sum[p].x * sum[p].x + sum[p].y * sum[p].y + sum[p].z * sum[p].z +
-                     sum[p].w * sum[p].w;
-            const uint2 weight = *(const uint2*)(norm + column_tile * BN + column);
-            if (inside) {
-                *(float4*)(residual + at + column) = sum[p];
-                *(uint2*)(out + at + column) = make_uint2(
-                    pack_bf16(sum[p].x * low_bf16(weight.x), sum[p].y * high_bf16(weight.x)),
-                    pack_bf16(sum[p].z * low_bf16(weight.y), sum[p].w * high_bf16(weight.y)));
-            }
         }
-#pragma unroll
-        for (int other = PER_ROW / 2; other > 0; other /= 2)
-            total += __shfl_xor_sync(0xFFFFFFFFu, total, other);
-        if (inside && own_part == 0) out_squares[column_tile * num_tokens + end_row] = total;
 #else
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -294,9 +312,5 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
 #endif
         }
 #endif
-        if (around.done) {
-            meet(3, 128 * CONSUMERS);
-            if (threadIdx.x == 128) add_to_count(around.done);
-        }
     }
 }

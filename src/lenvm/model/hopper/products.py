@@ -1,8 +1,9 @@
 """Matrix products of a Llama-shaped layer on Hopper, with their small work in the epilogues.
 
 A tile's weights are on their way before the kernel before has ended (programmatic dependent
-launch). No norm kernel is left: `project_out` leaves residual * norm weight, undivided, with parts of the
-rows' sums of squares, and the next product divides its result by the rows' rms.
+launch). No norm kernel is left: `project_out` leaves residual * norm weight, undivided, with parts
+of the rows' sums of squares, and the next product divides its result by the rows' rms. `ahead`: up
+to two weights that the next kernels read, which a kernel brings to the L2 cache.
 
 Shape legend: N packed tokens, H hidden size, I MLP size, Hq query heads, Hkv key heads, D head
 size, T column tiles of a `project_out`.
@@ -10,7 +11,6 @@ size, T column tiles of a `project_out`.
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -21,43 +21,8 @@ from lenvm.model.products import Rows
 _QKV, _OUT, _GATE_UP = range(3)
 
 
-class _Around(ctypes.Structure):
-    _fields_ = (
-        ("before", ctypes.c_uint64),
-        ("num_before", ctypes.c_uint32),
-        ("done", ctypes.c_uint64),
-        ("next", ctypes.c_uint64 * 2),
-        ("next_bytes", ctypes.c_uint32 * 2),
-    )
-
-
-@dataclass
-class Around:
-    """How a kernel knows its neighbours."""
-
-    before: Tensor | None = None
-    """[1] int32: counter of the kernel before. None: wait until that is over."""
-    num_before: int = 0
-    """What it counts to."""
-    done: Tensor | None = None
-    """[1] int32: its own, 0 before; every block adds one when its results are written."""
-    next: Sequence[Tensor] = field(default_factory=tuple)
-    """Weights that the next kernels read: up to two, which it brings to the L2 cache."""
-
-    def pack(self) -> _Around:
-        places = [x.data_ptr() for x in self.next]
-        sizes = [x.numel() * x.element_size() for x in self.next]
-        rest = [0] * (2 - len(places))
-        return _Around(
-            0 if self.before is None else self.before.data_ptr(),
-            self.num_before,
-            0 if self.done is None else self.done.data_ptr(),
-            (ctypes.c_uint64 * 2)(*places, *rest),
-            (ctypes.c_uint32 * 2)(*sizes, *rest),
-        )
-
-
-ALONE = Around()
+class _Ahead(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_uint64 * 2), ("bytes", ctypes.c_uint32 * 2))
 
 
 def project_qkv(
@@ -73,11 +38,10 @@ def project_qkv(
     index: Tensor,
     *,
     tile: Tile,
-    around: Around = ALONE,
+    ahead: Sequence[Tensor] = (),
     pdl: bool = True,
-) -> int:
-    """q [N, Hq, D], and k, v [*, Hkv, D] at `index` [N] int64, rotated, from rows [N, H]. How many
-    blocks.
+) -> None:
+    """q [N, Hq, D], and k, v [*, Hkv, D] at `index` [N] int64, rotated, from rows [N, H].
 
     weight [(Hq + 2 Hkv) D, H]; cos, sin [N, D], whose halves are equal. BN of the tile is D.
     """
@@ -85,7 +49,7 @@ def project_qkv(
     num_kv = k.shape[-2]
     heads = {"HQ": num_heads, "HKV": num_kv, "HAS_BIAS": int(bias is not None)}
     own = weight if bias is None else bias, cos, sin, q, k, v, index
-    return _launch(_QKV, rows, weight, eps, own, tile, heads, around, pdl)
+    _launch(_QKV, rows, weight, eps, own, tile, heads, ahead, pdl)
 
 
 def gate_and_up(
@@ -95,12 +59,12 @@ def gate_and_up(
     out: Tensor,
     *,
     tile: Tile,
-    around: Around = ALONE,
+    ahead: Sequence[Tensor] = (),
     pdl: bool = True,
-) -> int:
+) -> None:
     """out [N, I] = SiLU(gate) * up of rows [N, H]; weight [2 I, H]: gate's rows, then up's. A tile
-    has BN columns of each. How many blocks."""
-    return _launch(_GATE_UP, rows, weight, eps, (out,), tile, {}, around, pdl)
+    has BN columns of each."""
+    _launch(_GATE_UP, rows, weight, eps, (out,), tile, {}, ahead, pdl)
 
 
 def project_out(
@@ -111,21 +75,18 @@ def project_out(
     out: Rows,
     *,
     tile: Tile,
-    around: Around = ALONE,
+    ahead: Sequence[Tensor] = (),
     pdl: bool = True,
-) -> int:
+) -> None:
     """residual [N, H] fp32 += x [N, K] @ weight [H, K]^T; out.x = residual * norm [H], not yet
-    divided by the rms of the rows, whose sums of squares go to out.squares [H / BN, N]. How many
-    blocks."""
+    divided by the rms of the rows, whose sums of squares go to out.squares [H / BN, N]."""
     own = residual, norm, out.x, out.squares
-    return _launch(_OUT, Rows(x), weight, 0.0, own, tile, {"SPLITS": tile.splits}, around, pdl)
+    _launch(_OUT, Rows(x), weight, 0.0, own, tile, {"SPLITS": tile.splits}, ahead, pdl)
 
 
 def can_multiply(name: str, tile: Tile, num_inputs: int, num_outputs: int) -> bool:
     """Whether the kernels know that tile; name: qkv, out, gate_up or down."""
     kind = {"qkv": _QKV, "gate_up": _GATE_UP}.get(name, _OUT)
-    threads = 2 * tile.BM
-    rows = tile.BM // tile.splits
     return (
         tile.BM in (64, 128)
         and tile.splits in (1, 2, 4, 8)
@@ -134,7 +95,7 @@ def can_multiply(name: str, tile: Tile, num_inputs: int, num_outputs: int) -> bo
         and num_inputs % 64 == 0
         and num_inputs // 64 >= tile.splits
         and num_outputs % (8 if kind == _GATE_UP else tile.BN) == 0
-        and (kind != _OUT or (rows >= 16 and tile.BN // 4 % (threads // rows) == 0))
+        and tile.BM // tile.splits >= 16
         and _shared_bytes(kind, tile) + 512 <= SHARED_BYTES
     )
 
@@ -147,9 +108,9 @@ def _launch(
     own: tuple[Tensor | None, ...],
     tile: Tile,
     own_definitions: dict[str, int],
-    around: Around,
+    ahead: Sequence[Tensor],
     pdl: bool,
-) -> int:
+) -> None:
     num_tokens, num_inputs = rows.x.shape
     num_outputs = weight.shape[0] // (2 if kind == _GATE_UP else 1)
     is_small = kind == _QKV and tile.BN <= 64
@@ -174,22 +135,23 @@ def _launch(
         num_threads=128 + 2 * tile.BM,
         cluster=(1, 1, splits),
     )
+    places = [x.data_ptr() for x in ahead]
+    sizes = [x.numel() * x.element_size() for x in ahead]
     grid = -(-num_tokens // tile.BM), -(-num_outputs // tile.BN), splits
     kernel.launch(
         grid,
         build_map(rows.x, tile.BM),
         build_map(weight, tile.BN),
-        around.pack(),
+        _Ahead((ctypes.c_uint64 * 2)(*places), (ctypes.c_uint32 * 2)(*sizes)),
         num_tokens,
         rows.squares,
         eps,
         *own,
         pdl=pdl,
     )
-    return grid[0] * grid[1] * grid[2]
 
 
 def _shared_bytes(kind: int, tile: Tile) -> int:
     columns = 2 * tile.BN if kind == _GATE_UP else tile.BN
-    exchange = tile.BM * (tile.BN + 8) * 4 if kind == _OUT else 0
+    exchange = tile.BM * tile.BN * 4 // tile.splits * (tile.splits - 1) if kind == _OUT else 0
     return tile.stages * (tile.BM + columns) * 128 + exchange + 1024
