@@ -154,7 +154,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const u32 barriers = query_rows + ROWS * QUERY_BYTES;
     const int split = blockIdx.x;
     const int tile = blockIdx.z / num_rows;  // first tiles come first
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // one value for the whole warp, which the compiler should know
+    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     launch_next();
     if (threadIdx.x == 0) {
         prefetch_map(&k_map);
@@ -254,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (; i < count; i += step) {
             const u32 values = stages + stage * STAGE_BYTES + PART_BYTES;
             const int from = (first_page + i * SPLITS) * PAGE;  // position of the first key
-            u32 weights[4][4];
+            u32 weights[4][4];  // of rows that are not real: anything, nobody reads their sums
             if (is_used) {
                 if (from + PAGE > length || (HAS_WINDOW && from < begin)) {
 #pragma unroll
@@ -298,9 +299,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     }
                     total[h] += sum;
                 }
-            } else {
-#pragma unroll
-                for (int j = 0; j < 16; j++) weights[j / 4][j % 4] = 0;
             }
             const int further = i - step + STAGES;  // in place of the page before
             if (brings && i >= step && further < count) {
@@ -311,6 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             barrier_wait(barriers + stage * 24 + 8, parity);
             if (from + PAGE > length) {  // weight 0 of a stale NaN would be NaN
                 const int seen = length - from;
+#pragma unroll 1
                 for (int j = threadIdx.x % 128; j < (PAGE - seen) * (D / 8); j += 128) {
                     const int box = D == 64 ? 0 : j / 8 % 2;
                     const int key = seen + (D == 64 ? j / 8 : j / 16);
