@@ -170,6 +170,33 @@ def test_own_keys_in_the_store(head_size):
 
 
 @mark
+@pytest.mark.parametrize(("group", "head_size"), [(7, 64), (6, 128)])
+@pytest.mark.parametrize("num_rows", [64, 67, 200, 256, 257])
+@pytest.mark.parametrize("num_splits", [1, 2, 8])
+def test_many_requests(group, head_size, num_rows, num_splits):
+    """Ranked by their number of candidates (up to 256 requests), with equals and empty ones."""
+    counts = [(0, 1, 5, 9, 9, 15, 18, 20)[(r * 5) % 8] for r in range(num_rows)]
+    lengths = [(130, 64, 0, 300, 1)[r % 5] for r in range(num_rows)]
+    case = Case(lengths, counts, group, 2, head_size, seed=3)
+    out = case.run(num_splits)
+    compare(out, case.expect())
+    for r in range(0, num_rows, 17):
+        if counts[r]:
+            assert torch.equal(out[case.first[r] : case.first[r + 1]], case.run(num_splits, only=r))
+
+
+@mark
+def test_scores_that_grow_along_the_prefix():
+    """The kept maximum is left behind by little, by much, and often."""
+    case = Case([64 * 16] * 2, [15, 7], 7, 2, 64, seed=4)
+    for r in range(2):
+        for i, page in enumerate(case.table[case.rows[r]][:16].tolist()):
+            case.pages[0, page] *= (0.1, 0.5, 1, 1.5, 2, 2.5, 3, 8)[i // 2]
+    for num_splits in (1, 2, 8):
+        compare(case.run(num_splits), case.expect())
+
+
+@mark
 def test_nobody_has_a_candidate():
     assert Case([5, 70], [0, 0], 7, 2, 64).run(2).shape[0] == 0
 

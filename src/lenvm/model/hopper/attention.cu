@@ -7,7 +7,10 @@
 // take every SPLITS-th page each. In a block, two groups of 128 threads compute: each 64 rows, or,
 // where there are no more than 64, the same rows over every other page. The first warp of a group
 // brings further pages; a warp that does nothing else would take registers from the others.
-// What each group found is merged in shared memory, across the cluster, always in the same order.
+// What each group found is merged in shared memory, across the cluster, always in the same order;
+// there the candidate's own key and value join.
+// Two blocks share a multiprocessor: the requests with the most candidates are paired with those
+// with the fewest, as far as the blocks are dealt out in order (`slots` clusters at a time).
 // Thread t of a group holds rows t / 4 % 8 + 16 (t / 32) and 8 further; of 8 columns each, columns
 // 2 (t % 4) and the next (wgmma's layout).
 
@@ -22,6 +25,14 @@ constexpr int SUM_BYTES = (D + 8) * 4;
 constexpr int GROUP_BYTES = 64 * SUM_BYTES;
 constexpr int BEST = 2 * GROUP_BYTES;  // behind both groups' sums: (maximum, total) of 2 x 64 rows
 static_assert(BEST + 2 * 64 * 8 <= STAGES * STAGE_BYTES, "the merge happens where the pages were");
+constexpr int QUERY_BYTES = D * 2;  // a row of queries
+constexpr int LANES = D / 8;        // threads of a row, 16 bytes each
+constexpr int MAX_RANKED = THREADS;
+// what a thread merges: 16 bytes of this many rows
+constexpr int OWN_STEPS =
+    ROWS * LANES > THREADS * SPLITS ? ROWS * LANES / (THREADS * SPLITS) : 1;
+// a maximum that grows by less (a factor of 256) is kept: what was summed need not shrink
+constexpr float SLACK = 8;
 
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
 
@@ -56,6 +67,51 @@ DEVICE float sum4(float x) {
     return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
 }
 DEVICE float dot2(u32 a, u32 b) { return low_bf16(a) * low_bf16(b) + high_bf16(a) * high_bf16(b); }
+DEVICE float dot8(uint4 a, uint4 b) {
+    return dot2(a.x, b.x) + dot2(a.y, b.y) + (dot2(a.z, b.z) + dot2(a.w, b.w));
+}
+DEVICE u64 join(u32 low, u32 high) { return (u64)high << 32 | low; }
+
+// Rows of 8 x 16 bytes in shared memory, or 16: a column of 8 rows meets all banks.
+DEVICE u32 chunk_at(u32 rows, int row, int chunk) {
+    return rows + row * QUERY_BYTES + (chunk ^ row % 8) * 16;
+}
+
+// Where the query begins in q and out; `query` counts candidates x G of the request.
+DEVICE long long place_of(int first, int kv_head, int query) {
+    return ((long long)(first + query / G) * (HKV * G) + kv_head * G + query % G) * D;
+}
+
+// What a block works on.
+struct Request {
+    int row, first, end, length, table_row;
+};
+
+// The request of that rank among all, most candidates first. Called by all threads; `keys` and
+// `found` are places in shared memory.
+DEVICE Request find_rank(int rank, const int* rows, const int* lengths, const int* firsts,
+                         int num_rows, u32* keys, Request* found) {
+    const int row = threadIdx.x;
+    Request mine = {row, 0, 0, 0, 0};
+    u32 key = 0;
+    if (row < num_rows) {
+        mine = {row, firsts[row], firsts[row + 1], lengths[row], rows[row]};
+        key = (u32)(mine.end - mine.first) << 8 | (MAX_RANKED - 1 - row);
+    }
+    keys[row] = key;
+    __syncthreads();
+    if (row < num_rows) {
+        int above = 0;
+#pragma unroll 4
+        for (int i = 0; i < (num_rows + 3) / 4; i++) {
+            const uint4 four = ((const uint4*)keys)[i];
+            above += (four.x > key) + (four.y > key) + (four.z > key) + (four.w > key);
+        }
+        if (above == rank) *found = mine;
+    }
+    __syncthreads();
+    return *found;
+}
 
 // The pages of a block, by a warp that knows the numbers of 32 of them at a time.
 struct Pages {
@@ -90,18 +146,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     run(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
         const u16* q, const u16* own_k, const u16* own_v, const long long* own_index,
         const int* table, const int* rows, const int* lengths, const int* firsts, u16* out,
-        float scale, int window, int num_columns, int num_rows) {
-    extern __shared__ u8 dynamic[];
-    const u32 stages = (shared_address(dynamic) + 1023) & ~1023u;
+        float scale, int window, int num_columns, int num_rows, int slots) {
+    extern __shared__ __align__(1024) u8 dynamic[];
+    const u32 stages = shared_address(dynamic);
+    const u32 query_rows = stages + STAGES * STAGE_BYTES;
     // of a stage: its keys have come, its values have come, it is free
-    const u32 barriers = stages + STAGES * STAGE_BYTES;
-    const int split = blockIdx.x, kv_head = blockIdx.y;
-    const int row = blockIdx.z % num_rows, tile = blockIdx.z / num_rows;  // first tiles come first
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 barriers = query_rows + ROWS * QUERY_BYTES;
+    const int split = blockIdx.x;
+    const int tile = blockIdx.z / num_rows;  // first tiles come first
+    // one value for the whole warp, which the compiler should know
+    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     launch_next();
-    const int first = firsts[row], end = firsts[row + 1], length = lengths[row];
-    const int table_row = rows[row];
     if (threadIdx.x == 0) {
+        prefetch_map(&k_map);
+        prefetch_map(&v_map);
         for (int i = 0; i < STAGES; i++) {
             barrier_init(barriers + i * 24, 1);
             barrier_init(barriers + i * 24 + 8, 1);
@@ -109,6 +167,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
         barrier_init_fence();
     }
+    int kv_head = blockIdx.y, row = blockIdx.z % num_rows;
+    Request request;
+    if (num_rows > 1 && num_rows <= MAX_RANKED) {
+        int place = row * HKV + kv_head;
+        const int places = num_rows * HKV;
+        if (place >= slots && places <= 2 * slots) place = places - 1 - (place - slots);
+        kv_head = place % HKV;
+        u8* const behind = dynamic + STAGES * STAGE_BYTES;
+        request = find_rank(place / HKV, rows, lengths, firsts, num_rows, (u32*)behind,
+                            (Request*)(behind + ROWS * QUERY_BYTES + STAGES * 24));
+    } else {
+        request = {row, firsts[row], firsts[row + 1], lengths[row], rows[row]};
+        __syncthreads();
+    }
+    const int first = request.first, end = request.end, length = request.length;
+    const int table_row = request.table_row;
     const int num_queries = min((end - first) * G - tile * ROWS, ROWS);
     if (num_queries <= 0) {  // so is the whole cluster
         wait_for_previous();
@@ -120,7 +194,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int last_page = begin < length ? (length + PAGE - 1) / PAGE : 0;
     const int count = first_page < last_page ? (last_page - first_page - 1) / SPLITS + 1 : 0;
     const bool alternate = num_queries <= 64;
-    __syncthreads();
 
     Pages pages;
     if (warp % 4 == 0) {
@@ -130,46 +203,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int i = 0; i < min(count, STAGES); i++)
             if (warp == 0) pages.bring(i, i, i, kv_head, lane);
     }
+    const int total_chunks = num_queries * LANES;
+    uint4 own_query[OWN_STEPS], own_key[OWN_STEPS], own_value[OWN_STEPS];
     {
         const int group = warp / 4;
         const int base = (alternate ? 0 : 64 * group) + warp % 4 * 16;  // of the warp, in the tile
         const bool is_used = base < num_queries;
         u32 queries[D / 16][4];
         float acc[D / 2];
-        float best[2], total[2];
+        float best[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, total[2] = {0, 0};
+#pragma unroll
+        for (int j = 0; j < D / 2; j++) acc[j] = 0;
         wait_for_previous();
-        const bool has_own = split == 0 && (!alternate || group == 0);
+        {
+            const u32 mine = query_rows + warp * 16 * QUERY_BYTES;
+            uint4 read[LANES / 2];  // 32 / LANES rows at a time
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int query = base + lane / 4 + 8 * h;
-            const bool is_real = query < num_queries;
-            const int token = first + (tile * ROWS + query) / G;
-            const int head = kv_head * G + (tile * ROWS + query) % G;
-            const u32* from = (const u32*)(q + ((long long)token * (HKV * G) + head) * D);
-#pragma unroll
-            for (int j = 0; j < D / 8; j++)
-                queries[j / 2][j % 2 * 2 + h] = is_real ? from[4 * j + lane % 4] : 0;
-            best[h] = NEGATIVE_INFINITY;
-            total[h] = 0;
-#pragma unroll
-            for (int j = 0; j < D / 8; j++) acc[4 * j + 2 * h] = acc[4 * j + 2 * h + 1] = 0;
-            if (has_own) {  // the candidate itself is the first key
-                float score = 0;
-                if (is_real) {
-                    const long long own = OWN_IS_TOKEN ? token : own_index[token];
-                    const u32* key = (const u32*)(own_k + (own * HKV + kv_head) * D);
-                    const u32* value = (const u32*)(own_v + (own * HKV + kv_head) * D);
-#pragma unroll
-                    for (int j = 0; j < D / 8; j++) {
-                        score += dot2(queries[j / 2][j % 2 * 2 + h], key[4 * j + lane % 4]);
-                        const u32 two = value[4 * j + lane % 4];
-                        acc[4 * j + 2 * h] = low_bf16(two);
-                        acc[4 * j + 2 * h + 1] = high_bf16(two);
-                    }
-                }
-                best[h] = sum4(score) * scale;
-                total[h] = lane % 4 == 0;  // the four lanes' totals are added at the end
+            for (int j = 0; j < LANES / 2; j++) {
+                const int query = base + j * (32 / LANES) + lane / LANES;
+                read[j] = make_uint4(0, 0, 0, 0);
+                if (query < num_queries)
+                    read[j] = *(const uint4*)(q + place_of(first, kv_head, tile * ROWS + query) +
+                                              lane % LANES * 8);
             }
+#pragma unroll
+            for (int j = 0; j < LANES / 2; j++)
+                store4(chunk_at(mine, j * (32 / LANES) + lane / LANES, lane % LANES), read[j]);
+            __syncwarp();
+#pragma unroll
+            for (int j = 0; j < D / 16; j++)
+                load_matrices(queries[j], chunk_at(mine, lane % 16, 2 * j + lane / 16));
         }
 
         const int step = alternate ? 2 : 1;
@@ -192,8 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (; i < count; i += step) {
             const u32 values = stages + stage * STAGE_BYTES + PART_BYTES;
             const int from = (first_page + i * SPLITS) * PAGE;  // position of the first key
-            u32 weights[4][4];
-            float shrink[2] = {1, 1};
+            u32 weights[4][4];  // of rows that are not real: anything, nobody reads their sums
             if (is_used) {
                 if (from + PAGE > length || (HAS_WINDOW && from < begin)) {
 #pragma unroll
@@ -203,6 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                         scores[j] = seen ? scores[j] : NEGATIVE_INFINITY;
                     }
                 }
+                float now[2];
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     float most = scores[2 * h];
@@ -210,22 +273,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     for (int j = 0; j < 8; j++)
                         most = fmaxf(most, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
                     // a page has a key that is seen: never minus infinity
-                    const float now = fmaxf(best[h], max4(most) * scale);
-                    shrink[h] = exp2_fast(best[h] - now);
+                    now[h] = max4(most) * scale;
+                    if (now[h] <= best[h] + SLACK) now[h] = best[h];
+                }
+                if (__any_sync(0xFFFFFFFFu, now[0] != best[0] || now[1] != best[1])) {
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        const float shrink = exp2_fast(best[h] - now[h]);
+                        best[h] = now[h];
+                        total[h] *= shrink;
+#pragma unroll
+                        for (int j = 0; j < D / 8; j++)
+                            acc[4 * j + 2 * h] *= shrink, acc[4 * j + 2 * h + 1] *= shrink;
+                    }
+                }
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
                     float sum = 0;
-                    best[h] = now;
 #pragma unroll
                     for (int j = 0; j < 8; j++) {
-                        const float a = exp2_fast(scores[4 * j + 2 * h] * scale - now);
-                        const float b = exp2_fast(scores[4 * j + 2 * h + 1] * scale - now);
+                        const float a = exp2_fast(scores[4 * j + 2 * h] * scale - best[h]);
+                        const float b = exp2_fast(scores[4 * j + 2 * h + 1] * scale - best[h]);
                         sum += a + b;
                         weights[j / 2][j % 2 * 2 + h] = pack_bf16(a, b);
                     }
-                    total[h] = total[h] * shrink[h] + sum;
+                    total[h] += sum;
                 }
-            } else {
-#pragma unroll
-                for (int j = 0; j < 16; j++) weights[j / 4][j % 4] = 0;
             }
             const int further = i - step + STAGES;  // in place of the page before
             if (brings && i >= step && further < count) {
@@ -236,6 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             barrier_wait(barriers + stage * 24 + 8, parity);
             if (from + PAGE > length) {  // weight 0 of a stale NaN would be NaN
                 const int seen = length - from;
+#pragma unroll 1
                 for (int j = threadIdx.x % 128; j < (PAGE - seen) * (D / 8); j += 128) {
                     const int box = D == 64 ? 0 : j / 8 % 2;
                     const int key = seen + (D == 64 ? j / 8 : j / 16);
@@ -246,8 +320,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 fence_async();
                 meet(2 + group, 128);
             }
-#pragma unroll
-            for (int j = 0; j < D / 2; j++) acc[j] *= shrink[j / 2 % 2];
             const u32 is_free = barriers + stage * 24 + 16;
             stage += step;
             if (stage >= STAGES) stage -= STAGES, parity ^= 1;
@@ -255,14 +327,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             // of whatever lies there, for nobody, without a branch amid wgmma
             if (i + step < count) barrier_wait(barriers + stage * 24, parity);
             const u32 keys = stages + stage * STAGE_BYTES;
+            // the lower halves of the descriptors, see `describe`
+            const u32 key_rows = keys >> 4 | 1 << 16, value_rows = values >> 4 | BOX_BYTES / 16 << 16;
             wgmma_fence();
 #pragma unroll
             for (int j = 0; j < D / 16; j++)
                 multiply_keys(scores, queries[j],
-                              describe(keys + j / 4 * BOX_BYTES) + j % 4 * 2, j > 0);
+                              join(key_rows + j / 4 * (BOX_BYTES / 16) + j % 4 * 2, 1 << 30 | 64),
+                              j > 0);
 #pragma unroll
             for (int j = 0; j < 4; j++)  // 16 keys each
-                multiply_values(acc, weights[j], describe(values + j * 2048, 1024, BOX_BYTES), 1);
+                multiply_values(acc, weights[j], join(value_rows + j * 128, 1 << 30 | 64), 1);
             wgmma_commit();
             wgmma_wait<0>();
             settle(scores);
@@ -270,6 +345,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             if (lane == 0) barrier_arrive_times(is_free, times);
         }
 
+        // for the merge, while the others end
+#pragma unroll
+        for (int j = 0; j < OWN_STEPS; j++) {
+            const int i = threadIdx.x + THREADS * (split + SPLITS * j);
+            own_query[j] = own_key[j] = own_value[j] = make_uint4(0, 0, 0, 0);
+            if (i < total_chunks) {
+                const int query = tile * ROWS + i / LANES, token = first + query / G;
+                const long long own = OWN_IS_TOKEN ? token : own_index[token];
+                const long long at = (own * HKV + kv_head) * D + i % LANES * 8;
+                own_query[j] =
+                    *(const uint4*)(q + place_of(first, kv_head, query) + i % LANES * 8);
+                own_key[j] = *(const uint4*)(own_k + at);
+                own_value[j] = *(const uint4*)(own_v + at);
+            }
+        }
         __syncthreads();  // every page was read: its place is free
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -287,18 +377,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
 
     __syncwarp();
-    if (SPLITS > 1) {
-        cluster_arrive();
-        cluster_wait();
-    } else {
-        __syncthreads();
+    if (SPLITS > 1) cluster_arrive();
+    float own_score[OWN_STEPS];
+#pragma unroll
+    for (int j = 0; j < OWN_STEPS; j++) {
+        float sum = dot8(own_query[j], own_key[j]);
+#pragma unroll
+        for (int other = LANES / 2; other > 0; other /= 2)
+            sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
+        own_score[j] = sum * scale;
     }
-    // 8 columns of a row at a time, over all threads of the cluster
-    for (int i = threadIdx.x + THREADS * split; i < num_queries * (D / 8); i += THREADS * SPLITS) {
-        const int query = i / (D / 8), column = i % (D / 8) * 8;
+    if (SPLITS > 1)
+        cluster_wait();
+    else
+        __syncthreads();
+    // 8 columns of a row at a time, over all threads of the cluster; the own key comes first
+#pragma unroll
+    for (int step = 0; step < OWN_STEPS; step++) {
+        const int i = threadIdx.x + THREADS * (split + SPLITS * step);
+        if (i >= total_chunks) break;
+        const int query = i / LANES, column = i % LANES * 8;
         const int group = query / 64, local = query % 64;
         float2 found[SPLITS][2];
-        float most = NEGATIVE_INFINITY;
+        float most = own_score[step];
 #pragma unroll
         for (int s = 0; s < SPLITS; s++)
 #pragma unroll
@@ -309,9 +410,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                         load2_at(address_at(stages + BEST + ((group + g) * 64 + local) * 8, s));
                 most = fmaxf(most, found[s][g].x);
             }
-        float total = 0, sums[8];
-#pragma unroll
-        for (int j = 0; j < 8; j++) sums[j] = 0;
+        float total = exp2_fast(own_score[step] - most);
+        const uint4 own = own_value[step];
+        float sums[8] = {low_bf16(own.x) * total, high_bf16(own.x) * total,
+                         low_bf16(own.y) * total, high_bf16(own.y) * total,
+                         low_bf16(own.z) * total, high_bf16(own.z) * total,
+                         low_bf16(own.w) * total, high_bf16(own.w) * total};
 #pragma unroll
         for (int s = 0; s < SPLITS; s++)
 #pragma unroll
@@ -328,9 +432,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     sums[6] += b.z * weight, sums[7] += b.w * weight;
                 }
         const float norm = 1 / total;
-        const int token = first + (tile * ROWS + query) / G;
-        const int head = kv_head * G + (tile * ROWS + query) % G;
-        store16_global(out + ((long long)token * (HKV * G) + head) * D + column,
+        store16_global(out + place_of(first, kv_head, tile * ROWS + query) + column,
                        pack_bf16(sums[0] * norm, sums[1] * norm),
                        pack_bf16(sums[2] * norm, sums[3] * norm),
                        pack_bf16(sums[4] * norm, sums[5] * norm),

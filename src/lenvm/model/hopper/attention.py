@@ -4,16 +4,20 @@ Shape legend: R rows (requests), N packed tokens, P pages, S tokens of a page, C
 Hq query heads, Hkv key heads, G = Hq / Hkv, D head size.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from lenvm.model.hopper.runtime import SHARED_BYTES, build_map, get_kernel
+from lenvm.model.hopper.runtime import build_map, get_kernel
 
 LOG2_E = 1.4426950408889634
 PAGE_SIZE = 64
 TILE_ROWS = 128
 """Query rows (candidates x G) of one cluster."""
 NUM_THREADS = 256
+HALF_SHARED_BYTES = 113 * 1024
+"""Most shared memory of one of two blocks of a multiprocessor."""
 SPLITS = (1, 2, 4, 8)
 
 
@@ -108,6 +112,7 @@ def candidate_attention(
         window or 0,
         table.shape[1],
         rows.shape[0],
+        num_multiprocessors(q.device) // num_splits,
         pdl=pdl,
     )
 
@@ -123,7 +128,7 @@ def definitions(
     own_is_token: bool = True,
 ) -> dict[str, int]:
     """What `attention.cu` is compiled for."""
-    fits_twice = head_size == 64 and shared_bytes(head_size, num_stages) <= SHARED_BYTES // 2
+    fits_twice = head_size == 64 and shared_bytes(head_size, num_stages) <= HALF_SHARED_BYTES
     return {
         "D": head_size,
         "G": group,
@@ -136,11 +141,16 @@ def definitions(
     }
 
 
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def products(head_size: int) -> list[tuple[int, bool]]:
     """The shared wgmma that it issues, as `get_kernel` takes them."""
     return [(head_size, True)]
 
 
 def shared_bytes(head_size: int, num_stages: int) -> int:
-    """Pages (keys and values), their barriers, and what alignment may take."""
-    return num_stages * (4 * PAGE_SIZE * head_size + 24) + 1024
+    """Pages (keys and values), queries, the pages' barriers, and the request."""
+    return num_stages * (4 * PAGE_SIZE * head_size + 24) + TILE_ROWS * head_size * 2 + 32
