@@ -198,6 +198,12 @@ DEVICE uint4 gather_block(u32 b0, u32 b1, u32 b2, u32 b3) {
     return t & 2 ? make_uint4(from0, from1, mine0, mine1) : make_uint4(mine0, mine1, from0, from1);
 }
 
+// The other way round: lane t has block t, afterwards columns 2 t, 2 t + 1 of each block.
+DEVICE void deal_block(uint4 block, u32* to) {
+    const uint4 all = gather_block(block.x, block.y, block.z, block.w);
+    to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
+}
+
 // -- what the attention needs besides ---------------------------------------------------------------
 
 // Arrive `times` times at once.

@@ -108,13 +108,15 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
         [[maybe_unused]] const int row = row_tile * BM + tile_row;
         wait_for_previous();
         if (NEXT_EARLY && threadIdx.x == 128) launch_next();
-        // what the epilogue needs is read while the first products run, so that nobody waits for it
+        // what the epilogue needs is read before the products, so that nobody waits for it
 #if PARTS > 0
         float part_of_square[2][(PARTS + 3) / 4];
 #endif
 #if EPILOGUE == 0
         constexpr int HALF = BN / 16;  // blocks of 8 columns
-        u32 turn_cos[2][HALF], turn_sin[2][HALF], biases[2 * HALF];
+        // a lane reads a whole block of 8 columns; `deal_block` deals them out
+        uint4 all_cos[2][HALF / 4], all_sin[2][HALF / 4];
+        u32 biases[2 * HALF];
         long long place[2];
         const int head = column_tile;
 #elif EPILOGUE == 1
@@ -122,7 +124,7 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
         float2 before[2][BN / 8];
         u32 weights[BN / 8];
 #endif
-        auto read_early = [&]() {
+        {
 #if PARTS > 0
 #pragma unroll
             for (int i = 0; i < 2; i++)
@@ -138,9 +140,9 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
                 const int own = row + 8 * i < num_tokens ? row + 8 * i : num_tokens - 1;
                 place[i] = index[own];
 #pragma unroll
-                for (int j = 0; j < HALF; j++) {
-                    turn_cos[i][j] = cos[own * (BN / 2) + 4 * j + t];
-                    turn_sin[i][j] = sin[own * (BN / 2) + 4 * j + t];
+                for (int quad = 0; quad < HALF / 4; quad++) {
+                    all_cos[i][quad] = ((const uint4*)cos)[own * (BN / 8) + 4 * quad + t];
+                    all_sin[i][quad] = ((const uint4*)sin)[own * (BN / 8) + 4 * quad + t];
                 }
             }
 #pragma unroll
@@ -160,7 +162,7 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
                 }
             }
 #endif
-        };
+        }
         float acc[BN / 2];
 #if EPILOGUE == 2
         float up[BN / 2];
@@ -180,7 +182,6 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
 #endif
             }
             wgmma_commit();
-            if (block == 0) read_early();
             if (block > 0) {
                 wgmma_wait<1>();
                 if (thread == 0) barrier_arrive(empty + 8 * ((block - 1) % STAGES));
@@ -290,12 +291,18 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
                 both[j] = pack_bf16(acc[4 * j + 2 * i] * scale[i] + low_bf16(biases[j]),
                                     acc[4 * j + 2 * i + 1] * scale[i] + high_bf16(biases[j]));
             if (head < HQ + HKV) {
+                u32 turn_cos[HALF], turn_sin[HALF];
+#pragma unroll
+                for (int quad = 0; quad < HALF / 4; quad++) {
+                    deal_block(all_cos[i][quad], turn_cos + 4 * quad);
+                    deal_block(all_sin[i][quad], turn_sin + 4 * quad);
+                }
 #pragma unroll
                 for (int j = 0; j < HALF; j++) {
                     const float a0 = low_bf16(both[j]), a1 = high_bf16(both[j]);
                     const float b0 = low_bf16(both[j + HALF]), b1 = high_bf16(both[j + HALF]);
-                    const float c0 = low_bf16(turn_cos[i][j]), c1 = high_bf16(turn_cos[i][j]);
-                    const float s0 = low_bf16(turn_sin[i][j]), s1 = high_bf16(turn_sin[i][j]);
+                    const float c0 = low_bf16(turn_cos[j]), c1 = high_bf16(turn_cos[j]);
+                    const float s0 = low_bf16(turn_sin[j]), s1 = high_bf16(turn_sin[j]);
                     both[j] = pack_bf16(a0 * c0 - b0 * s0, a1 * c1 - b1 * s1);
                     both[j + HALF] = pack_bf16(b0 * c0 + a0 * s0, b1 * c1 + a1 * s1);
                 }
