@@ -26,6 +26,8 @@ from lenvm.model.kernel_choices import PLAIN, Choices, LayerShape, Tile, choose
 from lenvm.model.llama_shape import build_checked
 from lenvm.model.products import Rows
 
+STATIC_ROPES = ("default", "linear", "llama3", "yarn")
+"""Rotary frequencies that do not depend on how long a text is."""
 MAX_TILES = 4096
 """Most tiles of a split product's result."""
 
@@ -59,6 +61,8 @@ class FusedLayers:
         places = torch.tensor([[1, 7, 100]], device=like.device)
         turns = torch.stack(backbone.rotary_emb(like, places))
         self.halves_turn_alike = torch.equal(*turns.chunk(2, -1))
+        self._frequencies = _find_frequencies(backbone, self.head_size, turns, places)
+        """Rotary frequencies [D / 2] and a factor, where they are the same for every length."""
         self.layers = [
             _build_layer(i, layer, *settings[i]) for i, layer in enumerate(backbone.layers)
         ]
@@ -114,14 +118,8 @@ class FusedLayers:
         """Final hidden states [N, H]; those of rows from `plan.total` on mean nothing."""
         choices, eps, total = plan.choices, self.eps, plan.total
         pdl = choices.pdl
-        embedded = self.backbone.embed_tokens(tokens_N)
-        # fp32: rounded at each of 50 additions, it was most of what a forward in bf16 loses
-        residual, dtype = embedded.float(), embedded.dtype
-        cos, sin = self.backbone.rotary_emb(residual.unsqueeze(0), positions_N.unsqueeze(0))
-        cos, sin = cos[0].contiguous(), sin[0].contiguous()
-        q = embedded.new_empty(residual.shape[0], self.num_heads, self.head_size)
-        rows = Rows(torch.empty_like(residual, dtype=dtype))
-        kernels.add_norm(None, residual, self.layers[0].input_norm, eps, rows.x, total=total)
+        residual, rows, cos, sin = self._begin(tokens_N, positions_N, total)
+        q = rows.x.new_empty(residual.shape[0], self.num_heads, self.head_size)
         final: Tensor = self.backbone.norm.weight
         norms = [*(layer.input_norm for layer in self.layers[1:]), final]
         for layer, next_norm in zip(self.layers, norms, strict=True):
@@ -168,6 +166,40 @@ class FusedLayers:
         if rows.squares is not None:
             kernels.add_norm(None, residual, final, eps, rows.x, pdl, total)
         return rows.x
+
+    def _begin(
+        self, tokens_N: Tensor, positions_N: Tensor, total: Tensor | None
+    ) -> tuple[Tensor, Rows, Tensor, Tensor]:
+        """The residual stream [N, H], the first layer's normalised input, and rotary positions:
+        cos, sin [N, D]. The stream is fp32: rounded at each of 50 additions, it was most of what a
+        forward in bf16 loses."""
+        embedding, norm, eps = self.backbone.embed_tokens, self.layers[0].input_norm, self.eps
+        if self._frequencies is None:
+            embedded = embedding(tokens_N)
+            residual, dtype = embedded.float(), embedded.dtype
+            cos, sin = self.backbone.rotary_emb(residual.unsqueeze(0), positions_N.unsqueeze(0))
+            rows = Rows(torch.empty_like(residual, dtype=dtype))
+            kernels.add_norm(None, residual, norm, eps, rows.x, total=total)
+            return residual, rows, cos[0].contiguous(), sin[0].contiguous()
+        frequencies, factor = self._frequencies
+        weight = embedding.weight
+        x = weight.new_empty(tokens_N.shape[0], weight.shape[1])
+        residual = torch.empty_like(x, dtype=torch.float32)
+        turns = weight.new_empty(2, tokens_N.shape[0], self.head_size)
+        kernels.begin(
+            tokens_N,
+            positions_N,
+            weight,
+            frequencies,
+            factor,
+            norm,
+            eps,
+            residual,
+            x,
+            *turns,
+            total,
+        )
+        return residual, Rows(x), turns[0], turns[1]
 
     def _add(
         self,
@@ -219,6 +251,23 @@ def _build_layer(index: int, layer: Any, scale: float, window: int | None) -> _L
         scale=scale,
         window=window,
     )
+
+
+def _find_frequencies(
+    backbone: Any, head_size: int, turns: Tensor, places: Tensor
+) -> tuple[Tensor, float] | None:
+    """turns: what the backbone says of `places` [1, P], cos and sin [2, 1, P, D]."""
+    rotary, embedding = backbone.rotary_emb, backbone.embed_tokens
+    frequencies = getattr(rotary, "inv_freq", None)
+    is_plain = type(embedding) is nn.Embedding and getattr(rotary, "rope_type", "") in STATIC_ROPES
+    if not is_plain or frequencies is None or tuple(frequencies.shape) != (head_size // 2,):
+        return None
+    factor = float(getattr(rotary, "attention_scaling", 1.0))
+    angles = places[0, :, None].float() * frequencies.float()
+    own = torch.stack([angles.cos(), angles.sin()]).repeat(1, 1, 2) * factor
+    if not torch.allclose(own, turns[:, 0].float(), atol=1e-2):
+        return None
+    return frequencies.float(), factor
 
 
 def _join(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:

@@ -298,6 +298,91 @@ def add_norm(
 
 
 @triton.jit
+def _begin_kernel(
+    tokens_ptr,
+    positions_ptr,
+    embedding_ptr,
+    frequencies_ptr,
+    weight_ptr,
+    residual_ptr,
+    out_ptr,
+    cos_ptr,
+    sin_ptr,
+    factor,
+    eps,
+    total_ptr,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64)
+    if total_ptr is not None:
+        end = tl.load(total_ptr)
+        if tl.program_id(0) >= end:
+            return
+    kind = out_ptr.dtype.element_ty
+    offs = tl.arange(0, BLOCK)
+    mask = offs < H
+    token = tl.load(tokens_ptr + at).to(tl.int64)
+    x = tl.load(embedding_ptr + token * H + offs, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(residual_ptr + at * H + offs, x, mask=mask)
+    norm = x * tl.rsqrt(tl.sum(x * x, 0) / H + eps)
+    tl.store(out_ptr + at * H + offs, (norm.to(kind).to(tl.float32) * weight).to(kind), mask=mask)
+    d_offs = tl.arange(0, BLOCK_HALF)
+    d_mask = d_offs < HALF
+    position = tl.load(positions_ptr + at).to(tl.float32)
+    angle = position * tl.load(frequencies_ptr + d_offs, mask=d_mask, other=0.0)
+    cos, sin = (tl.cos(angle) * factor).to(kind), (tl.sin(angle) * factor).to(kind)
+    to = at * (2 * HALF) + d_offs
+    tl.store(cos_ptr + to, cos, mask=d_mask)
+    tl.store(cos_ptr + to + HALF, cos, mask=d_mask)
+    tl.store(sin_ptr + to, sin, mask=d_mask)
+    tl.store(sin_ptr + to + HALF, sin, mask=d_mask)
+
+
+def begin(
+    tokens: Tensor,
+    positions: Tensor,
+    embedding: Tensor,
+    frequencies: Tensor,
+    factor: float,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor,
+    out: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    total: Tensor | None = None,
+) -> None:
+    """What comes before the first layer: residual [N, H] fp32 = embedding [V, H] of tokens [N], out
+    [N, H] = its RMSNorm * weight, and cos, sin [N, D] of positions [N] x frequencies [D / 2], times
+    `factor`. total as in `add_norm`."""
+    num_tokens, size = residual.shape
+    half = frequencies.shape[0]
+    _begin_kernel[(num_tokens,)](
+        tokens,
+        positions,
+        embedding,
+        frequencies,
+        weight,
+        residual,
+        out,
+        cos,
+        sin,
+        factor,
+        eps,
+        total,
+        H=size,
+        BLOCK=next_power_of_2(size),
+        HALF=half,
+        BLOCK_HALF=next_power_of_2(half),
+        num_warps=4 if size <= 2048 else 8,
+    )
+
+
+@triton.jit
 def _head_norm(x1, x2, weight_ptr, d_offs, d_mask, eps, HALF: tl.constexpr, kind: tl.constexpr):
     scale = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (2 * HALF) + eps)
     w1 = tl.load(weight_ptr + d_offs, mask=d_mask, other=0.0).to(tl.float32)

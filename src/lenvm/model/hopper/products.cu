@@ -89,6 +89,7 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
                 load_x(block);
             }
         } else if (threadIdx.x == 32) {
+            wait_for_previous();  // before, that one needs the bandwidth
             const u32 blocks = gridDim.x * gridDim.y * gridDim.z;
             const u32 own = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
             for (int i = 0; i < 2; i++) {
@@ -261,23 +262,20 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
                 u32 block[4];
 #pragma unroll
                 for (int j = 0; j < 4; j += 2) {
-                    // x / (1 + exp(-x)); one division for four, which is not even slightly wrong:
+                    // g / (1 + exp(-g)) * u; one division for four, which is not even slightly wrong:
                     // where exp is cut off, at 2^30, the result is below 1e-7
-                    float g[4], e[4];
+                    float gu[4], e[4];
 #pragma unroll
                     for (int n = 0; n < 4; n++) {
                         const int at = 4 * (4 * quad + j + n / 2) + 2 * i + n % 2;
-                        g[n] = acc[at] * scale[i];
-                        e[n] = 1.0f + exp2_fast(fminf(g[n] * -1.44269504f, 30.0f));
+                        gu[n] = acc[at] * up[at];
+                        e[n] = 1.0f + exp2_fast(fminf(acc[at] * (-1.44269504f * scale[i]), 30.0f));
                     }
                     const float ab = e[0] * e[1], cd = e[2] * e[3];
-                    const float one = __fdividef(1.0f, ab * cd);
+                    const float one = __fdividef(scale[i] * scale[i], ab * cd);
                     const float over_ab = one * cd, over_cd = one * ab;
-                    const int at = 4 * (4 * quad + j) + 2 * i;
-                    block[j] = pack_bf16(g[0] * (over_ab * e[1]) * (up[at] * scale[i]),
-                                         g[1] * (over_ab * e[0]) * (up[at + 1] * scale[i]));
-                    block[j + 1] = pack_bf16(g[2] * (over_cd * e[3]) * (up[at + 4] * scale[i]),
-                                             g[3] * (over_cd * e[2]) * (up[at + 5] * scale[i]));
+                    block[j] = pack_bf16(gu[0] * (over_ab * e[1]), gu[1] * (over_ab * e[0]));
+                    block[j + 1] = pack_bf16(gu[2] * (over_cd * e[3]), gu[3] * (over_cd * e[2]));
                 }
                 const uint4 all = gather_block(block[0], block[1], block[2], block[3]);
                 const int column = column_tile * BN + 32 * quad + 8 * t;
