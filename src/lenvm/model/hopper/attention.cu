@@ -149,6 +149,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float scale, int window, int num_columns, int num_rows, int slots) {
     extern __shared__ __align__(1024) u8 dynamic[];
     const u32 stages = shared_address(dynamic);
+    // The upper byte of an address is the block's number in its cluster, and no part of descriptors.
+    const u32 described_keys = (stages & 0x3FFFF) >> 4 | 1 << 16;
+    const u32 described_values =
+        ((stages & 0x3FFFF) + PART_BYTES) >> 4 | BOX_BYTES / 16 << 16;
     const u32 query_rows = stages + STAGES * STAGE_BYTES;
     // of a stage: its keys have come, its values have come, it is free
     const u32 barriers = query_rows + ROWS * QUERY_BYTES;
@@ -302,9 +306,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             }
             const int further = i - step + STAGES;  // in place of the page before
             if (brings && i >= step && further < count) {
-                const int wrapped = stage < step, last_stage = stage - step + wrapped * STAGES;
-                barrier_wait(barriers + last_stage * 24 + 16, parity ^ wrapped);
-                pages.bring(further, max(further - step, 0), last_stage, kv_head, lane);
+                const int wrapped = stage < step, emptied = stage - step + wrapped * STAGES;
+                barrier_wait(barriers + emptied * 24 + 16, parity ^ wrapped);
+                pages.bring(further, max(further - step, 0), emptied, kv_head, lane);
             }
             barrier_wait(barriers + stage * 24 + 8, parity);
             if (from + PAGE > length) {  // weight 0 of a stale NaN would be NaN
@@ -321,14 +325,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 meet(2 + group, 128);
             }
             const u32 is_free = barriers + stage * 24 + 16;
+            const int last_stage = stage;
             stage += step;
             if (stage >= STAGES) stage -= STAGES, parity ^= 1;
             // the scores of the next page along with it; after the last one,
             // of whatever lies there, for nobody, without a branch amid wgmma
             if (i + step < count) barrier_wait(barriers + stage * 24, parity);
-            const u32 keys = stages + stage * STAGE_BYTES;
             // the lower halves of the descriptors, see `describe`
-            const u32 key_rows = keys >> 4 | 1 << 16, value_rows = values >> 4 | BOX_BYTES / 16 << 16;
+            const u32 key_rows = described_keys + stage * (STAGE_BYTES / 16);
+            const u32 value_rows = described_values + last_stage * (STAGE_BYTES / 16);
             wgmma_fence();
 #pragma unroll
             for (int j = 0; j < D / 16; j++)
