@@ -215,7 +215,8 @@ def test_nobody_has_a_candidate():
 
 @pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="needs cuda-bindings")
 @pytest.mark.parametrize(
-    ("group", "head_size", "num_splits"), [(7, 64, 1), (7, 64, 2), (7, 64, 8), (6, 128, 1), (6, 128, 2)]
+    ("group", "head_size", "num_splits"),
+    [(7, 64, 1), (7, 64, 2), (7, 64, 8), (6, 128, 1), (6, 128, 2)],
 )
 @pytest.mark.parametrize("has_window", [False, True])
 def test_it_compiles_without_spills(group, head_size, num_splits, has_window):

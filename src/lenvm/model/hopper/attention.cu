@@ -13,8 +13,8 @@
 // with the fewest, as far as the blocks are dealt out in order (`slots` clusters at a time).
 // Warps w, w + 4 ... of a multiprocessor share a scheduler, so which 16 rows a warp takes is turned
 // around in every other block: those that have rows to compute are spread.
-// Thread t of a group holds rows t / 4 % 8 + 16 (its warp's block) and 8 further; of 8 columns each, columns
-// 2 (t % 4) and the next (wgmma's layout).
+// Thread t of a group holds rows t / 4 % 8 + 16 (its warp's block) and 8 further; of 8 columns
+// each, columns 2 (t % 4) and the next (wgmma's layout).
 
 constexpr int PAGE = 64;
 constexpr int BOX_BYTES = PAGE * 128;  // 64 keys x 64 columns
