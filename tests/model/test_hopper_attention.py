@@ -162,6 +162,18 @@ def test_numbers_of_stages(head_size, num_stages, num_splits):
 
 
 @mark
+@pytest.mark.parametrize("num_stages", [3, 5, 6])
+@pytest.mark.parametrize("num_splits", attention.SPLITS)
+@pytest.mark.parametrize(("group", "head_size"), [(6, 128), (7, 64)])
+def test_parts_of_a_prefix_that_ends_amid_a_page(group, head_size, num_stages, num_splits):
+    """As the scorers of 1.5B and 0.5B have it, from 1 to 18 candidates."""
+    case = Case([1000] * 64, [r % 18 + 1 for r in range(64)], group, 2, head_size, seed=5)
+    out = case.run(num_splits, num_stages)
+    compare(out, case.expect())
+    assert torch.equal(out, case.run(num_splits, num_stages))
+
+
+@mark
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_own_keys_in_the_store(head_size):
     lengths = [0, 1, 63, 64, 65, 1000, 130]
@@ -203,7 +215,8 @@ def test_nobody_has_a_candidate():
 
 @pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="needs cuda-bindings")
 @pytest.mark.parametrize(
-    ("group", "head_size", "num_splits"), [(7, 64, 1), (7, 64, 2), (7, 64, 8), (6, 128, 1)]
+    ("group", "head_size", "num_splits"),
+    [(7, 64, 1), (7, 64, 2), (7, 64, 8), (6, 128, 1), (6, 128, 2)],
 )
 @pytest.mark.parametrize("has_window", [False, True])
 def test_it_compiles_without_spills(group, head_size, num_splits, has_window):

@@ -11,8 +11,10 @@
 // there the candidate's own key and value join.
 // Two blocks share a multiprocessor: the requests with the most candidates are paired with those
 // with the fewest, as far as the blocks are dealt out in order (`slots` clusters at a time).
-// Thread t of a group holds rows t / 4 % 8 + 16 (t / 32) and 8 further; of 8 columns each, columns
-// 2 (t % 4) and the next (wgmma's layout).
+// Warps w, w + 4 ... of a multiprocessor share a scheduler, so which 16 rows a warp takes is turned
+// around in every other block: those that have rows to compute are spread.
+// Thread t of a group holds rows t / 4 % 8 + 16 (its warp's block) and 8 further; of 8 columns
+// each, columns 2 (t % 4) and the next (wgmma's layout).
 
 constexpr int PAGE = 64;
 constexpr int BOX_BYTES = PAGE * 128;  // 64 keys x 64 columns
@@ -26,11 +28,15 @@ constexpr int GROUP_BYTES = 64 * SUM_BYTES;
 constexpr int BEST = 2 * GROUP_BYTES;  // behind both groups' sums: (maximum, total) of 2 x 64 rows
 static_assert(BEST + 2 * 64 * 8 <= STAGES * STAGE_BYTES, "the merge happens where the pages were");
 constexpr int QUERY_BYTES = D * 2;  // a row of queries
+// behind pages, queries, barriers and the request
+constexpr int SLOT = STAGES * (STAGE_BYTES + 24) + ROWS * QUERY_BYTES + 24;
 constexpr int LANES = D / 8;        // threads of a row, 16 bytes each
 constexpr int MAX_RANKED = THREADS;
 // what a thread merges: 16 bytes of this many rows
 constexpr int OWN_STEPS =
     ROWS * LANES > THREADS * SPLITS ? ROWS * LANES / (THREADS * SPLITS) : 1;
+// Whether the merge reads all before it computes; else there are too few registers.
+constexpr bool READS_FIRST = D == 128 || SPLITS < 8;
 // a maximum that grows by less (a factor of 256) is kept: what was summed need not shrink
 constexpr float SLACK = 8;
 
@@ -149,6 +155,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float scale, int window, int num_columns, int num_rows, int slots) {
     extern __shared__ __align__(1024) u8 dynamic[];
     const u32 stages = shared_address(dynamic);
+    // The upper byte of an address is the block's number in its cluster, and no part of descriptors.
+    const u32 described_keys = (stages & 0x3FFFF) >> 4 | 1 << 16;
+    const u32 described_values =
+        ((stages & 0x3FFFF) + PART_BYTES) >> 4 | BOX_BYTES / 16 << 16;
     const u32 query_rows = stages + STAGES * STAGE_BYTES;
     // of a stage: its keys have come, its values have come, it is free
     const u32 barriers = query_rows + ROWS * QUERY_BYTES;
@@ -166,6 +176,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             barrier_init(barriers + i * 24 + 16, 8);  // warps
         }
         barrier_init_fence();
+        if (BLOCKS == 2)  // whether other warps run on this multiprocessor before ours
+            *(u32*)(dynamic + SLOT) = hardware_warp() / 8 % 2 * 3;
     }
     int kv_head = blockIdx.y, row = blockIdx.z % num_rows;
     Request request;
@@ -207,7 +219,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     uint4 own_query[OWN_STEPS], own_key[OWN_STEPS], own_value[OWN_STEPS];
     {
         const int group = warp / 4;
-        const int base = (alternate ? 0 : 64 * group) + warp % 4 * 16;  // of the warp, in the tile
+        const int turn = BLOCKS == 2 ? *(const u32*)(dynamic + SLOT) : alternate ? 2 * group : 0;
+        const int block = __shfl_sync(0xFFFFFFFFu, warp % 4 ^ turn, 0);
+        const int base = (alternate ? 0 : 64 * group) + block * 16;  // of the warp, in the tile
         const bool is_used = base < num_queries;
         u32 queries[D / 16][4];
         float acc[D / 2];
@@ -302,9 +316,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             }
             const int further = i - step + STAGES;  // in place of the page before
             if (brings && i >= step && further < count) {
-                const int wrapped = stage < step, last_stage = stage - step + wrapped * STAGES;
-                barrier_wait(barriers + last_stage * 24 + 16, parity ^ wrapped);
-                pages.bring(further, max(further - step, 0), last_stage, kv_head, lane);
+                const int wrapped = stage < step, emptied = stage - step + wrapped * STAGES;
+                barrier_wait(barriers + emptied * 24 + 16, parity ^ wrapped);
+                pages.bring(further, max(further - step, 0), emptied, kv_head, lane);
             }
             barrier_wait(barriers + stage * 24 + 8, parity);
             if (from + PAGE > length) {  // weight 0 of a stale NaN would be NaN
@@ -321,14 +335,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 meet(2 + group, 128);
             }
             const u32 is_free = barriers + stage * 24 + 16;
+            const int last_stage = stage;
             stage += step;
             if (stage >= STAGES) stage -= STAGES, parity ^= 1;
             // the scores of the next page along with it; after the last one,
             // of whatever lies there, for nobody, without a branch amid wgmma
             if (i + step < count) barrier_wait(barriers + stage * 24, parity);
-            const u32 keys = stages + stage * STAGE_BYTES;
             // the lower halves of the descriptors, see `describe`
-            const u32 key_rows = keys >> 4 | 1 << 16, value_rows = values >> 4 | BOX_BYTES / 16 << 16;
+            const u32 key_rows = described_keys + stage * (STAGE_BYTES / 16);
+            const u32 value_rows = described_values + last_stage * (STAGE_BYTES / 16);
             wgmma_fence();
 #pragma unroll
             for (int j = 0; j < D / 16; j++)
@@ -363,7 +378,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         __syncthreads();  // every page was read: its place is free
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int local = warp % 4 * 16 + lane / 4 + 8 * h;
+            const int local = block * 16 + lane / 4 + 8 * h;
             const u32 to = stages + group * GROUP_BYTES + local * SUM_BYTES + lane % 4 * 8;
             const float sum = sum4(total[h]);
             if (is_used) {
@@ -392,24 +407,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     else
         __syncthreads();
     // 8 columns of a row at a time, over all threads of the cluster; the own key comes first
+    float2 found[OWN_STEPS][SPLITS][2];
+    float4 parts[OWN_STEPS][SPLITS][2][2];
+    const auto read_parts = [&](float4 (&to)[2], int i, int s, int g) {
+        const int row = i / LANES, column = i % LANES * 8;
+        const u32 there = address_at(stages + (row / 64 + g) * GROUP_BYTES + row % 64 * SUM_BYTES +
+                                         column * 4, s);
+        to[0] = load4_at(there);
+        to[1] = load4_at(there + 16);
+    };
 #pragma unroll
     for (int step = 0; step < OWN_STEPS; step++) {
         const int i = threadIdx.x + THREADS * (split + SPLITS * step);
-        if (i >= total_chunks) break;
-        const int query = i / LANES, column = i % LANES * 8;
-        const int group = query / 64, local = query % 64;
-        float2 found[SPLITS][2];
-        float most = own_score[step];
 #pragma unroll
         for (int s = 0; s < SPLITS; s++)
 #pragma unroll
             for (int g = 0; g < 2; g++) {
-                found[s][g] = make_float2(NEGATIVE_INFINITY, 0);
-                if (g == 0 || alternate)
-                    found[s][g] =
-                        load2_at(address_at(stages + BEST + ((group + g) * 64 + local) * 8, s));
-                most = fmaxf(most, found[s][g].x);
+                found[step][s][g] = make_float2(NEGATIVE_INFINITY, 0);
+                if (i < total_chunks && (g == 0 || alternate))
+                    found[step][s][g] =
+                        load2_at(address_at(stages + BEST + (i / LANES + g * 64) * 8, s));
             }
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++)
+#pragma unroll
+            for (int g = 0; g < 2; g++)
+                if (READS_FIRST && i < total_chunks && (g == 0 || alternate))
+                    read_parts(parts[step][s][g], i, s, g);
+    }
+#pragma unroll
+    for (int step = 0; step < OWN_STEPS; step++) {
+        const int i = threadIdx.x + THREADS * (split + SPLITS * step);
+        if (i >= total_chunks) break;
+        float most = own_score[step];
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++)
+#pragma unroll
+            for (int g = 0; g < 2; g++) most = fmaxf(most, found[step][s][g].x);
         float total = exp2_fast(own_score[step] - most);
         const uint4 own = own_value[step];
         float sums[8] = {low_bf16(own.x) * total, high_bf16(own.x) * total,
@@ -421,18 +455,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
             for (int g = 0; g < 2; g++)
                 if (g == 0 || alternate) {
-                    const float weight = exp2_fast(found[s][g].x - most);
-                    const u32 at = address_at(
-                        stages + (group + g) * GROUP_BYTES + local * SUM_BYTES + column * 4, s);
-                    const float4 a = load4_at(at), b = load4_at(at + 16);
-                    total += found[s][g].y * weight;
+                    const float weight = exp2_fast(found[step][s][g].x - most);
+                    if (!READS_FIRST) read_parts(parts[step][s][g], i, s, g);
+                    const float4 a = parts[step][s][g][0], b = parts[step][s][g][1];
+                    total += found[step][s][g].y * weight;
                     sums[0] += a.x * weight, sums[1] += a.y * weight;
                     sums[2] += a.z * weight, sums[3] += a.w * weight;
                     sums[4] += b.x * weight, sums[5] += b.y * weight;
                     sums[6] += b.z * weight, sums[7] += b.w * weight;
                 }
         const float norm = 1 / total;
-        store16_global(out + place_of(first, kv_head, tile * ROWS + query) + column,
+        store16_global(out + place_of(first, kv_head, tile * ROWS + i / LANES) + i % LANES * 8,
                        pack_bf16(sums[0] * norm, sums[1] * norm),
                        pack_bf16(sums[2] * norm, sums[3] * norm),
                        pack_bf16(sums[4] * norm, sums[5] * norm),

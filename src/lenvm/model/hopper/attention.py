@@ -152,5 +152,5 @@ def products(head_size: int) -> list[tuple[int, bool]]:
 
 
 def shared_bytes(head_size: int, num_stages: int) -> int:
-    """Pages (keys and values), queries, the pages' barriers, and the request."""
+    """Pages (keys and values), queries, the pages' barriers, the request and the block's slot."""
     return num_stages * (4 * PAGE_SIZE * head_size + 24) + TILE_ROWS * head_size * 2 + 32
