@@ -41,6 +41,8 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 from lenvm.model import kernel_choices, kernels, products  # noqa: E402
 from lenvm.model.attention_kernels import candidate_attention, count_size  # noqa: E402
+from lenvm.model.hopper import attention as hopper_attention  # noqa: E402
+from lenvm.model.hopper import products as hopper  # noqa: E402
 from lenvm.model.kernel_choices import AttentionChoice, Choices, Tile  # noqa: E402
 from lenvm.model.products import Rows  # noqa: E402
 
@@ -76,6 +78,17 @@ def tiles_of(place: str, num_tokens: int, head_size: int) -> list[Tile]:
     return [t for t in every if t.BM == 64 or num_tokens > t.BM // 2]
 
 
+def hopper_tiles_of(place: str, head_size: int) -> list[Tile]:
+    """Those of `hopper/` that were of use in some step."""
+    cuts = {  # rows, columns, parts, stages
+        "qkv": [(64, head_size, 1, 6), (128, head_size, 1, 6)],
+        "out": [(128, 64, 2, 7), (64, 64, 1, 8), (128, 128, 2, 5), (64, 64, 2, 8)],
+        "gate_up": [(128, 160, 1, 4), (128, 128, 1, 4), (64, 64, 1, 8), (64, 96, 1, 6)],
+        "down": [(128, 64, 2, 8), (128, 128, 4, 5), (64, 64, 4, 8), (128, 128, 2, 5)],
+    }[place]
+    return [Tile(bm, bn, splits=n, stages=stages, hopper=True) for bm, bn, n, stages in cuts]
+
+
 ATTENTION = [
     AttentionChoice(block, waves, stages, merges)
     for block, waves, stages in [
@@ -83,6 +96,9 @@ ATTENTION = [
     ]
     for merges in ((False, True) if waves > 1 else (False,))
 ]  # fmt: skip
+HOPPER_ATTENTION = [
+    AttentionChoice(128, waves, stages, hopper=True) for waves in (1, 2, 4) for stages in (3, 6)
+]
 
 
 class Places:
@@ -147,6 +163,8 @@ class Places:
         if place == "attention":
             for choice in ATTENTION:
                 yield choice, self._attend(choice)
+            for choice in HOPPER_ATTENTION:
+                yield choice, self._attend_on_hopper(choice)
             return
         if place == "qkv":
             w = self.weights((heads + 2 * num_kv) * size, h)
@@ -159,9 +177,10 @@ class Places:
                 )  # fmt: skip
 
             def fused(i: int, tile: Tile) -> None:
-                products.project_qkv(
+                product = hopper.project_qkv if tile.hopper else products.project_qkv
+                product(
                     self.parts(64), w[i], bias, self.cos, self.sin, 1e-6, self.q,
-                    self.stash[i, 0], self.stash[i, 1], self.places, tile=tile, pdl=False,
+                    self.stash[i, 0], self.stash[i, 1], self.places, tile=tile, pdl=tile.hopper,
                 )  # fmt: skip
         elif place == "gate_up":
             w = self.weights(2 * self.inner, h)
@@ -170,8 +189,9 @@ class Places:
                 kernels.silu_mul(F.linear(self.rows.x, w[i]), self.activated)
 
             def fused(i: int, tile: Tile) -> None:
+                product = hopper.gate_and_up if tile.hopper else products.gate_and_up
                 rows = self.parts(64)
-                products.gate_and_up(rows, w[i], 1e-6, self.activated, tile=tile, pdl=False)
+                product(rows, w[i], 1e-6, self.activated, tile=tile, pdl=tile.hopper)
         else:
             x = self.attended.flatten(1) if place == "out" else self.activated
             w = self.weights(h, x.shape[1])
@@ -181,6 +201,9 @@ class Places:
 
             def fused(i: int, tile: Tile) -> None:
                 rows = Rows(self.y, self.parts(tile.BN).squares)
+                if tile.hopper:
+                    hopper.project_out(x, w[i], self.residual, self.norm, rows, tile=tile)
+                    return
                 products.project_out(
                     x, w[i], self.residual, self.norm, rows, self.count, tile=tile, pdl=False
                 )
@@ -188,6 +211,12 @@ class Places:
         yield PLAIN, plain
         for tile in tiles_of(place, self.tokens, size):
             yield tile, lambda i, tile=tile: fused(i, tile)
+        outputs, inputs = w.shape[1:]
+        if place == "gate_up":
+            outputs = self.inner
+        for tile in hopper_tiles_of(place, size):
+            if hopper.can_multiply(place, tile, inputs, outputs):
+                yield tile, lambda i, tile=tile: fused(i, tile)
 
     def _attend(self, choice: AttentionChoice) -> Callable[[int], Any]:
         units = 132
@@ -207,6 +236,20 @@ class Places:
                 self.attended, scratch, scale=self.size**-0.5, window=None,
                 max_candidates=self.width, num_splits=splits, max_block=choice.block,
                 num_stages=choice.stages, merges=choice.merges, own_is_token=True,
+            )  # fmt: skip
+
+        return attend
+
+    def _attend_on_hopper(self, choice: AttentionChoice) -> Callable[[int], Any]:
+        programs = self.batch * self.num_kv
+        splits = kernels.next_power_of_2(max(1, choice.waves * 132 // programs) + 1) // 2
+
+        def attend(i: int) -> None:
+            hopper_attention.candidate_attention(
+                self.q, self.stash[i, 0], self.stash[i, 1], self.places, self.data[i, 0],
+                self.data[i, 1], self.table, self.row_ids, self.lengths, self.first,
+                self.attended, scale=self.size**-0.5, window=None, max_candidates=self.width,
+                num_splits=min(splits, 8), num_stages=choice.stages, own_is_token=True, pdl=True,
             )  # fmt: skip
 
         return attend
@@ -287,17 +330,32 @@ def time_places(name: str, batch: int, mean: int, prefix: int) -> dict[str, dict
 
 
 def combinations(found: dict[str, dict[Any, float]]) -> Iterator[Choices]:
-    """Plain kernels; each set of fused places with the best attention. (Programmatic dependent
-    launch was within noise; half the tokens on another stream took up to 16% more.)"""
+    """Plain kernels; the best of each place in every set of fused ones, with the best attention;
+    then everything of `hopper/`, one place after the other with its other tiles. (Among the others
+    programmatic dependent launch was within noise; half the tokens on another stream took up to
+    16% more.)"""
     yield Choices()
-    best: dict[str, Any] = {
-        place: next((c for c in times if c != PLAIN), None) for place, times in found.items()
-    }
-    attention = best.pop("attention") or AttentionChoice()
-    for picked in itertools.product((True, False), repeat=len(best)):
-        chosen = zip(best.items(), picked, strict=True)
-        tiles: dict[str, Any] = {place: tile if use else None for (place, tile), use in chosen}
-        yield Choices(**tiles, attention=attention)
+    places = {place: [c for c in times if c != PLAIN] for place, times in found.items()}
+    attention = places.pop("attention") or [AttentionChoice()]
+    triton, own = (
+        {place: [c for c in kept if c.hopper == is_hopper] for place, kept in places.items()}
+        for is_hopper in (False, True)
+    )
+    for picked in itertools.product((True, False), repeat=len(triton)):
+        tiles: dict[str, Any] = {
+            place: kept[0] if use and kept else None
+            for (place, kept), use in zip(triton.items(), picked, strict=True)
+        }
+        yield Choices(**tiles, attention=next(c for c in attention if not c.hopper))
+    if not all(own.values()):
+        return
+    first = {place: kept[0] for place, kept in own.items()}
+    for choice in [next(c for c in attention if not c.hopper), *(c for c in attention if c.hopper)]:
+        yield Choices(**first, attention=choice, pdl=True)
+    best = Choices(**first, attention=attention[0], pdl=True)
+    for place, kept in own.items():
+        for tile in [*kept[1:], *triton[place][:1], None]:
+            yield replace(best, **{place: tile})
 
 
 def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict[str, Any]:

@@ -54,6 +54,22 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 FAMILIES = tuple(CONFIGS)
 
+HOPPER = Choices(
+    qkv=Tile(64, 64, hopper=True),
+    out=Tile(64, 64, splits=2, hopper=True),
+    gate_up=Tile(128, 160, hopper=True),
+    down=Tile(128, 64, splits=2, hopper=True),
+    attention=AttentionChoice(waves=2, hopper=True),
+    pdl=True,
+)
+HOPPER_SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+"""What its kernels know: heads of 64."""
+
 
 def build(family: str, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A random decoder of the family whose hidden states differ clearly from token to token."""

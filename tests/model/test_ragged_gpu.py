@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from lenvm.errors import InputError
+from lenvm.model.hopper.runtime import is_supported
 from lenvm.model.kernel_choices import PLAIN
 from lenvm.model.ragged import RaggedDecoder
-from model.families import FAMILIES, FUSED, VOCAB, build, last_hidden
+from model.families import FAMILIES, FUSED, HOPPER, HOPPER_SHAPE, VOCAB, build, last_hidden
 from model.ragged_machine import History, run_random_history
 
 pytestmark = [
@@ -42,6 +43,19 @@ def test_fused_products(family, pdl):
     choices = dataclasses.replace(FUSED, pdl=pdl)
     assert runner._forward.can_run(choices, 64)
     runner.choose = lambda *_: choices
+    run_random_history(history, 5, 60, VOCAB)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral"])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_kernels_of_hopper(family, graphs):
+    if not is_supported(torch.device("cuda")):
+        pytest.skip("needs Hopper and cuda-bindings")
+    model = build(family, dtype=torch.bfloat16, **HOPPER_SHAPE).cuda()
+    history = DeviceHistory(model, cuda_graphs=graphs, **BUDGET)
+    runner = history.decoder._runner
+    assert runner._forward.can_run(HOPPER, 64)
+    runner.choose = lambda *_: HOPPER
     run_random_history(history, 5, 60, VOCAB)
 
 

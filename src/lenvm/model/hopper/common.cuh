@@ -134,11 +134,6 @@ DEVICE void launch_next() { asm volatile("griddepcontrol.launch_dependents;" :::
 // The kernel before is over and what it wrote is visible.
 DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Bring bytes (a multiple of 16) of global memory to the L2 cache.
-DEVICE void prefetch(const u8* from, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 // -- other blocks' shared memory -------------------------------------------------------------------
 
 // The same place of another block of the cluster.

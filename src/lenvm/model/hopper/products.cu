@@ -6,8 +6,6 @@
 // PARTS > 0: X is such an `out`; its rows' squares come in PARTS parts.
 // SPLITS blocks of a cluster (EPILOGUE 1) share the sum over K and each ends a share of the rows.
 // One thread fetches; each of BM / 64 warpgroups multiplies 64 rows. BLOCKS fit a multiprocessor.
-// NEXT_EARLY: the next kernel's blocks may come from the start, else when this one multiplies no
-// more.
 
 constexpr int CONSUMERS = BM / 64;
 constexpr int BK = 64;  // 128 bytes: a row of a swizzled tile
@@ -19,15 +17,9 @@ constexpr int BLOCKS_OF_K = K / BK;
 constexpr int ROWS = BM / SPLITS, SLICE_BYTES = ROWS * BN * 4;
 static_assert(K % BK == 0 && BN % 32 == 0 && BLOCKS_OF_K >= SPLITS, "tile");
 
-// Weights that the next kernels read, for the L2 cache: up to two.
-struct Ahead {
-    const u8* from[2];
-    u32 bytes[2];
-};
-
 extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), BLOCKS)
 run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
-    const __grid_constant__ Ahead ahead, int num_tokens, const float* squares, float eps,
+    int num_tokens, const float* squares, float eps,
 #if EPILOGUE == 0
     const u32* bias, const u32* cos, const u32* sin, u16* q, u16* k, u16* v, const long long* index
 #elif EPILOGUE == 1
@@ -88,15 +80,6 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
                 load_w(block);
                 load_x(block);
             }
-        } else if (threadIdx.x == 32) {
-            wait_for_previous();  // before, that one needs the bandwidth
-            const u32 blocks = gridDim.x * gridDim.y * gridDim.z;
-            const u32 own = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-            for (int i = 0; i < 2; i++) {
-                const u32 pieces = ahead.bytes[i] / 4096;
-                for (u32 piece = own; piece < pieces; piece += blocks)
-                    prefetch(ahead.from[i] + piece * 4096ull, 4096);
-            }
         }
         if (SPLITS > 1) {
             __syncwarp();
@@ -108,7 +91,7 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
         const int tile_row = (group - 1) * 64 + thread / 32 * 16 + lane / 4;
         [[maybe_unused]] const int row = row_tile * BM + tile_row;
         wait_for_previous();
-        if (NEXT_EARLY && threadIdx.x == 128) launch_next();
+        if (threadIdx.x == 128) launch_next();
         // what the epilogue needs is read before the products, so that nobody waits for it
 #if PARTS > 0
         float part_of_square[2][(PARTS + 3) / 4];
@@ -189,7 +172,6 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
             }
         }
         wgmma_wait<0>();
-        if (!NEXT_EARLY && threadIdx.x == 128) launch_next();
         [[maybe_unused]] float scale[2] = {1.0f, 1.0f};
 #if PARTS > 0
 #pragma unroll

@@ -2,15 +2,11 @@
 
 A tile's weights are on their way before the kernel before has ended (programmatic dependent
 launch). No norm kernel is left: `project_out` leaves residual * norm weight, undivided, with parts
-of the rows' sums of squares, and the next product divides its result by the rows' rms. `ahead`: up
-to two weights that the next kernels read, which a kernel brings to the L2 cache.
+of the rows' sums of squares, and the next product divides its result by the rows' rms.
 
 Shape legend: N packed tokens, H hidden size, I MLP size, Hq query heads, Hkv key heads, D head
 size, T column tiles of a `project_out`.
 """
-
-import ctypes
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -18,11 +14,8 @@ from lenvm.model.hopper.runtime import SHARED_BYTES, Kernel, build_map, get_kern
 from lenvm.model.kernel_choices import Tile
 from lenvm.model.products import Rows
 
-_QKV, _OUT, _GATE_UP = range(3)
-
-
-class _Ahead(ctypes.Structure):
-    _fields_ = (("start", ctypes.c_uint64 * 2), ("bytes", ctypes.c_uint32 * 2))
+QKV, OUT, GATE_UP = range(3)
+"""Epilogues of `products.cu`."""
 
 
 def project_qkv(
@@ -38,7 +31,6 @@ def project_qkv(
     index: Tensor,
     *,
     tile: Tile,
-    ahead: Sequence[Tensor] = (),
     pdl: bool = True,
 ) -> None:
     """q [N, Hq, D], and k, v [*, Hkv, D] at `index` [N] int64, rotated, from rows [N, H].
@@ -49,7 +41,7 @@ def project_qkv(
     num_kv = k.shape[-2]
     heads = {"HQ": num_heads, "HKV": num_kv, "HAS_BIAS": int(bias is not None)}
     own = weight if bias is None else bias, cos, sin, q, k, v, index
-    _launch(_QKV, rows, weight, eps, own, tile, heads, ahead, pdl)
+    _launch(QKV, rows, weight, eps, own, tile, heads, pdl)
 
 
 def gate_and_up(
@@ -59,12 +51,11 @@ def gate_and_up(
     out: Tensor,
     *,
     tile: Tile,
-    ahead: Sequence[Tensor] = (),
     pdl: bool = True,
 ) -> None:
     """out [N, I] = SiLU(gate) * up of rows [N, H]; weight [2 I, H]: gate's rows, then up's. A tile
     has BN columns of each."""
-    _launch(_GATE_UP, rows, weight, eps, (out,), tile, {}, ahead, pdl)
+    _launch(GATE_UP, rows, weight, eps, (out,), tile, {}, pdl)
 
 
 def project_out(
@@ -75,18 +66,17 @@ def project_out(
     out: Rows,
     *,
     tile: Tile,
-    ahead: Sequence[Tensor] = (),
     pdl: bool = True,
 ) -> None:
     """residual [N, H] fp32 += x [N, K] @ weight [H, K]^T; out.x = residual * norm [H], not yet
     divided by the rms of the rows, whose sums of squares go to out.squares [H / BN, N]."""
     own = residual, norm, out.x, out.squares
-    _launch(_OUT, Rows(x), weight, 0.0, own, tile, {"SPLITS": tile.splits}, ahead, pdl)
+    _launch(OUT, Rows(x), weight, 0.0, own, tile, {}, pdl)
 
 
 def can_multiply(name: str, tile: Tile, num_inputs: int, num_outputs: int) -> bool:
     """Whether the kernels know that tile; name: qkv, out, gate_up or down."""
-    kind = {"qkv": _QKV, "gate_up": _GATE_UP}.get(name, _OUT)
+    kind = {"qkv": QKV, "gate_up": GATE_UP}.get(name, OUT)
     return (
         tile.BM in (64, 128)
         and tile.splits in (1, 2, 4, 8)
@@ -94,7 +84,7 @@ def can_multiply(name: str, tile: Tile, num_inputs: int, num_outputs: int) -> bo
         and tile.BN <= 256
         and num_inputs % 64 == 0
         and num_inputs // 64 >= tile.splits
-        and num_outputs % (8 if kind == _GATE_UP else tile.BN) == 0
+        and num_outputs % (8 if kind == GATE_UP else tile.BN) == 0
         and tile.BM // tile.splits >= 16
         and _shared_bytes(kind, tile) + 512 <= SHARED_BYTES
     )
@@ -108,41 +98,25 @@ def _launch(
     own: tuple[Tensor | None, ...],
     tile: Tile,
     own_definitions: dict[str, int],
-    ahead: Sequence[Tensor],
     pdl: bool,
 ) -> None:
     num_tokens, num_inputs = rows.x.shape
-    num_outputs = weight.shape[0] // (2 if kind == _GATE_UP else 1)
-    is_small = kind == _QKV and tile.BN <= 64
-    splits = tile.splits if kind == _OUT else 1
+    num_outputs = weight.shape[0] // (2 if kind == GATE_UP else 1)
+    num_parts = 0 if rows.squares is None else rows.squares.shape[0]
+    splits = tile.splits if kind == OUT else 1
     kernel: Kernel = get_kernel(
         "products.cu",
-        {
-            "EPILOGUE": kind,
-            "K": num_inputs,
-            "OUTPUTS": num_outputs,
-            "BM": tile.BM,
-            "BN": tile.BN,
-            "STAGES": tile.stages,
-            "SPLITS": 1,
-            "BLOCKS": 2 if is_small else 1,
-            "NEXT_EARLY": 1,
-            "PARTS": 0 if rows.squares is None else rows.squares.shape[0],
-            **own_definitions,
-        },
+        definitions(kind, tile, num_inputs, num_outputs, num_parts) | own_definitions,
         [(tile.BN, False)],
         shared_bytes=_shared_bytes(kind, tile),
         num_threads=128 + 2 * tile.BM,
         cluster=(1, 1, splits),
     )
-    places = [x.data_ptr() for x in ahead]
-    sizes = [x.numel() * x.element_size() for x in ahead]
     grid = -(-num_tokens // tile.BM), -(-num_outputs // tile.BN), splits
     kernel.launch(
         grid,
         build_map(rows.x, tile.BM),
         build_map(weight, tile.BN),
-        _Ahead((ctypes.c_uint64 * 2)(*places), (ctypes.c_uint32 * 2)(*sizes)),
         num_tokens,
         rows.squares,
         eps,
@@ -151,7 +125,24 @@ def _launch(
     )
 
 
+def definitions(
+    kind: int, tile: Tile, num_inputs: int, num_outputs: int, num_parts: int
+) -> dict[str, int]:
+    """What `products.cu` is compiled for, but for the heads of q/k/v."""
+    return {
+        "EPILOGUE": kind,
+        "K": num_inputs,
+        "OUTPUTS": num_outputs,
+        "BM": tile.BM,
+        "BN": tile.BN,
+        "STAGES": tile.stages,
+        "SPLITS": tile.splits if kind == OUT else 1,
+        "BLOCKS": 2 if kind == QKV and tile.BN <= 64 else 1,
+        "PARTS": num_parts,
+    }
+
+
 def _shared_bytes(kind: int, tile: Tile) -> int:
-    columns = 2 * tile.BN if kind == _GATE_UP else tile.BN
-    exchange = tile.BM * tile.BN * 4 // tile.splits * (tile.splits - 1) if kind == _OUT else 0
+    columns = 2 * tile.BN if kind == GATE_UP else tile.BN
+    exchange = tile.BM * tile.BN * 4 // tile.splits * (tile.splits - 1) if kind == OUT else 0
     return tile.stages * (tile.BM + columns) * 128 + exchange + 1024
