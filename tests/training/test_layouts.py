@@ -23,6 +23,7 @@ from training.test_trainer import write_data
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ON_TWO = "DeepSpeed ZeRO-3 on 2 processes"
 
 
 def test_the_configurations_are_what_accelerate_reads():
@@ -133,6 +134,10 @@ def test_zero3_gives_the_losses_of_one_process_and_goes_on(tmp_path: Path, field
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    complete = next((tmp_path / "two.state").glob("checkpoint-*/complete"))
+    is_whole = zero.get("stage3_max_live_parameters") != 0
+    parts = ", joined in parts of 3 layers" if is_whole else ""
+    assert json.loads(complete.read_text())["layout"] == f"{ON_TWO}{parts}"
     finish(launch(tmp_path, two, layout))
     for a, b in zip(losses(tmp_path, "one"), losses(tmp_path, "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
@@ -183,6 +188,20 @@ def test_another_layouts_state_is_refused_where_it_cannot_be_read(tmp_path: Path
     (checkpoint / "complete").write_text(text)
     with pytest.raises(InputError, match="ZeRO-3 on 8 processes, and this one is on any but"):
         train(TrainingConfig.parse(settings))
+
+
+def test_zero3_refuses_a_state_from_before_the_parts(tmp_path: Path):
+    """Its parameters have other names."""
+    pytest.importorskip("deepspeed")
+    settings = {**tiny_settings(tmp_path), "output": str(tmp_path / "two"), "precision": "bf16"}
+    checkpoint = tmp_path / "two.state" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "complete").write_text(json.dumps({"step": 3, "layout": ON_TWO}))
+    process = launch(tmp_path, settings, "zero3")
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode != 0
+    expected = f"a run on {ON_TWO}, and this one is on {ON_TWO}, joined in parts of 3 layers;"
+    assert expected in errors.decode()
 
 
 @pytest.mark.gpu

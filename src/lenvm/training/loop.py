@@ -36,7 +36,7 @@ from lenvm.files import JsonlWriter, explaining, write_text
 from lenvm.model.value_model import LengthValueModel
 from lenvm.training.config import TrainingConfig
 from lenvm.training.evaluation import Evaluation
-from lenvm.training.model import JOINED, PackedModel, keep_whole
+from lenvm.training.model import JOINED, LAYERS_A_PART, PackedModel, keep_whole
 from lenvm.training.objective import Objective, States
 from lenvm.training.steps import Packer, RunSteps, Step, count
 
@@ -295,7 +295,8 @@ class LenVMTrainer(Trainer):  # type: ignore[misc]
         if not self.is_deepspeed_enabled:
             return "any but DeepSpeed"
         stage = self.accelerator.state.deepspeed_plugin.zero_stage
-        return f"DeepSpeed ZeRO-{stage} on {self.args.world_size} processes"
+        parts = f", joined in parts of {LAYERS_A_PART} layers" if self._is_whole else ""
+        return f"DeepSpeed ZeRO-{stage} on {self.args.world_size} processes{parts}"
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
