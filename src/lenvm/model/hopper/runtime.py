@@ -5,10 +5,7 @@ The sources lie beside this file. Sizes are compile-time definitions, so a kerne
 for each shape of a layer; tensor maps (descriptors of the copy engine) are made for each launch.
 """
 
-import contextlib
 import ctypes
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +16,6 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lenvm" / "hopper"
 SHARED_BYTES = 227 * 1024
 """Most shared memory of one block."""
 
@@ -181,14 +177,10 @@ def compile_source(
     definitions: Sequence[tuple[str, int]],
     products: Sequence[tuple[int, bool]],
 ) -> bytes:
-    """Its machine code for sm_90a, compiled once and kept in CACHE."""
+    """Its machine code for sm_90a: half a second."""
     from cuda.bindings import nvrtc
 
     source = build_source(file, definitions, products)
-    version = _check(nvrtc.nvrtcVersion())
-    kept = CACHE / f"{hashlib.sha256(repr((version, source)).encode()).hexdigest()}.cubin"
-    with contextlib.suppress(OSError):
-        return kept.read_bytes()
     program = _check(nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), 0, None, None))
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17", b"--use_fast_math"]
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -198,9 +190,6 @@ def compile_source(
         raise RuntimeError(f"{file} does not compile: {bytes(log).decode(errors='replace')}")
     machine_code = bytearray(_check(nvrtc.nvrtcGetCUBINSize(program)))
     _check(nvrtc.nvrtcGetCUBIN(program, machine_code))
-    with contextlib.suppress(OSError):  # a folder that cannot be written: compiled again next time
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(kept, bytes(machine_code))
     return bytes(machine_code)
 
 
@@ -234,4 +223,4 @@ def _check(result: tuple[Any, ...]) -> Any:
     error, *values = result
     if int(error) != 0:
         raise RuntimeError(f"{type(error).__name__}: {error}")
-    return values[0] if len(values) == 1 else tuple(values) or None
+    return values[0] if values else None
