@@ -464,10 +464,16 @@ def tune_trimmed(name: str, batch: int, mean: int, prefix: int, deadline: float)
     print(
         f"{plain_us:9.1f} us plain, {us:9.1f} us, {errors['error']:.2e} apart: {best}", flush=True
     )
-    changes: list[dict[str, Any]] = []
+    own = {p: hopper_tiles_of(p, shape.head_size) for p in PLACES[1:]}
+    changes: list[dict[str, Any]] = [
+        {p: tiles[0] for p, tiles in own.items()}
+        | {"attention": AttentionChoice(128, 2, 6, hopper=True), "pdl": True}
+    ]
+    for place, tiles in own.items():
+        changes += [{place: tile} for tile in tiles[1:]]
     for place in ("gate_up", "down", "out", "qkv"):
         changes += [{place: tile} for tile in tiles_of(place, num_tokens, shape.head_size)]
-    changes += [{"attention": choice} for choice in ATTENTION if not choice.merges]
+    changes += [{"attention": c} for c in [*HOPPER_ATTENTION, *ATTENTION] if not c.merges]
     tried = {str(best): us}
     for change in changes:
         choices = replace(best, **change)

@@ -21,7 +21,9 @@ LAYERS = [
     {"__main__"},
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-OPTIONAL = ["vllm", "sglang", "trl", "deepspeed", "triton", "datasets", "wordcloud", "math_verify"]
+OPTIONAL = [
+    "vllm", "sglang", "trl", "deepspeed", "triton", "cuda", "datasets", "wordcloud", "math_verify"
+]  # fmt: skip
 
 
 def modules() -> list[Path]:

@@ -121,6 +121,18 @@ class TestGateAndUp:
         gate, up = F.linear(x, weight.float()).chunk(2, 1)
         is_near(out, F.silu(gate) * up)
 
+    @pytest.mark.parametrize("total", [1, 128, 129, 300])
+    def test_tiles_of_padding_end_at_once(self, total):
+        tile = Tile(128, 64, stages=4, hopper=True)
+        x, weight = draw(300, 128), draw(256, 128)
+        out = torch.full((300, 128), torch.nan).bfloat16().cuda()
+        count = torch.tensor([total], dtype=torch.int32, device="cuda")
+        products.gate_and_up(Rows(x), weight, EPS, out, tile=tile, total=count)
+        gate, up = F.linear(x.float(), weight.float()).chunk(2, 1)
+        end = -(-total // 128) * 128
+        is_near(out[:end], (F.silu(gate) * up)[:end])
+        assert out[end:].isnan().all()
+
     def test_a_gate_far_from_zero_overflows_nothing(self):
         tile = Tile(128, 64, stages=4, hopper=True)
         x = torch.ones(2, 64, device="cuda").bfloat16()

@@ -126,11 +126,9 @@ class FusedLayers:
             k_to, v_to, index = plan.destination(layer.index)
             to = q, k_to, v_to, index
             if choices.qkv is not None:
+                project = (hopper if choices.qkv.hopper else products).project_qkv
                 about = rows, *layer.qkv, cos, sin, eps, *to
-                if choices.qkv.hopper:
-                    hopper.project_qkv(*about, tile=choices.qkv, pdl=pdl)
-                else:
-                    products.project_qkv(*about, tile=choices.qkv, pdl=pdl, total=total)
+                project(*about, tile=choices.qkv, pdl=pdl, total=total)
             else:
                 weight, bias = layer.qkv
                 squares = rows.squares
@@ -152,13 +150,8 @@ class FusedLayers:
             activated = rows.x.new_empty(rows.x.shape[0], layer.down[0].shape[1])
             weight, bias = layer.gate_up
             if choices.gate_up is not None:
-                tile = choices.gate_up
-                if tile.hopper:
-                    hopper.gate_and_up(rows, weight, eps, activated, tile=tile, pdl=pdl)
-                else:
-                    products.gate_and_up(
-                        rows, weight, eps, activated, tile=tile, pdl=pdl, total=total
-                    )
+                multiply = (hopper if choices.gate_up.hopper else products).gate_and_up
+                multiply(rows, weight, eps, activated, tile=choices.gate_up, pdl=pdl, total=total)
             else:
                 gate_up = F.linear(rows.x, weight, bias)
                 kernels.silu_mul(gate_up, activated, rows.squares, eps, rows.x.shape[1], pdl)
@@ -185,21 +178,10 @@ class FusedLayers:
         weight = embedding.weight
         x = weight.new_empty(tokens_N.shape[0], weight.shape[1])
         residual = torch.empty_like(x, dtype=torch.float32)
-        turns = weight.new_empty(2, tokens_N.shape[0], self.head_size)
-        kernels.begin(
-            tokens_N,
-            positions_N,
-            weight,
-            frequencies,
-            factor,
-            norm,
-            eps,
-            residual,
-            x,
-            *turns,
-            total,
-        )
-        return residual, Rows(x), turns[0], turns[1]
+        cos, sin = weight.new_empty(2, tokens_N.shape[0], self.head_size)
+        about = tokens_N, positions_N, weight, frequencies, factor, norm, eps
+        kernels.begin(*about, residual, x, cos, sin, total)
+        return residual, Rows(x), cos, sin
 
     def _add(
         self,
@@ -221,7 +203,7 @@ class FusedLayers:
         squares = torch.empty(parts, dtype=torch.float32, device=x.device)
         rows = Rows(torch.empty_like(residual, dtype=x.dtype), squares)
         if tile.hopper:
-            hopper.project_out(x, linear[0], residual, norm, rows, tile=tile, pdl=pdl)
+            hopper.project_out(x, linear[0], residual, norm, rows, tile=tile, pdl=pdl, total=total)
         else:
             products.project_out(
                 x, linear[0], residual, norm, rows, self._count, tile=tile, pdl=pdl, total=total

@@ -68,8 +68,6 @@ class Choices:
     def __post_init__(self) -> None:
         if self.trims and len(self.tiles) < len(_PRODUCTS):
             raise ValueError(f"trims needs tiles of {_PRODUCTS}; got {tuple(self.tiles)}")
-        if self.trims and any(tile.hopper for tile in self.tiles.values()):
-            raise ValueError("kernels of hopper/ compute whole buckets; got a tile of them to trim")
 
     @property
     def tiles(self) -> dict[str, Tile]:

@@ -3,6 +3,7 @@
 //   EPILOGUE 1  added to the residual stream (fp32); out = that x the next norm's weight, not yet
 //               divided by the rows' rms, and parts of the rows' sums of squares
 //   EPILOGUE 2  SiLU(gate) * up: a tile has BN columns of both; W holds gate's O rows, then up's
+// num_real: tokens from there on are padding, whose tiles end at once; null: there is none.
 // PARTS > 0: X is such an `out`; its rows' squares come in PARTS parts.
 // SPLITS blocks of a cluster (EPILOGUE 1) share the sum over K and each ends a share of the rows.
 // One thread fetches; each of BM / 64 warpgroups multiplies 64 rows. BLOCKS fit a multiprocessor.
@@ -19,7 +20,7 @@ static_assert(K % BK == 0 && BN % 32 == 0 && BLOCKS_OF_K >= SPLITS, "tile");
 
 extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), BLOCKS)
 run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
-    int num_tokens, const float* squares, float eps,
+    int num_tokens, const int* num_real, const float* squares, float eps,
 #if EPILOGUE == 0
     const u32* bias, const u32* cos, const u32* sin, u16* q, u16* k, u16* v, const long long* index
 #elif EPILOGUE == 1
@@ -39,6 +40,7 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
     const int begin = split * BLOCKS_OF_K / SPLITS;
     const int count = (split + 1) * BLOCKS_OF_K / SPLITS - begin;
 
+    if (num_real && row_tile * BM >= *num_real) return;  // padding: so is all of the cluster
     if (threadIdx.x == 0) {
         prefetch_map(&x_map);
         prefetch_map(&w_map);

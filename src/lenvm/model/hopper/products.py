@@ -2,7 +2,8 @@
 
 A tile's weights are on their way before the kernel before has ended (programmatic dependent
 launch). No norm kernel is left: `project_out` leaves residual * norm weight, undivided, with parts
-of the rows' sums of squares, and the next product divides its result by the rows' rms.
+of the rows' sums of squares, and the next product divides its result by the rows' rms. `total` and
+what it leaves in padding: as in `products.py`.
 
 Shape legend: N packed tokens, H hidden size, I MLP size, Hq query heads, Hkv key heads, D head
 size, T column tiles of a `project_out`.
@@ -32,6 +33,7 @@ def project_qkv(
     *,
     tile: Tile,
     pdl: bool = True,
+    total: Tensor | None = None,
 ) -> None:
     """q [N, Hq, D], and k, v [*, Hkv, D] at `index` [N] int64, rotated, from rows [N, H].
 
@@ -41,7 +43,7 @@ def project_qkv(
     num_kv = k.shape[-2]
     heads = {"HQ": num_heads, "HKV": num_kv, "HAS_BIAS": int(bias is not None)}
     own = weight if bias is None else bias, cos, sin, q, k, v, index
-    _launch(QKV, rows, weight, eps, own, tile, heads, pdl)
+    _launch(QKV, rows, weight, eps, own, tile, heads, pdl, total)
 
 
 def gate_and_up(
@@ -52,10 +54,11 @@ def gate_and_up(
     *,
     tile: Tile,
     pdl: bool = True,
+    total: Tensor | None = None,
 ) -> None:
     """out [N, I] = SiLU(gate) * up of rows [N, H]; weight [2 I, H]: gate's rows, then up's. A tile
     has BN columns of each."""
-    _launch(GATE_UP, rows, weight, eps, (out,), tile, {}, pdl)
+    _launch(GATE_UP, rows, weight, eps, (out,), tile, {}, pdl, total)
 
 
 def project_out(
@@ -67,11 +70,12 @@ def project_out(
     *,
     tile: Tile,
     pdl: bool = True,
+    total: Tensor | None = None,
 ) -> None:
     """residual [N, H] fp32 += x [N, K] @ weight [H, K]^T; out.x = residual * norm [H], not yet
     divided by the rms of the rows, whose sums of squares go to out.squares [H / BN, N]."""
     own = residual, norm, out.x, out.squares
-    _launch(OUT, Rows(x), weight, 0.0, own, tile, {}, pdl)
+    _launch(OUT, Rows(x), weight, 0.0, own, tile, {}, pdl, total)
 
 
 def can_multiply(name: str, tile: Tile, num_inputs: int, num_outputs: int) -> bool:
@@ -99,6 +103,7 @@ def _launch(
     tile: Tile,
     own_definitions: dict[str, int],
     pdl: bool,
+    total: Tensor | None,
 ) -> None:
     num_tokens, num_inputs = rows.x.shape
     num_outputs = weight.shape[0] // (2 if kind == GATE_UP else 1)
@@ -118,6 +123,7 @@ def _launch(
         build_map(rows.x, tile.BM),
         build_map(weight, tile.BN),
         num_tokens,
+        total,
         rows.squares,
         eps,
         *own,
