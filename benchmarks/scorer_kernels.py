@@ -329,33 +329,32 @@ def time_places(name: str, batch: int, mean: int, prefix: int) -> dict[str, dict
     return found
 
 
-def combinations(found: dict[str, dict[Any, float]]) -> Iterator[Choices]:
-    """Plain kernels; the best of each place in every set of fused ones, with the best attention;
-    then everything of `hopper/`, one place after the other with its other tiles. (Among the others
-    programmatic dependent launch was within noise; half the tokens on another stream took up to
-    16% more.)"""
-    yield Choices()
+def combinations(found: dict[str, dict[Any, float]], kept: Choices) -> Iterator[Choices]:
+    """Plain kernels; what was kept until now; everything of `hopper/`, then one place after the
+    other otherwise; the best of Triton's in each set of fused places. (Among those programmatic
+    dependent launch was within noise; half the tokens on another stream took up to 16% more.)"""
+    yield from (Choices(), kept)
     places = {place: [c for c in times if c != PLAIN] for place, times in found.items()}
-    attention = places.pop("attention") or [AttentionChoice()]
-    triton, own = (
-        {place: [c for c in kept if c.hopper == is_hopper] for place, kept in places.items()}
-        for is_hopper in (False, True)
+    attention = places.pop("attention")
+    triton, hopper_tiles = (
+        {place: [t for t in tiles if t.hopper == own] for place, tiles in places.items()}
+        for own in (False, True)
     )
+    plain_attention = next((c for c in attention if not c.hopper), AttentionChoice())
+    if all(hopper_tiles.values()):
+        best = {place: tiles[0] for place, tiles in hopper_tiles.items()}
+        for choice in [*(c for c in attention if c.hopper), plain_attention]:
+            yield Choices(**best, attention=choice, pdl=True)
+        first = attention[0]
+        for place, tiles in hopper_tiles.items():
+            for tile in [*tiles[1:], *triton[place][:1], None]:
+                yield Choices(**{**best, place: tile}, attention=first, pdl=True)
     for picked in itertools.product((True, False), repeat=len(triton)):
-        tiles: dict[str, Any] = {
-            place: kept[0] if use and kept else None
-            for (place, kept), use in zip(triton.items(), picked, strict=True)
+        tiles_of_place: dict[str, Any] = {
+            place: tiles[0] if use and tiles else None
+            for (place, tiles), use in zip(triton.items(), picked, strict=True)
         }
-        yield Choices(**tiles, attention=next(c for c in attention if not c.hopper))
-    if not all(own.values()):
-        return
-    first = {place: kept[0] for place, kept in own.items()}
-    for choice in [next(c for c in attention if not c.hopper), *(c for c in attention if c.hopper)]:
-        yield Choices(**first, attention=choice, pdl=True)
-    best = Choices(**first, attention=attention[0], pdl=True)
-    for place, kept in own.items():
-        for tile in [*kept[1:], *triton[place][:1], None]:
-            yield replace(best, **{place: tile})
+        yield Choices(**tiles_of_place, attention=plain_attention)
 
 
 def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict[str, Any]:
@@ -383,10 +382,12 @@ def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict
     torch.cuda.empty_cache()
     tried = []
     limit = None
-    for choices in combinations(found):
+    num_tokens = sum(steady.counts)
+    kept = kernel_choices.choose(torch.device("cuda"), runner._forward.shape, num_tokens)
+    for choices in combinations(found, kept):
         if tried and time.monotonic() > deadline:
             break
-        if not runner._forward.can_run(choices, sum(steady.counts)):
+        if not runner._forward.can_run(choices, num_tokens):
             continue
         forget_graphs(runner)
         runner.choose = lambda *_, choices=choices: choices
@@ -400,7 +401,9 @@ def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict
         error = float((out - truth).norm() / truth.norm())
         limit = error * 1.5 + 1e-4 if limit is None else limit  # the first are the plain kernels
         ok = repeats and error <= limit
-        names = f"{'+'.join(choices.tiles) or 'cublas':27}"
+        own = "".join(name[0] for name, tile in choices.tiles.items() if tile.hopper)
+        names = f"{'+'.join(choices.tiles) or 'cublas':27} hopper {own or '-':4} "
+        names += f"{choices.attention.hopper}"
         print(f"{us:9.1f} us a step  {names} error {error:.2e} repeats {repeats}", flush=True)
         tried.append((us, error, ok, choices))
     plain_us, plain_error, _, _ = tried[0]
