@@ -1,18 +1,19 @@
 // Attention of candidates over their request's prefix, page by page, and themselves.
 //
 // Definitions: D (head size: 64 or 128), G (query heads of a key head), HKV, STAGES (pages on their
-// way), SPLITS (blocks of a cluster), BLOCKS (blocks of a multiprocessor), HAS_WINDOW, OWN_IS_TOKEN.
+// way), SPLITS (blocks of a cluster), UNITS (of a block: 1 or 2), HAS_WINDOW, OWN_IS_TOKEN.
 //
-// A cluster serves up to 128 query rows (candidates x G) of one request and key head; its blocks
-// take every SPLITS-th page each. In a block, two groups of 128 threads compute: each 64 rows, or,
-// where there are no more than 64, the same rows over every other page. The first warp of a group
-// brings further pages; a warp that does nothing else would take registers from the others.
-// What each group found is merged in shared memory, across the cluster, always in the same order;
-// there the candidate's own key and value join.
-// Two blocks share a multiprocessor: the requests with the most candidates are paired with those
-// with the fewest, as far as the blocks are dealt out in order (`slots` clusters at a time).
-// Warps w, w + 4 ... of a multiprocessor share a scheduler, so which 16 rows a warp takes is turned
-// around in every other block: those that have rows to compute are spread.
+// A unit is up to 128 query rows (candidates x G) of one request and key head. 256 threads of each
+// block of a cluster serve it: they take every SPLITS-th page. Two groups of 128 of them compute:
+// each 64 rows, or, where there are no more than 64, the same rows over every other page. The first
+// warp of a group brings further pages; a warp that does nothing else would take registers from the
+// others. What each group found is merged in shared memory, across the cluster, always in the same
+// order; there the candidate's own key and value join.
+// A block has a multiprocessor to itself. Its two halves of 256 threads serve two units, one of a
+// request with many candidates and one of a request with few; they meet at the cluster's barriers
+// alone, where every thread of every block arrives twice.
+// Warps w, w + 4 ... of a block share a scheduler, so which 16 rows a warp takes is turned around in
+// the second half: those that have rows to compute are spread.
 // Thread t of a group holds rows t / 4 % 8 + 16 (its warp's block) and 8 further; of 8 columns
 // each, columns 2 (t % 4) and the next (wgmma's layout).
 
@@ -21,15 +22,16 @@ constexpr int BOX_BYTES = PAGE * 128;  // 64 keys x 64 columns
 constexpr int PART_BYTES = D / 64 * BOX_BYTES;  // the keys of a page, or its values
 constexpr int STAGE_BYTES = 2 * PART_BYTES;
 constexpr int ROWS = 128;
-constexpr int THREADS = 256;
+constexpr int THREADS = 256;  // of a unit
 // a row of a group's sums; 8 further keep the banks apart
 constexpr int SUM_BYTES = (D + 8) * 4;
 constexpr int GROUP_BYTES = 64 * SUM_BYTES;
 constexpr int BEST = 2 * GROUP_BYTES;  // behind both groups' sums: (maximum, total) of 2 x 64 rows
 static_assert(BEST + 2 * 64 * 8 <= STAGES * STAGE_BYTES, "the merge happens where the pages were");
 constexpr int QUERY_BYTES = D * 2;  // a row of queries
-// behind pages, queries, barriers and the request
-constexpr int SLOT = STAGES * (STAGE_BYTES + 24) + ROWS * QUERY_BYTES + 24;
+constexpr int UNIT_BYTES = STAGES * STAGE_BYTES + ROWS * QUERY_BYTES;  // pages and queries
+static_assert(UNIT_BYTES % 1024 == 0, "boxes are aligned to 1024 bytes");
+constexpr int BEHIND_BYTES = STAGES * 24 + 32;  // behind those of all units: barriers, the request
 constexpr int LANES = D / 8;        // threads of a row, 16 bytes each
 constexpr int MAX_RANKED = THREADS;
 // what a thread merges: 16 bytes of this many rows
@@ -88,16 +90,16 @@ DEVICE long long place_of(int first, int kv_head, int query) {
     return ((long long)(first + query / G) * (HKV * G) + kv_head * G + query % G) * D;
 }
 
-// What a block works on.
+// What a unit works on.
 struct Request {
     int row, first, end, length, table_row;
 };
 
-// The request of that rank among all, most candidates first. Called by all threads; `keys` and
-// `found` are places in shared memory.
+// The request of that rank among all, most candidates first. Called by all threads of a unit, that
+// meet at `id`; `keys` and `found` are places in shared memory.
 DEVICE Request find_rank(int rank, const int* rows, const int* lengths, const int* firsts,
-                         int num_rows, u32* keys, Request* found) {
-    const int row = threadIdx.x;
+                         int num_rows, u32* keys, Request* found, int id) {
+    const int row = threadIdx.x % THREADS;
     Request mine = {row, 0, 0, 0, 0};
     u32 key = 0;
     if (row < num_rows) {
@@ -105,7 +107,7 @@ DEVICE Request find_rank(int rank, const int* rows, const int* lengths, const in
         key = (u32)(mine.end - mine.first) << 8 | (MAX_RANKED - 1 - row);
     }
     keys[row] = key;
-    __syncthreads();
+    meet(id, THREADS);
     if (row < num_rows) {
         int above = 0;
 #pragma unroll 4
@@ -115,14 +117,14 @@ DEVICE Request find_rank(int rank, const int* rows, const int* lengths, const in
         }
         if (above == rank) *found = mine;
     }
-    __syncthreads();
+    meet(id, THREADS);
     return *found;
 }
 
-// The pages of a block, by a warp that knows the numbers of 32 of them at a time.
+// The pages of a unit's part, by a warp that knows the numbers of 32 of them at a time.
 struct Pages {
     const TensorMap *k_map, *v_map;
-    const int* table;  // of this block's first page; the others follow SPLITS apart
+    const int* table;  // of this part's first page; the others follow SPLITS apart
     int count, known;
     u32 stages, barriers;
 
@@ -148,26 +150,32 @@ struct Pages {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(UNITS * THREADS, 1)
     run(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
         const u16* q, const u16* own_k, const u16* own_v, const long long* own_index,
         const int* table, const int* rows, const int* lengths, const int* firsts, u16* out,
-        float scale, int window, int num_columns, int num_rows, int slots) {
+        float scale, int window, int num_columns, int num_rows, int num_units,
+        int slots) {
     extern __shared__ __align__(1024) u8 dynamic[];
-    const u32 stages = shared_address(dynamic);
+    // one value for the whole warp, which the compiler should know
+    const int block_warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const int half = UNITS == 2 ? block_warp / 8 : 0;
+    const int warp = block_warp % 8, thread = threadIdx.x % THREADS;
+    const int all_meet = 1 + half;  // barriers' numbers: of the half, of its first group
+    const int groups_meet = 3 + 2 * half;
+    u8* const mine = dynamic + half * UNIT_BYTES;
+    u8* const behind = dynamic + UNITS * UNIT_BYTES + half * BEHIND_BYTES;
+    const u32 stages = shared_address(mine);
     // The upper byte of an address is the block's number in its cluster, and no part of descriptors.
     const u32 described_keys = (stages & 0x3FFFF) >> 4 | 1 << 16;
     const u32 described_values =
         ((stages & 0x3FFFF) + PART_BYTES) >> 4 | BOX_BYTES / 16 << 16;
     const u32 query_rows = stages + STAGES * STAGE_BYTES;
     // of a stage: its keys have come, its values have come, it is free
-    const u32 barriers = query_rows + ROWS * QUERY_BYTES;
-    const int split = blockIdx.x;
-    const int tile = blockIdx.z / num_rows;  // first tiles come first
-    // one value for the whole warp, which the compiler should know
-    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const u32 barriers = shared_address(behind);
+    const int split = blockIdx.x % SPLITS;
     launch_next();
-    if (threadIdx.x == 0) {
+    if (thread == 0) {
         prefetch_map(&k_map);
         prefetch_map(&v_map);
         for (int i = 0; i < STAGES; i++) {
@@ -176,28 +184,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             barrier_init(barriers + i * 24 + 16, 8);  // warps
         }
         barrier_init_fence();
-        if (BLOCKS == 2)  // whether other warps run on this multiprocessor before ours
-            *(u32*)(dynamic + SLOT) = hardware_warp() / 8 % 2 * 3;
     }
-    int kv_head = blockIdx.y, row = blockIdx.z % num_rows;
-    Request request;
-    if (num_rows > 1 && num_rows <= MAX_RANKED) {
-        int place = row * HKV + kv_head;
-        const int places = num_rows * HKV;
-        if (place >= slots && places <= 2 * slots) place = places - 1 - (place - slots);
-        kv_head = place % HKV;
-        u8* const behind = dynamic + STAGES * STAGE_BYTES;
-        request = find_rank(place / HKV, rows, lengths, firsts, num_rows, (u32*)behind,
-                            (Request*)(behind + ROWS * QUERY_BYTES + STAGES * 24));
+    // Units in order: first tiles first, then most candidates first. A cluster takes one of the
+    // first, its second half one of the last, as far as they go.
+    const int num_clusters = gridDim.x / SPLITS, cluster = blockIdx.x / SPLITS;
+    const int partner = 2 * num_clusters - 1 - cluster;
+    const bool is_paired = UNITS == 2 && partner < num_units;
+    const int unit = half == 0 ? cluster : partner, places = num_rows * HKV;
+    const int tile = unit / places;
+    int place = unit % places;
+    const bool is_ranked = num_rows > 1 && num_rows <= MAX_RANKED;
+    if (UNITS == 1 && is_ranked && place >= slots && places <= 2 * slots)
+        place = places - 1 - (place - slots);
+    const int kv_head = place % HKV;
+    Request request = {};
+    if (unit >= num_units) {
+        // a second half without a unit
+    } else if (is_ranked) {
+        request = find_rank(place / HKV, rows, lengths, firsts, num_rows,
+                            (u32*)(mine + STAGES * STAGE_BYTES), (Request*)(behind + STAGES * 24),
+                            all_meet);
     } else {
+        const int row = place / HKV;
         request = {row, firsts[row], firsts[row + 1], lengths[row], rows[row]};
-        __syncthreads();
+        meet(all_meet, THREADS);
     }
     const int first = request.first, end = request.end, length = request.length;
     const int table_row = request.table_row;
     const int num_queries = min((end - first) * G - tile * ROWS, ROWS);
-    if (num_queries <= 0) {  // so is the whole cluster
+    if (num_queries <= 0) {  // so it is in the whole cluster, but in this half alone
         wait_for_previous();
+        if (UNITS == 2 && SPLITS > 1) {
+#pragma unroll 1
+            for (int i = 0; i < 2; i++) {  // as the other half
+                cluster_arrive_relaxed();
+                cluster_wait();
+            }
+        }
         return;
     }
     int begin = 0;
@@ -219,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     uint4 own_query[OWN_STEPS], own_key[OWN_STEPS], own_value[OWN_STEPS];
     {
         const int group = warp / 4;
-        const int turn = BLOCKS == 2 ? *(const u32*)(dynamic + SLOT) : alternate ? 2 * group : 0;
+        const int turn = is_paired ? 3 * half : alternate ? 2 * group : 0;
         const int block = __shfl_sync(0xFFFFFFFFu, warp % 4 ^ turn, 0);
         const int base = (alternate ? 0 : 64 * group) + block * 16;  // of the warp, in the tile
         const bool is_used = base < num_queries;
@@ -230,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int j = 0; j < D / 2; j++) acc[j] = 0;
         wait_for_previous();
         {
-            const u32 mine = query_rows + warp * 16 * QUERY_BYTES;
+            const u32 own_rows = query_rows + warp * 16 * QUERY_BYTES;
             uint4 read[LANES / 2];  // 32 / LANES rows at a time
 #pragma unroll
             for (int j = 0; j < LANES / 2; j++) {
@@ -242,11 +265,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             }
 #pragma unroll
             for (int j = 0; j < LANES / 2; j++)
-                store4(chunk_at(mine, j * (32 / LANES) + lane / LANES, lane % LANES), read[j]);
+                store4(chunk_at(own_rows, j * (32 / LANES) + lane / LANES, lane % LANES), read[j]);
             __syncwarp();
 #pragma unroll
             for (int j = 0; j < D / 16; j++)
-                load_matrices(queries[j], chunk_at(mine, lane % 16, 2 * j + lane / 16));
+                load_matrices(queries[j], chunk_at(own_rows, lane % 16, 2 * j + lane / 16));
         }
 
         const int step = alternate ? 2 : 1;
@@ -332,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     store2(to + 8, 0, 0);
                 }
                 fence_async();
-                meet(2 + group, 128);
+                meet(groups_meet + group, 128);
             }
             const u32 is_free = barriers + stage * 24 + 16;
             const int last_stage = stage;
@@ -363,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         // for the merge, while the others end
 #pragma unroll
         for (int j = 0; j < OWN_STEPS; j++) {
-            const int i = threadIdx.x + THREADS * (split + SPLITS * j);
+            const int i = thread + THREADS * (split + SPLITS * j);
             own_query[j] = own_key[j] = own_value[j] = make_uint4(0, 0, 0, 0);
             if (i < total_chunks) {
                 const int query = tile * ROWS + i / LANES, token = first + query / G;
@@ -375,7 +398,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 own_value[j] = *(const uint4*)(own_v + at);
             }
         }
-        __syncthreads();  // every page was read: its place is free
+        meet(all_meet, THREADS);  // every page was read: its place is free
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const int local = block * 16 + lane / 4 + 8 * h;
@@ -405,7 +428,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (SPLITS > 1)
         cluster_wait();
     else
-        __syncthreads();
+        meet(all_meet, THREADS);
     // 8 columns of a row at a time, over all threads of the cluster; the own key comes first
     float2 found[OWN_STEPS][SPLITS][2];
     float4 parts[OWN_STEPS][SPLITS][2][2];
@@ -418,7 +441,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     };
 #pragma unroll
     for (int step = 0; step < OWN_STEPS; step++) {
-        const int i = threadIdx.x + THREADS * (split + SPLITS * step);
+        const int i = thread + THREADS * (split + SPLITS * step);
 #pragma unroll
         for (int s = 0; s < SPLITS; s++)
 #pragma unroll
@@ -437,7 +460,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
 #pragma unroll
     for (int step = 0; step < OWN_STEPS; step++) {
-        const int i = threadIdx.x + THREADS * (split + SPLITS * step);
+        const int i = thread + THREADS * (split + SPLITS * step);
         if (i >= total_chunks) break;
         float most = own_score[step];
 #pragma unroll
