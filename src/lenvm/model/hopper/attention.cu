@@ -34,6 +34,8 @@ static_assert(UNIT_BYTES % 1024 == 0, "boxes are aligned to 1024 bytes");
 constexpr int BEHIND_BYTES = STAGES * 24 + 32;  // behind those of all units: barriers, the request
 constexpr int LANES = D / 8;        // threads of a row, 16 bytes each
 constexpr int MAX_RANKED = THREADS;
+constexpr int MAX_TILES = 64;  // of a request, where requests are ranked
+static_assert((MAX_RANKED + MAX_TILES * 8) * 4 <= ROWS * QUERY_BYTES, "both lie among the queries");
 // what a thread merges: 16 bytes of this many rows
 constexpr int OWN_STEPS =
     ROWS * LANES > THREADS * SPLITS ? ROWS * LANES / (THREADS * SPLITS) : 1;
@@ -94,11 +96,35 @@ DEVICE long long place_of(int first, int kv_head, int query) {
 struct Request {
     int row, first, end, length, table_row;
 };
+struct Unit {
+    Request request;
+    int tile, kv_head;
+    bool is_paired;  // the block serves two
 
-// The request of that rank among all, most candidates first. Called by all threads of a unit, that
-// meet at `id`; `keys` and `found` are places in shared memory.
-DEVICE Request find_rank(int rank, const int* rows, const int* lengths, const int* firsts,
-                         int num_rows, u32* keys, Request* found, int id) {
+    // Which of all units it is, in their order; -1: none. Each cluster takes one of the first, and
+    // its second half one of the last, as far as they go.
+    DEVICE int choose(int num_units, int slots, int half) {
+        const int cluster = blockIdx.x / SPLITS;
+        if (UNITS == 1) {
+            is_paired = false;
+            if (cluster >= num_units) return -1;
+            const bool reversed = cluster >= slots && num_units <= 2 * slots;
+            return reversed ? num_units - 1 - (cluster - slots) : cluster;
+        }
+        // no more than are needed or have room at once
+        const int num_clusters = max((num_units + 1) / 2, min(num_units, slots));
+        const int partner = 2 * num_clusters - 1 - cluster;
+        is_paired = cluster < num_clusters && partner < num_units;
+        if (half == 1) return is_paired ? partner : -1;
+        return cluster < num_clusters ? cluster : -1;
+    }
+};
+
+// Requests in order of their number of candidates, most first; units with rows alone: first tiles
+// first, in that order. Called by all threads of a unit, that meet at `id`; `keys` and `found` are
+// places in shared memory.
+DEVICE Unit find_unit(int half, const int* rows, const int* lengths, const int* firsts,
+                      int num_rows, int num_tiles, int slots, u32* keys, Request* found, int id) {
     const int row = threadIdx.x % THREADS;
     Request mine = {row, 0, 0, 0, 0};
     u32 key = 0;
@@ -107,7 +133,23 @@ DEVICE Request find_rank(int rank, const int* rows, const int* lengths, const in
         key = (u32)(mine.end - mine.first) << 8 | (MAX_RANKED - 1 - row);
     }
     keys[row] = key;
+    u32* const counts = keys + MAX_RANKED;  // of each tile, by each warp: requests that have it
+    for (int t = 0; t < num_tiles; t++) {
+        const u32 have = __ballot_sync(0xFFFFFFFFu, (mine.end - mine.first) * G > t * ROWS);
+        if (row % 32 == 0) counts[t * 8 + row / 32] = __popc(have);
+    }
     meet(id, THREADS);
+    const auto units_of_tile = [&](int t) {
+        const uint4 a = ((const uint4*)counts)[2 * t], b = ((const uint4*)counts)[2 * t + 1];
+        return (int)(a.x + a.y + a.z + a.w + (b.x + b.y + b.z + b.w)) * HKV;
+    };
+    Unit unit = {};
+    int num_units = 0;
+    for (int t = 0; t < num_tiles; t++) num_units += units_of_tile(t);
+    int place = unit.choose(num_units, slots, half);
+    if (place < 0) return unit;
+    for (int here; place >= (here = units_of_tile(unit.tile)); unit.tile++) place -= here;
+    unit.kv_head = place % HKV;
     if (row < num_rows) {
         int above = 0;
 #pragma unroll 4
@@ -115,10 +157,11 @@ DEVICE Request find_rank(int rank, const int* rows, const int* lengths, const in
             const uint4 four = ((const uint4*)keys)[i];
             above += (four.x > key) + (four.y > key) + (four.z > key) + (four.w > key);
         }
-        if (above == rank) *found = mine;
+        if (above == place / HKV) *found = mine;
     }
     meet(id, THREADS);
-    return *found;
+    unit.request = *found;
+    return unit;
 }
 
 // The pages of a unit's part, by a warp that knows the numbers of 32 of them at a time.
@@ -154,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(UNITS * THREADS, 1)
     run(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
         const u16* q, const u16* own_k, const u16* own_v, const long long* own_index,
         const int* table, const int* rows, const int* lengths, const int* firsts, u16* out,
-        float scale, int window, int num_columns, int num_rows, int num_units,
+        float scale, int window, int num_columns, int num_rows, int num_tiles,
         int slots) {
     extern __shared__ __align__(1024) u8 dynamic[];
     // one value for the whole warp, which the compiler should know
@@ -185,32 +228,24 @@ extern "C" __global__ void __launch_bounds__(UNITS * THREADS, 1)
         }
         barrier_init_fence();
     }
-    // Units in order: first tiles first, then most candidates first. A cluster takes one of the
-    // first, its second half one of the last, as far as they go.
-    const int num_clusters = gridDim.x / SPLITS, cluster = blockIdx.x / SPLITS;
-    const int partner = 2 * num_clusters - 1 - cluster;
-    const bool is_paired = UNITS == 2 && partner < num_units;
-    const int unit = half == 0 ? cluster : partner, places = num_rows * HKV;
-    const int tile = unit / places;
-    int place = unit % places;
-    const bool is_ranked = num_rows > 1 && num_rows <= MAX_RANKED;
-    if (UNITS == 1 && is_ranked && place >= slots && places <= 2 * slots)
-        place = places - 1 - (place - slots);
-    const int kv_head = place % HKV;
-    Request request = {};
-    if (unit >= num_units) {
-        // a second half without a unit
-    } else if (is_ranked) {
-        request = find_rank(place / HKV, rows, lengths, firsts, num_rows,
-                            (u32*)(mine + STAGES * STAGE_BYTES), (Request*)(behind + STAGES * 24),
-                            all_meet);
+    Unit unit = {};
+    if (num_rows > 1 && num_rows <= MAX_RANKED && num_tiles <= MAX_TILES) {
+        unit = find_unit(half, rows, lengths, firsts, num_rows, num_tiles, slots,
+                         (u32*)(mine + STAGES * STAGE_BYTES), (Request*)(behind + STAGES * 24),
+                         all_meet);
     } else {
-        const int row = place / HKV;
-        request = {row, firsts[row], firsts[row + 1], lengths[row], rows[row]};
+        const int place = unit.choose(num_tiles * num_rows * HKV, slots, half);
+        if (place >= 0) {
+            const int row = place / HKV % num_rows;
+            unit.tile = place / HKV / num_rows;
+            unit.kv_head = place % HKV;
+            unit.request = {row, firsts[row], firsts[row + 1], lengths[row], rows[row]};
+        }
         meet(all_meet, THREADS);
     }
-    const int first = request.first, end = request.end, length = request.length;
-    const int table_row = request.table_row;
+    const int first = unit.request.first, end = unit.request.end, length = unit.request.length;
+    const int table_row = unit.request.table_row, tile = unit.tile, kv_head = unit.kv_head;
+    const bool is_paired = unit.is_paired;
     const int num_queries = min((end - first) * G - tile * ROWS, ROWS);
     if (num_queries <= 0) {  // so it is in the whole cluster, but in this half alone
         wait_for_previous();
@@ -277,6 +312,56 @@ extern "C" __global__ void __launch_bounds__(UNITS * THREADS, 1)
         int i = alternate ? group : 0, stage = i, parity = 0;
         const bool brings = warp % 4 == 0 && (alternate || group == 0);
         float scores[32];
+        float shrink[2];
+        u32 weights[4][4];  // of rows that are not real: anything, nobody reads their sums
+        // From scores of the page that begins at position `from` to weights, still fp32; says
+        // whether `acc` must `shrink`, which nothing else touches here.
+        const auto weigh = [&](int from) {
+            if (from + PAGE > length || (HAS_WINDOW && from < begin)) {
+#pragma unroll
+                for (int j = 0; j < 32; j++) {
+                    const int at = from + j / 4 * 8 + lane % 4 * 2 + j % 2;
+                    const bool seen = at < length && (!HAS_WINDOW || at >= begin);
+                    scores[j] = seen ? scores[j] : NEGATIVE_INFINITY;
+                }
+            }
+            float now[2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float most = scores[2 * h];
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    most = fmaxf(most, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
+                // a page has a key that is seen: never minus infinity
+                now[h] = max4(most) * scale;
+                if (now[h] <= best[h] + SLACK) now[h] = best[h];
+            }
+            const bool grows =
+                __any_sync(0xFFFFFFFFu, now[0] != best[0] || now[1] != best[1]);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                shrink[h] = exp2_fast(best[h] - now[h]);
+                best[h] = now[h];
+                float sum = 0;
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    float &a = scores[4 * j + 2 * h], &b = scores[4 * j + 2 * h + 1];
+                    a = exp2_fast(a * scale - best[h]);
+                    b = exp2_fast(b * scale - best[h]);
+                    sum += a + b;
+                }
+                total[h] = total[h] * shrink[h] + sum;
+            }
+            return grows;
+        };
+        const auto pack = [&] {
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    weights[j / 2][j % 2 * 2 + h] =
+                        pack_bf16(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]);
+        };
         if (i < count) {
             const u32 keys = stages + stage * STAGE_BYTES;
             barrier_wait(barriers + stage * 24, 0);
@@ -288,55 +373,14 @@ extern "C" __global__ void __launch_bounds__(UNITS * THREADS, 1)
             wgmma_commit();
             wgmma_wait<0>();
             settle(scores);
+            if (is_used) {
+                weigh((first_page + i * SPLITS) * PAGE);
+                pack();
+            }
         }
         for (; i < count; i += step) {
             const u32 values = stages + stage * STAGE_BYTES + PART_BYTES;
             const int from = (first_page + i * SPLITS) * PAGE;  // position of the first key
-            u32 weights[4][4];  // of rows that are not real: anything, nobody reads their sums
-            if (is_used) {
-                if (from + PAGE > length || (HAS_WINDOW && from < begin)) {
-#pragma unroll
-                    for (int j = 0; j < 32; j++) {
-                        const int at = from + j / 4 * 8 + lane % 4 * 2 + j % 2;
-                        const bool seen = at < length && (!HAS_WINDOW || at >= begin);
-                        scores[j] = seen ? scores[j] : NEGATIVE_INFINITY;
-                    }
-                }
-                float now[2];
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    float most = scores[2 * h];
-#pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        most = fmaxf(most, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
-                    // a page has a key that is seen: never minus infinity
-                    now[h] = max4(most) * scale;
-                    if (now[h] <= best[h] + SLACK) now[h] = best[h];
-                }
-                if (__any_sync(0xFFFFFFFFu, now[0] != best[0] || now[1] != best[1])) {
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        const float shrink = exp2_fast(best[h] - now[h]);
-                        best[h] = now[h];
-                        total[h] *= shrink;
-#pragma unroll
-                        for (int j = 0; j < D / 8; j++)
-                            acc[4 * j + 2 * h] *= shrink, acc[4 * j + 2 * h + 1] *= shrink;
-                    }
-                }
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    float sum = 0;
-#pragma unroll
-                    for (int j = 0; j < 8; j++) {
-                        const float a = exp2_fast(scores[4 * j + 2 * h] * scale - best[h]);
-                        const float b = exp2_fast(scores[4 * j + 2 * h + 1] * scale - best[h]);
-                        sum += a + b;
-                        weights[j / 2][j % 2 * 2 + h] = pack_bf16(a, b);
-                    }
-                    total[h] += sum;
-                }
-            }
             const int further = i - step + STAGES;  // in place of the page before
             if (brings && i >= step && further < count) {
                 const int wrapped = stage < step, emptied = stage - step + wrapped * STAGES;
@@ -363,7 +407,8 @@ extern "C" __global__ void __launch_bounds__(UNITS * THREADS, 1)
             if (stage >= STAGES) stage -= STAGES, parity ^= 1;
             // the scores of the next page along with it; after the last one,
             // of whatever lies there, for nobody, without a branch amid wgmma
-            if (i + step < count) barrier_wait(barriers + stage * 24, parity);
+            const bool goes_on = i + step < count;
+            if (goes_on) barrier_wait(barriers + stage * 24, parity);
             // the lower halves of the descriptors, see `describe`
             const u32 key_rows = described_keys + stage * (STAGE_BYTES / 16);
             const u32 value_rows = described_values + last_stage * (STAGE_BYTES / 16);
@@ -373,14 +418,27 @@ extern "C" __global__ void __launch_bounds__(UNITS * THREADS, 1)
                 multiply_keys(scores, queries[j],
                               join(key_rows + j / 4 * (BOX_BYTES / 16) + j % 4 * 2, 1 << 30 | 64),
                               j > 0);
+            wgmma_commit();
 #pragma unroll
             for (int j = 0; j < 4; j++)  // 16 keys each
                 multiply_values(acc, weights[j], join(value_rows + j * 128, 1 << 30 | 64), 1);
             wgmma_commit();
+            wgmma_wait<1>();
+            settle(scores);
+            // while the values are still multiplied: what touches neither `acc` nor `weights`
+            bool grows = false;
+            if (goes_on && is_used) grows = weigh(from + step * SPLITS * PAGE);
             wgmma_wait<0>();
             settle(scores);
             settle(acc);
             if (lane == 0) barrier_arrive_times(is_free, times);
+            if (goes_on && is_used) {
+                if (grows) {
+#pragma unroll
+                    for (int j = 0; j < D / 2; j++) acc[j] *= shrink[j / 2 % 2];
+                }
+                pack();
+            }
         }
 
         // for the merge, while the others end

@@ -17,6 +17,8 @@ TILE_ROWS = 128
 """Query rows (candidates x G) of one unit."""
 NUM_THREADS = 256
 """Threads of a block for each of its units."""
+MAX_RANKED, MAX_TILES = 256, 64
+"""Most requests, and tiles of one, that are ranked by their number of candidates."""
 SPLITS = (1, 2, 4, 8)
 
 
@@ -94,11 +96,14 @@ def candidate_attention(
         num_threads=NUM_THREADS * units_of_block(head_size, num_stages),
         cluster=(num_splits, 1, 1),
     )
-    num_units = rows.shape[0] * num_kv * -(-max_candidates * group // TILE_ROWS)
-    slots = num_multiprocessors(q.device) // num_splits
-    num_clusters = num_units
+    num_rows, num_tiles = rows.shape[0], -(-max_candidates * group // TILE_ROWS)
+    slots = count_slots(num_multiprocessors(q.device), num_splits)
+    num_units = num_rows * num_tiles
+    if 1 < num_rows <= MAX_RANKED and num_tiles <= MAX_TILES:  # only those with rows count
+        num_units = min(num_units, num_rows + q.shape[0] * group // TILE_ROWS)
+    num_clusters = num_units * num_kv
     if units_of_block(head_size, num_stages) == 2:
-        num_clusters = count_clusters(num_units, slots, num_splits)
+        num_clusters = count_clusters(num_clusters, slots)
     kernel.launch(
         (num_splits * num_clusters, 1, 1),
         *(build_map(x.view(-1, num_kv * head_size), PAGE_SIZE) for x in (k_pages, v_pages)),
@@ -114,8 +119,8 @@ def candidate_attention(
         float(scale * LOG2_E),
         window or 0,
         table.shape[1],
-        rows.shape[0],
-        num_units,
+        num_rows,
+        num_tiles,
         slots,
         pdl=pdl,
     )
@@ -154,11 +159,17 @@ def products(head_size: int) -> list[tuple[int, bool]]:
     return [(head_size, True)]
 
 
-def count_clusters(num_units: int, slots: int, num_splits: int) -> int:
-    """Clusters of blocks of two units: with two units each, and as many more, with one, as the
-    multiprocessors have room for. Cluster c of C serves unit c and, if there is one, 2 C - 1 - c."""
-    if num_splits > 2:  # a group of 16 or 18 multiprocessors has whole clusters
-        slots = slots * num_splits // 16 * 16 // num_splits
+def count_slots(num_multiprocessors: int, num_splits: int) -> int:
+    """Clusters at a time, where a block has a multiprocessor to itself. Groups of 16 or 18
+    multiprocessors have whole clusters."""
+    if num_splits > 2:
+        num_multiprocessors -= num_multiprocessors % 16
+    return num_multiprocessors // num_splits
+
+
+def count_clusters(num_units: int, slots: int) -> int:
+    """Clusters of blocks of two units: with two units each, and as many more, with one, as there
+    is room for at once. Cluster c of C serves unit c and, if there is one, 2 C - 1 - c."""
     return max(-(-num_units // 2), min(num_units, slots))
 
 
