@@ -12,8 +12,8 @@
 // A block has a multiprocessor to itself. Its two halves of 256 threads serve two units, one of a
 // request with many candidates and one of a request with few; they meet at the cluster's barriers
 // alone, where every thread of every block arrives twice.
-// Warps w, w + 4 ... of a block share a scheduler, so which 16 rows a warp takes is turned around in
-// the second half: those that have rows to compute are spread.
+// Warps w, w + 4 ... of a block share a scheduler, so which 16 rows a warp takes is turned around
+// in the second half: those that have rows to compute are spread.
 // Thread t of a group holds rows t / 4 % 8 + 16 (its warp's block) and 8 further; of 8 columns
 // each, columns 2 (t % 4) and the next (wgmma's layout).
 
@@ -197,8 +197,7 @@ extern "C" __global__ void __launch_bounds__(UNITS * THREADS, 1)
     run(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
         const u16* q, const u16* own_k, const u16* own_v, const long long* own_index,
         const int* table, const int* rows, const int* lengths, const int* firsts, u16* out,
-        float scale, int window, int num_columns, int num_rows, int num_tiles,
-        int slots) {
+        float scale, int window, int num_columns, int num_rows, int num_tiles, int slots) {
     extern __shared__ __align__(1024) u8 dynamic[];
     // one value for the whole warp, which the compiler should know
     const int block_warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
