@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lenvm.model.hopper import attention
-from lenvm.model.hopper.runtime import build_source, is_supported
+from lenvm.model.hopper.runtime import SHARED_BYTES, build_source, is_supported
 
 PAGE = 64
 LENGTHS = [0, 1, 63, 64, 65, 1000, 8000, 1024, 200]
@@ -198,6 +198,21 @@ def test_many_requests(group, head_size, num_rows, num_splits):
 
 
 @mark
+@pytest.mark.parametrize(
+    ("num_rows", "num_kv"), [(1, 1), (2, 1), (3, 1), (67, 3), (133, 1), (257, 1), (300, 3)]
+)
+@pytest.mark.parametrize("num_splits", attention.SPLITS)
+def test_two_units_of_a_block(num_rows, num_kv, num_splits):
+    """Odd numbers of units, of up to three tiles, and none in either half of a block."""
+    counts = [(40, 0, 3, 18, 0, 19, 1)[r % 7] for r in range(num_rows)]
+    lengths = [(130, 300, 64, 0, 1000)[r % 5] for r in range(num_rows)]
+    case = Case(lengths, counts, 7, num_kv, 64, seed=6)
+    out = case.run(num_splits)
+    compare(out, case.expect())
+    assert torch.equal(out, case.run(num_splits))
+
+
+@mark
 def test_scores_that_grow_along_the_prefix():
     """The kept maximum is left behind by little, by much, and often."""
     case = Case([64 * 16] * 2, [15, 7], 7, 2, 64, seed=4)
@@ -211,6 +226,27 @@ def test_scores_that_grow_along_the_prefix():
 @mark
 def test_nobody_has_a_candidate():
     assert Case([5, 70], [0, 0], 7, 2, 64).run(2).shape[0] == 0
+
+
+@pytest.mark.parametrize("slots", [132, 66, 32, 16])
+def test_every_unit_is_served_once(slots):
+    """As `choose` in the kernel numbers them, where fewer units have rows than were launched."""
+    for most in (1, 2, 3, 127, 128, 133, 256):
+        launched = attention.count_clusters(most, slots)
+        for num_units in range(most + 1):
+            clusters = max((num_units + 1) // 2, min(num_units, slots))
+            assert clusters <= launched
+            partners = [2 * clusters - 1 - cluster for cluster in range(clusters)]
+            served = [*range(clusters), *[unit for unit in partners if unit < num_units]]
+            assert sorted(served) == list(range(num_units))
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_shared_memory_of_a_block(head_size):
+    for num_stages in range(3, 14 if head_size == 64 else 7):
+        assert attention.shared_bytes(head_size, num_stages) <= SHARED_BYTES
+        units = attention.units_of_block(head_size, num_stages)
+        assert units == (2 if head_size == 64 and num_stages <= 6 else 1)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="needs cuda-bindings")

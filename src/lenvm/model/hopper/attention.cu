@@ -1,18 +1,19 @@
 // Attention of candidates over their request's prefix, page by page, and themselves.
 //
 // Definitions: D (head size: 64 or 128), G (query heads of a key head), HKV, STAGES (pages on their
-// way), SPLITS (blocks of a cluster), BLOCKS (blocks of a multiprocessor), HAS_WINDOW, OWN_IS_TOKEN.
+// way), SPLITS (blocks of a cluster), UNITS (of a block: 1 or 2), HAS_WINDOW, OWN_IS_TOKEN.
 //
-// A cluster serves up to 128 query rows (candidates x G) of one request and key head; its blocks
-// take every SPLITS-th page each. In a block, two groups of 128 threads compute: each 64 rows, or,
-// where there are no more than 64, the same rows over every other page. The first warp of a group
-// brings further pages; a warp that does nothing else would take registers from the others.
-// What each group found is merged in shared memory, across the cluster, always in the same order;
-// there the candidate's own key and value join.
-// Two blocks share a multiprocessor: the requests with the most candidates are paired with those
-// with the fewest, as far as the blocks are dealt out in order (`slots` clusters at a time).
-// Warps w, w + 4 ... of a multiprocessor share a scheduler, so which 16 rows a warp takes is turned
-// around in every other block: those that have rows to compute are spread.
+// A unit is up to 128 query rows (candidates x G) of one request and key head. 256 threads of each
+// block of a cluster serve it: they take every SPLITS-th page. Two groups of 128 of them compute:
+// each 64 rows, or, where there are no more than 64, the same rows over every other page. The first
+// warp of a group brings further pages; a warp that does nothing else would take registers from the
+// others. What each group found is merged in shared memory, across the cluster, always in the same
+// order; there the candidate's own key and value join.
+// A block has a multiprocessor to itself. Its two halves of 256 threads serve two units, one of a
+// request with many candidates and one of a request with few; they meet at the cluster's barriers
+// alone, where every thread of every block arrives twice.
+// Warps w, w + 4 ... of a block share a scheduler, so which 16 rows a warp takes is turned around
+// in the second half: those that have rows to compute are spread.
 // Thread t of a group holds rows t / 4 % 8 + 16 (its warp's block) and 8 further; of 8 columns
 // each, columns 2 (t % 4) and the next (wgmma's layout).
 
@@ -21,17 +22,20 @@ constexpr int BOX_BYTES = PAGE * 128;  // 64 keys x 64 columns
 constexpr int PART_BYTES = D / 64 * BOX_BYTES;  // the keys of a page, or its values
 constexpr int STAGE_BYTES = 2 * PART_BYTES;
 constexpr int ROWS = 128;
-constexpr int THREADS = 256;
+constexpr int THREADS = 256;  // of a unit
 // a row of a group's sums; 8 further keep the banks apart
 constexpr int SUM_BYTES = (D + 8) * 4;
 constexpr int GROUP_BYTES = 64 * SUM_BYTES;
 constexpr int BEST = 2 * GROUP_BYTES;  // behind both groups' sums: (maximum, total) of 2 x 64 rows
 static_assert(BEST + 2 * 64 * 8 <= STAGES * STAGE_BYTES, "the merge happens where the pages were");
 constexpr int QUERY_BYTES = D * 2;  // a row of queries
-// behind pages, queries, barriers and the request
-constexpr int SLOT = STAGES * (STAGE_BYTES + 24) + ROWS * QUERY_BYTES + 24;
+constexpr int UNIT_BYTES = STAGES * STAGE_BYTES + ROWS * QUERY_BYTES;  // pages and queries
+static_assert(UNIT_BYTES % 1024 == 0, "boxes are aligned to 1024 bytes");
+constexpr int BEHIND_BYTES = STAGES * 24 + 32;  // behind those of all units: barriers, the request
 constexpr int LANES = D / 8;        // threads of a row, 16 bytes each
 constexpr int MAX_RANKED = THREADS;
+constexpr int MAX_TILES = 64;  // of a request, where requests are ranked
+static_assert((MAX_RANKED + MAX_TILES * 8) * 4 <= ROWS * QUERY_BYTES, "both lie among the queries");
 // what a thread merges: 16 bytes of this many rows
 constexpr int OWN_STEPS =
     ROWS * LANES > THREADS * SPLITS ? ROWS * LANES / (THREADS * SPLITS) : 1;
@@ -88,16 +92,40 @@ DEVICE long long place_of(int first, int kv_head, int query) {
     return ((long long)(first + query / G) * (HKV * G) + kv_head * G + query % G) * D;
 }
 
-// What a block works on.
+// What a unit works on.
 struct Request {
     int row, first, end, length, table_row;
 };
+struct Unit {
+    Request request;
+    int tile, kv_head;
+    bool is_paired;  // the block serves two
 
-// The request of that rank among all, most candidates first. Called by all threads; `keys` and
-// `found` are places in shared memory.
-DEVICE Request find_rank(int rank, const int* rows, const int* lengths, const int* firsts,
-                         int num_rows, u32* keys, Request* found) {
-    const int row = threadIdx.x;
+    // Which of all units it is, in their order; -1: none. Each cluster takes one of the first, and
+    // its second half one of the last, as far as they go.
+    DEVICE int choose(int num_units, int slots, int half) {
+        const int cluster = blockIdx.x / SPLITS;
+        if (UNITS == 1) {
+            is_paired = false;
+            if (cluster >= num_units) return -1;
+            const bool reversed = cluster >= slots && num_units <= 2 * slots;
+            return reversed ? num_units - 1 - (cluster - slots) : cluster;
+        }
+        // no more than are needed or have room at once
+        const int num_clusters = max((num_units + 1) / 2, min(num_units, slots));
+        const int partner = 2 * num_clusters - 1 - cluster;
+        is_paired = cluster < num_clusters && partner < num_units;
+        if (half == 1) return is_paired ? partner : -1;
+        return cluster < num_clusters ? cluster : -1;
+    }
+};
+
+// Requests in order of their number of candidates, most first; units with rows alone: first tiles
+// first, in that order. Called by all threads of a unit, that meet at `id`; `keys` and `found` are
+// places in shared memory.
+DEVICE Unit find_unit(int half, const int* rows, const int* lengths, const int* firsts,
+                      int num_rows, int num_tiles, int slots, u32* keys, Request* found, int id) {
+    const int row = threadIdx.x % THREADS;
     Request mine = {row, 0, 0, 0, 0};
     u32 key = 0;
     if (row < num_rows) {
@@ -105,7 +133,23 @@ DEVICE Request find_rank(int rank, const int* rows, const int* lengths, const in
         key = (u32)(mine.end - mine.first) << 8 | (MAX_RANKED - 1 - row);
     }
     keys[row] = key;
-    __syncthreads();
+    u32* const counts = keys + MAX_RANKED;  // of each tile, by each warp: requests that have it
+    for (int t = 0; t < num_tiles; t++) {
+        const u32 have = __ballot_sync(0xFFFFFFFFu, (mine.end - mine.first) * G > t * ROWS);
+        if (row % 32 == 0) counts[t * 8 + row / 32] = __popc(have);
+    }
+    meet(id, THREADS);
+    const auto units_of_tile = [&](int t) {
+        const uint4 a = ((const uint4*)counts)[2 * t], b = ((const uint4*)counts)[2 * t + 1];
+        return (int)(a.x + a.y + a.z + a.w + (b.x + b.y + b.z + b.w)) * HKV;
+    };
+    Unit unit = {};
+    int num_units = 0;
+    for (int t = 0; t < num_tiles; t++) num_units += units_of_tile(t);
+    int place = unit.choose(num_units, slots, half);
+    if (place < 0) return unit;
+    for (int here; place >= (here = units_of_tile(unit.tile)); unit.tile++) place -= here;
+    unit.kv_head = place % HKV;
     if (row < num_rows) {
         int above = 0;
 #pragma unroll 4
@@ -113,16 +157,17 @@ DEVICE Request find_rank(int rank, const int* rows, const int* lengths, const in
             const uint4 four = ((const uint4*)keys)[i];
             above += (four.x > key) + (four.y > key) + (four.z > key) + (four.w > key);
         }
-        if (above == rank) *found = mine;
+        if (above == place / HKV) *found = mine;
     }
-    __syncthreads();
-    return *found;
+    meet(id, THREADS);
+    unit.request = *found;
+    return unit;
 }
 
-// The pages of a block, by a warp that knows the numbers of 32 of them at a time.
+// The pages of a unit's part, by a warp that knows the numbers of 32 of them at a time.
 struct Pages {
     const TensorMap *k_map, *v_map;
-    const int* table;  // of this block's first page; the others follow SPLITS apart
+    const int* table;  // of this part's first page; the others follow SPLITS apart
     int count, known;
     u32 stages, barriers;
 
@@ -148,26 +193,31 @@ struct Pages {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(UNITS * THREADS, 1)
     run(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
         const u16* q, const u16* own_k, const u16* own_v, const long long* own_index,
         const int* table, const int* rows, const int* lengths, const int* firsts, u16* out,
-        float scale, int window, int num_columns, int num_rows, int slots) {
+        float scale, int window, int num_columns, int num_rows, int num_tiles, int slots) {
     extern __shared__ __align__(1024) u8 dynamic[];
-    const u32 stages = shared_address(dynamic);
+    // one value for the whole warp, which the compiler should know
+    const int block_warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const int half = UNITS == 2 ? block_warp / 8 : 0;
+    const int warp = block_warp % 8, thread = threadIdx.x % THREADS;
+    const int all_meet = 1 + half;  // barriers' numbers: of the half, of its first group
+    const int groups_meet = 3 + 2 * half;
+    u8* const mine = dynamic + half * UNIT_BYTES;
+    u8* const behind = dynamic + UNITS * UNIT_BYTES + half * BEHIND_BYTES;
+    const u32 stages = shared_address(mine);
     // The upper byte of an address is the block's number in its cluster, and no part of descriptors.
     const u32 described_keys = (stages & 0x3FFFF) >> 4 | 1 << 16;
     const u32 described_values =
         ((stages & 0x3FFFF) + PART_BYTES) >> 4 | BOX_BYTES / 16 << 16;
     const u32 query_rows = stages + STAGES * STAGE_BYTES;
     // of a stage: its keys have come, its values have come, it is free
-    const u32 barriers = query_rows + ROWS * QUERY_BYTES;
-    const int split = blockIdx.x;
-    const int tile = blockIdx.z / num_rows;  // first tiles come first
-    // one value for the whole warp, which the compiler should know
-    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const u32 barriers = shared_address(behind);
+    const int split = blockIdx.x % SPLITS;
     launch_next();
-    if (threadIdx.x == 0) {
+    if (thread == 0) {
         prefetch_map(&k_map);
         prefetch_map(&v_map);
         for (int i = 0; i < STAGES; i++) {
@@ -176,28 +226,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             barrier_init(barriers + i * 24 + 16, 8);  // warps
         }
         barrier_init_fence();
-        if (BLOCKS == 2)  // whether other warps run on this multiprocessor before ours
-            *(u32*)(dynamic + SLOT) = hardware_warp() / 8 % 2 * 3;
     }
-    int kv_head = blockIdx.y, row = blockIdx.z % num_rows;
-    Request request;
-    if (num_rows > 1 && num_rows <= MAX_RANKED) {
-        int place = row * HKV + kv_head;
-        const int places = num_rows * HKV;
-        if (place >= slots && places <= 2 * slots) place = places - 1 - (place - slots);
-        kv_head = place % HKV;
-        u8* const behind = dynamic + STAGES * STAGE_BYTES;
-        request = find_rank(place / HKV, rows, lengths, firsts, num_rows, (u32*)behind,
-                            (Request*)(behind + ROWS * QUERY_BYTES + STAGES * 24));
+    Unit unit = {};
+    if (num_rows > 1 && num_rows <= MAX_RANKED && num_tiles <= MAX_TILES) {
+        unit = find_unit(half, rows, lengths, firsts, num_rows, num_tiles, slots,
+                         (u32*)(mine + STAGES * STAGE_BYTES), (Request*)(behind + STAGES * 24),
+                         all_meet);
     } else {
-        request = {row, firsts[row], firsts[row + 1], lengths[row], rows[row]};
-        __syncthreads();
+        const int place = unit.choose(num_tiles * num_rows * HKV, slots, half);
+        if (place >= 0) {
+            const int row = place / HKV % num_rows;
+            unit.tile = place / HKV / num_rows;
+            unit.kv_head = place % HKV;
+            unit.request = {row, firsts[row], firsts[row + 1], lengths[row], rows[row]};
+        }
+        meet(all_meet, THREADS);
     }
-    const int first = request.first, end = request.end, length = request.length;
-    const int table_row = request.table_row;
+    const int first = unit.request.first, end = unit.request.end, length = unit.request.length;
+    const int table_row = unit.request.table_row, tile = unit.tile, kv_head = unit.kv_head;
+    const bool is_paired = unit.is_paired;
     const int num_queries = min((end - first) * G - tile * ROWS, ROWS);
-    if (num_queries <= 0) {  // so is the whole cluster
+    if (num_queries <= 0) {  // so it is in the whole cluster, but in this half alone
         wait_for_previous();
+        if (UNITS == 2 && SPLITS > 1) {
+#pragma unroll 1
+            for (int i = 0; i < 2; i++) {  // as the other half
+                cluster_arrive_relaxed();
+                cluster_wait();
+            }
+        }
         return;
     }
     int begin = 0;
@@ -219,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     uint4 own_query[OWN_STEPS], own_key[OWN_STEPS], own_value[OWN_STEPS];
     {
         const int group = warp / 4;
-        const int turn = BLOCKS == 2 ? *(const u32*)(dynamic + SLOT) : alternate ? 2 * group : 0;
+        const int turn = is_paired ? 3 * half : alternate ? 2 * group : 0;
         const int block = __shfl_sync(0xFFFFFFFFu, warp % 4 ^ turn, 0);
         const int base = (alternate ? 0 : 64 * group) + block * 16;  // of the warp, in the tile
         const bool is_used = base < num_queries;
@@ -230,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int j = 0; j < D / 2; j++) acc[j] = 0;
         wait_for_previous();
         {
-            const u32 mine = query_rows + warp * 16 * QUERY_BYTES;
+            const u32 own_rows = query_rows + warp * 16 * QUERY_BYTES;
             uint4 read[LANES / 2];  // 32 / LANES rows at a time
 #pragma unroll
             for (int j = 0; j < LANES / 2; j++) {
@@ -242,11 +299,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             }
 #pragma unroll
             for (int j = 0; j < LANES / 2; j++)
-                store4(chunk_at(mine, j * (32 / LANES) + lane / LANES, lane % LANES), read[j]);
+                store4(chunk_at(own_rows, j * (32 / LANES) + lane / LANES, lane % LANES), read[j]);
             __syncwarp();
 #pragma unroll
             for (int j = 0; j < D / 16; j++)
-                load_matrices(queries[j], chunk_at(mine, lane % 16, 2 * j + lane / 16));
+                load_matrices(queries[j], chunk_at(own_rows, lane % 16, 2 * j + lane / 16));
         }
 
         const int step = alternate ? 2 : 1;
@@ -254,6 +311,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         int i = alternate ? group : 0, stage = i, parity = 0;
         const bool brings = warp % 4 == 0 && (alternate || group == 0);
         float scores[32];
+        float shrink[2];
+        u32 weights[4][4];  // of rows that are not real: anything, nobody reads their sums
+        // From scores of the page that begins at position `from` to weights, still fp32; says
+        // whether `acc` must `shrink`, which nothing else touches here.
+        const auto weigh = [&](int from) {
+            if (from + PAGE > length || (HAS_WINDOW && from < begin)) {
+#pragma unroll
+                for (int j = 0; j < 32; j++) {
+                    const int at = from + j / 4 * 8 + lane % 4 * 2 + j % 2;
+                    const bool seen = at < length && (!HAS_WINDOW || at >= begin);
+                    scores[j] = seen ? scores[j] : NEGATIVE_INFINITY;
+                }
+            }
+            float now[2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float most = scores[2 * h];
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    most = fmaxf(most, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
+                // a page has a key that is seen: never minus infinity
+                now[h] = max4(most) * scale;
+                if (now[h] <= best[h] + SLACK) now[h] = best[h];
+            }
+            const bool grows =
+                __any_sync(0xFFFFFFFFu, now[0] != best[0] || now[1] != best[1]);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                shrink[h] = exp2_fast(best[h] - now[h]);
+                best[h] = now[h];
+                float sum = 0;
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    float &a = scores[4 * j + 2 * h], &b = scores[4 * j + 2 * h + 1];
+                    a = exp2_fast(a * scale - best[h]);
+                    b = exp2_fast(b * scale - best[h]);
+                    sum += a + b;
+                }
+                total[h] = total[h] * shrink[h] + sum;
+            }
+            return grows;
+        };
+        const auto pack = [&] {
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    weights[j / 2][j % 2 * 2 + h] =
+                        pack_bf16(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]);
+        };
         if (i < count) {
             const u32 keys = stages + stage * STAGE_BYTES;
             barrier_wait(barriers + stage * 24, 0);
@@ -265,55 +372,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             wgmma_commit();
             wgmma_wait<0>();
             settle(scores);
+            if (is_used) {
+                weigh((first_page + i * SPLITS) * PAGE);
+                pack();
+            }
         }
         for (; i < count; i += step) {
             const u32 values = stages + stage * STAGE_BYTES + PART_BYTES;
             const int from = (first_page + i * SPLITS) * PAGE;  // position of the first key
-            u32 weights[4][4];  // of rows that are not real: anything, nobody reads their sums
-            if (is_used) {
-                if (from + PAGE > length || (HAS_WINDOW && from < begin)) {
-#pragma unroll
-                    for (int j = 0; j < 32; j++) {
-                        const int at = from + j / 4 * 8 + lane % 4 * 2 + j % 2;
-                        const bool seen = at < length && (!HAS_WINDOW || at >= begin);
-                        scores[j] = seen ? scores[j] : NEGATIVE_INFINITY;
-                    }
-                }
-                float now[2];
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    float most = scores[2 * h];
-#pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        most = fmaxf(most, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
-                    // a page has a key that is seen: never minus infinity
-                    now[h] = max4(most) * scale;
-                    if (now[h] <= best[h] + SLACK) now[h] = best[h];
-                }
-                if (__any_sync(0xFFFFFFFFu, now[0] != best[0] || now[1] != best[1])) {
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        const float shrink = exp2_fast(best[h] - now[h]);
-                        best[h] = now[h];
-                        total[h] *= shrink;
-#pragma unroll
-                        for (int j = 0; j < D / 8; j++)
-                            acc[4 * j + 2 * h] *= shrink, acc[4 * j + 2 * h + 1] *= shrink;
-                    }
-                }
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    float sum = 0;
-#pragma unroll
-                    for (int j = 0; j < 8; j++) {
-                        const float a = exp2_fast(scores[4 * j + 2 * h] * scale - best[h]);
-                        const float b = exp2_fast(scores[4 * j + 2 * h + 1] * scale - best[h]);
-                        sum += a + b;
-                        weights[j / 2][j % 2 * 2 + h] = pack_bf16(a, b);
-                    }
-                    total[h] += sum;
-                }
-            }
             const int further = i - step + STAGES;  // in place of the page before
             if (brings && i >= step && further < count) {
                 const int wrapped = stage < step, emptied = stage - step + wrapped * STAGES;
@@ -332,7 +398,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     store2(to + 8, 0, 0);
                 }
                 fence_async();
-                meet(2 + group, 128);
+                meet(groups_meet + group, 128);
             }
             const u32 is_free = barriers + stage * 24 + 16;
             const int last_stage = stage;
@@ -340,7 +406,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             if (stage >= STAGES) stage -= STAGES, parity ^= 1;
             // the scores of the next page along with it; after the last one,
             // of whatever lies there, for nobody, without a branch amid wgmma
-            if (i + step < count) barrier_wait(barriers + stage * 24, parity);
+            const bool goes_on = i + step < count;
+            if (goes_on) barrier_wait(barriers + stage * 24, parity);
             // the lower halves of the descriptors, see `describe`
             const u32 key_rows = described_keys + stage * (STAGE_BYTES / 16);
             const u32 value_rows = described_values + last_stage * (STAGE_BYTES / 16);
@@ -350,20 +417,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 multiply_keys(scores, queries[j],
                               join(key_rows + j / 4 * (BOX_BYTES / 16) + j % 4 * 2, 1 << 30 | 64),
                               j > 0);
+            wgmma_commit();
 #pragma unroll
             for (int j = 0; j < 4; j++)  // 16 keys each
                 multiply_values(acc, weights[j], join(value_rows + j * 128, 1 << 30 | 64), 1);
             wgmma_commit();
+            wgmma_wait<1>();
+            settle(scores);
+            // while the values are still multiplied: what touches neither `acc` nor `weights`
+            bool grows = false;
+            if (goes_on && is_used) grows = weigh(from + step * SPLITS * PAGE);
             wgmma_wait<0>();
             settle(scores);
             settle(acc);
             if (lane == 0) barrier_arrive_times(is_free, times);
+            if (goes_on && is_used) {
+                if (grows) {
+#pragma unroll
+                    for (int j = 0; j < D / 2; j++) acc[j] *= shrink[j / 2 % 2];
+                }
+                pack();
+            }
         }
 
         // for the merge, while the others end
 #pragma unroll
         for (int j = 0; j < OWN_STEPS; j++) {
-            const int i = threadIdx.x + THREADS * (split + SPLITS * j);
+            const int i = thread + THREADS * (split + SPLITS * j);
             own_query[j] = own_key[j] = own_value[j] = make_uint4(0, 0, 0, 0);
             if (i < total_chunks) {
                 const int query = tile * ROWS + i / LANES, token = first + query / G;
@@ -375,7 +455,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 own_value[j] = *(const uint4*)(own_v + at);
             }
         }
-        __syncthreads();  // every page was read: its place is free
+        meet(all_meet, THREADS);  // every page was read: its place is free
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const int local = block * 16 + lane / 4 + 8 * h;
@@ -405,7 +485,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (SPLITS > 1)
         cluster_wait();
     else
-        __syncthreads();
+        meet(all_meet, THREADS);
     // 8 columns of a row at a time, over all threads of the cluster; the own key comes first
     float2 found[OWN_STEPS][SPLITS][2];
     float4 parts[OWN_STEPS][SPLITS][2][2];
@@ -418,7 +498,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     };
 #pragma unroll
     for (int step = 0; step < OWN_STEPS; step++) {
-        const int i = threadIdx.x + THREADS * (split + SPLITS * step);
+        const int i = thread + THREADS * (split + SPLITS * step);
 #pragma unroll
         for (int s = 0; s < SPLITS; s++)
 #pragma unroll
@@ -437,7 +517,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
 #pragma unroll
     for (int step = 0; step < OWN_STEPS; step++) {
-        const int i = threadIdx.x + THREADS * (split + SPLITS * step);
+        const int i = thread + THREADS * (split + SPLITS * step);
         if (i >= total_chunks) break;
         float most = own_score[step];
 #pragma unroll

@@ -9,15 +9,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lenvm.model.hopper.runtime import build_map, get_kernel
+from lenvm.model.hopper.runtime import SHARED_BYTES, build_map, get_kernel
 
 LOG2_E = 1.4426950408889634
 PAGE_SIZE = 64
 TILE_ROWS = 128
-"""Query rows (candidates x G) of one cluster."""
+"""Query rows (candidates x G) of one unit."""
 NUM_THREADS = 256
-HALF_SHARED_BYTES = 113 * 1024
-"""Most shared memory of one of two blocks of a multiprocessor."""
+"""Threads of a block for each of its units."""
+MAX_RANKED, MAX_TILES = 256, 64
+"""Most requests, and tiles of one, that are ranked by their number of candidates."""
 SPLITS = (1, 2, 4, 8)
 
 
@@ -61,7 +62,7 @@ def candidate_attention(
     v_pages [P, S, Hkv, D]; int32: table [*, C], of which `rows` [R] names each row's; lengths [R];
     first [R + 1]: row r owns packed tokens first[r] .. first[r + 1] - 1, at most `max_candidates`.
     num_splits: blocks that share a prefix, one of SPLITS; num_stages: pages on their way to each,
-    3 to 6 (heads of 64: up to 13, but from 7 on a multiprocessor has room for one block alone).
+    3 to 6 (heads of 64: up to 13, but from 7 on a block serves one unit instead of two).
     own_is_token: own_index is 0, 1, 2 ... pdl: start while the kernel before still ends; pages,
     table, rows, lengths and first are read before it has.
     """
@@ -92,12 +93,19 @@ def candidate_attention(
         ),
         products(head_size),
         shared_bytes=shared_bytes(head_size, num_stages),
-        num_threads=NUM_THREADS,
+        num_threads=NUM_THREADS * units_of_block(head_size, num_stages),
         cluster=(num_splits, 1, 1),
     )
-    num_tiles = -(-max_candidates * group // TILE_ROWS)
+    num_rows, num_tiles = rows.shape[0], -(-max_candidates * group // TILE_ROWS)
+    slots = count_slots(num_multiprocessors(q.device), num_splits)
+    num_units = num_rows * num_tiles
+    if 1 < num_rows <= MAX_RANKED and num_tiles <= MAX_TILES:  # only those with rows count
+        num_units = min(num_units, num_rows + q.shape[0] * group // TILE_ROWS)
+    num_clusters = num_units * num_kv
+    if units_of_block(head_size, num_stages) == 2:
+        num_clusters = count_clusters(num_clusters, slots)
     kernel.launch(
-        (num_splits, num_kv, rows.shape[0] * num_tiles),
+        (num_splits * num_clusters, 1, 1),
         *(build_map(x.view(-1, num_kv * head_size), PAGE_SIZE) for x in (k_pages, v_pages)),
         q,
         own_k,
@@ -111,8 +119,9 @@ def candidate_attention(
         float(scale * LOG2_E),
         window or 0,
         table.shape[1],
-        rows.shape[0],
-        num_multiprocessors(q.device) // num_splits,
+        num_rows,
+        num_tiles,
+        slots,
         pdl=pdl,
     )
 
@@ -128,14 +137,13 @@ def definitions(
     own_is_token: bool = True,
 ) -> dict[str, int]:
     """What `attention.cu` is compiled for."""
-    fits_twice = head_size == 64 and shared_bytes(head_size, num_stages) <= HALF_SHARED_BYTES
     return {
         "D": head_size,
         "G": group,
         "HKV": num_kv,
         "STAGES": num_stages,
         "SPLITS": num_splits,
-        "BLOCKS": 2 if fits_twice else 1,
+        "UNITS": units_of_block(head_size, num_stages),
         "HAS_WINDOW": int(has_window),
         "OWN_IS_TOKEN": int(own_is_token),
     }
@@ -151,6 +159,30 @@ def products(head_size: int) -> list[tuple[int, bool]]:
     return [(head_size, True)]
 
 
-def shared_bytes(head_size: int, num_stages: int) -> int:
-    """Pages (keys and values), queries, the pages' barriers, the request and the block's slot."""
+def count_slots(num_multiprocessors: int, num_splits: int) -> int:
+    """Clusters at a time, where a block has a multiprocessor to itself. Groups of 16 or 18
+    multiprocessors have whole clusters."""
+    if num_splits > 2:
+        num_multiprocessors -= num_multiprocessors % 16
+    return num_multiprocessors // num_splits
+
+
+def count_clusters(num_units: int, slots: int) -> int:
+    """Clusters of blocks of two units: with two units each, and as many more, with one, as there
+    is room for at once. Cluster c of C serves unit c and, if there is one, 2 C - 1 - c."""
+    return max(-(-num_units // 2), min(num_units, slots))
+
+
+def units_of_block(head_size: int, num_stages: int) -> int:
+    """Two where registers (128 a thread) and shared memory suffice."""
+    return 2 if head_size == 64 and 2 * unit_bytes(head_size, num_stages) <= SHARED_BYTES else 1
+
+
+def unit_bytes(head_size: int, num_stages: int) -> int:
+    """Shared memory: pages (keys and values), queries, the pages' barriers and the request."""
     return num_stages * (4 * PAGE_SIZE * head_size + 24) + TILE_ROWS * head_size * 2 + 32
+
+
+def shared_bytes(head_size: int, num_stages: int) -> int:
+    """Shared memory of a block."""
+    return units_of_block(head_size, num_stages) * unit_bytes(head_size, num_stages)

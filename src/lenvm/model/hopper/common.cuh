@@ -207,13 +207,6 @@ DEVICE void barrier_arrive_times(u32 barrier, u32 times) {
                  : "memory");
 }
 
-// The place of this warp in its multiprocessor, by which it belongs to a scheduler.
-DEVICE u32 hardware_warp() {
-    u32 warp;
-    asm volatile("mov.u32 %0, %%warpid;" : "=r"(warp));
-    return warp;
-}
-
 // After wgmma_wait: nobody reads the accumulators before it.
 template <int N>
 DEVICE void settle(float (&d)[N]) {
