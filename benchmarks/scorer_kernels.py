@@ -97,7 +97,7 @@ ATTENTION = [
     for merges in ((False, True) if waves > 1 else (False,))
 ]  # fmt: skip
 HOPPER_ATTENTION = [
-    AttentionChoice(128, waves, stages, hopper=True) for waves in (1, 2, 4) for stages in (3, 6)
+    AttentionChoice(128, waves, stages, hopper=True) for waves in (1, 2, 4) for stages in (4, 6)
 ]
 
 

@@ -112,6 +112,9 @@ class CudaRunner:
         self._watches: deque[_Watch] = deque()
         self._spare: list[tuple[Any, Tensor]] = []
         """Events and pinned numbers of watches that were read."""
+        is_cuda = self.device.type == "cuda"
+        self._side = torch.cuda.Stream(self.device) if is_cuda else None  # type: ignore[no-untyped-call]
+        """Copies what was found to the host, so that the next kernels need not wait for it."""
         self._num_units = _count_units(self.device)
 
     # -- the runner's calls -----------------------------------------------------------------------
@@ -156,6 +159,7 @@ class CudaRunner:
         if not on_device:
             candidates = self._upload(candidates_RK, torch.long)
         packed_RK = self._packed[: num_rows * width].view(num_rows, width)
+        self._wait_for_watch()
         kernels.pack_candidates(
             candidates,
             self._meta[1],
@@ -174,8 +178,7 @@ class CudaRunner:
         if on_device:
             num_slots = num_rows * width if num_candidates is None else 0
             self._watch("a candidate is not a token, or is over num_candidates", num_slots)
-        out = step.out.index_select(0, packed_RK.view(-1))
-        return out.view(num_rows, width, -1)
+        return step.out[packed_RK]
 
     def keep(self, request_ids: Sequence[str], rows: Sequence[int], token_ids: Tensor) -> None:
         assert self._last is not None
@@ -189,6 +192,7 @@ class CudaRunner:
         on_device = token_ids.device.type == self.device.type
         if not on_device:
             token_ids = self._upload(token_ids, torch.long)
+        self._wait_for_watch()
         kernels.keep_candidates(
             self._stash,
             self.cache.data,
@@ -297,15 +301,22 @@ class CudaRunner:
 
     def _watch(self, what: str, num_slots: int = 0) -> None:
         assert self._last is not None
-        if self.device.type != "cuda":
+        if self._side is None:
             return
         if not self._spare:
             event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._spare.append((event, torch.empty(3, dtype=torch.int32, pin_memory=True)))
         done, found = self._spare.pop()
-        found.copy_(self._found, non_blocking=True)
-        done.record()
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            found.copy_(self._found, non_blocking=True)
+            done.record()
         self._watches.append(_Watch(done, found, self._last[0], what, num_slots))
+
+    def _wait_for_watch(self) -> None:
+        """Before a kernel that writes what the last one found."""
+        if self._watches:
+            torch.cuda.current_stream(self.device).wait_event(self._watches[-1].done)
 
 
 def round_up(n: int) -> int:

@@ -27,6 +27,9 @@ constexpr int THREADS = 256;  // of a unit
 constexpr int SUM_BYTES = (D + 8) * 4;
 constexpr int GROUP_BYTES = 64 * SUM_BYTES;
 constexpr int BEST = 2 * GROUP_BYTES;  // behind both groups' sums: (maximum, total) of 2 x 64 rows
+// Two groups that take alternate pages each have stages of their own: with a shared one, a group that
+// is ahead could take the page before for its own, whose barrier has the same parity.
+static_assert(STAGES % 2 == 0 && STAGES >= 4, "stages");
 static_assert(BEST + 2 * 64 * 8 <= STAGES * STAGE_BYTES, "the merge happens where the pages were");
 constexpr int QUERY_BYTES = D * 2;  // a row of queries
 constexpr int UNIT_BYTES = STAGES * STAGE_BYTES + ROWS * QUERY_BYTES;  // pages and queries

@@ -61,8 +61,8 @@ def candidate_attention(
     q, out [N, Hq, D] bf16; own_k, own_v [*, Hkv, D] indexed by own_index [N] int64; k_pages,
     v_pages [P, S, Hkv, D]; int32: table [*, C], of which `rows` [R] names each row's; lengths [R];
     first [R + 1]: row r owns packed tokens first[r] .. first[r + 1] - 1, at most `max_candidates`.
-    num_splits: blocks that share a prefix, one of SPLITS; num_stages: pages on their way to each,
-    3 to 6 (heads of 64: up to 13, but from 7 on a block serves one unit instead of two).
+    num_splits: blocks that share a prefix, one of SPLITS; num_stages: pages on their way to each, 4
+    or 6 (heads of 64: even numbers up to 12, but from 8 on a block serves one unit instead of two).
     own_is_token: own_index is 0, 1, 2 ... pdl: start while the kernel before still ends; pages,
     table, rows, lengths and first are read before it has.
     """
@@ -77,6 +77,7 @@ def candidate_attention(
         page_size=k_pages.shape[1],
     )
     assert num_splits in SPLITS
+    assert num_stages % 2 == 0
     assert all(x.dtype == torch.int32 for x in (table, rows, lengths, first))
     assert own_is_token or own_index.dtype == torch.int64
     assert all(x.is_contiguous() for x in (q, own_k, own_v, k_pages, v_pages, table, out))
