@@ -1,24 +1,15 @@
 """The Hopper attention kernel against plain fp32; and that it compiles without spills."""
 
-import importlib.util
-import re
-
 import pytest
 import torch
 
 from lenvm.model.hopper import attention
-from lenvm.model.hopper.runtime import SHARED_BYTES, build_source, is_supported
+from lenvm.model.hopper.runtime import SHARED_BYTES
+from model.hopper import check_compiles, on_hopper
 
 PAGE = 64
 LENGTHS = [0, 1, 63, 64, 65, 1000, 8000, 1024, 200]
 COUNTS = [3, 0, 20, 1, 8, 9, 5, 19, 10]
-on_hopper = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or not is_supported(torch.device("cuda")),
-        reason="needs a Hopper GPU and cuda-bindings",
-    ),
-]
 
 
 class Case:
@@ -247,28 +238,13 @@ def test_shared_memory_of_a_block(head_size):
         assert units == (2 if head_size == 64 and num_stages <= 6 else 1)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="needs cuda-bindings")
 @pytest.mark.parametrize(
     ("group", "head_size", "num_splits"),
     [(7, 64, 1), (7, 64, 2), (7, 64, 8), (6, 128, 1), (6, 128, 2)],
 )
 @pytest.mark.parametrize("has_window", [False, True])
 def test_it_compiles_without_spills(group, head_size, num_splits, has_window):
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
     definitions = attention.definitions(
         head_size, group, 2, num_splits=num_splits, num_stages=6, has_window=has_window
     )
-    source = build_source(
-        "attention.cu", sorted(definitions.items()), attention.products(head_size)
-    )
-    _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"attention.cu", 0, None, None)
-    options = [
-        b"--gpu-architecture=sm_90a", b"--std=c++17", b"--use_fast_math", b"--ptxas-options=-v",
-    ]  # fmt: skip
-    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    log = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
-    nvrtc.nvrtcGetProgramLog(program, log)
-    told = bytes(log).decode()
-    assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS, told
-    assert re.findall(r"(\d+) bytes spill", told) == ["0", "0"], told
-    assert "serializ" not in told
+    check_compiles("attention.cu", definitions, attention.products(head_size))
