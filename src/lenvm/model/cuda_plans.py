@@ -107,7 +107,7 @@ class CudaCandidates(_StoreFirst):
         k, v = self.data[layer]
         out = torch.empty_like(q)
         rows = self.table, self.rows, self.lengths, self.first
-        if self.choices.attention.hopper:
+        if self.choices.attention.hopper and hopper.can_attend(q, k):
             hopper.candidate_attention(
                 q,
                 own_k,

@@ -22,12 +22,12 @@ MAX_RANKED, MAX_TILES = 256, 64
 SPLITS = (1, 2, 4, 8)
 
 
-def can_attend(
-    dtype: torch.dtype, *, num_heads: int, num_kv: int, head_size: int, page_size: int
-) -> bool:
-    """Whether `candidate_attention` serves layers of that shape."""
+def can_attend(q: Tensor, k_pages: Tensor) -> bool:
+    """Whether `candidate_attention` serves queries [N, Hq, D] over pages [P, S, Hkv, D]."""
+    num_heads, head_size = q.shape[1:]
+    page_size, num_kv = k_pages.shape[1:3]
     return (
-        dtype == torch.bfloat16
+        q.dtype == torch.bfloat16
         and head_size in (64, 128)
         and page_size == PAGE_SIZE
         and num_heads % num_kv == 0
@@ -69,13 +69,7 @@ def candidate_attention(
     num_heads, head_size = q.shape[1:]
     num_kv = k_pages.shape[2]
     group = num_heads // num_kv
-    assert can_attend(
-        q.dtype,
-        num_heads=num_heads,
-        num_kv=num_kv,
-        head_size=head_size,
-        page_size=k_pages.shape[1],
-    )
+    assert can_attend(q, k_pages)
     assert num_splits in SPLITS
     assert num_stages % 2 == 0
     assert all(x.dtype == torch.int32 for x in (table, rows, lengths, first))
