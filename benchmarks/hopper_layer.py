@@ -1,0 +1,342 @@
+"""A layer's kernels of `model/hopper/` one after the other, and when each of them does what.
+
+    python benchmarks/hopper_layer.py            # H100 or H200
+
+24 layers with weights and pages of their own in one CUDA graph, of Qwen2.5-0.5B's shape, 64
+requests of 8 candidates and 1,024 tokens; programmatic dependent launch as in a step.
+
+1. Every kernel of the first layer against fp32.
+2. Microseconds a layer: all; without one kernel; one kernel alone.
+3. The last layer's timeline: marks that are written into the sources note the time (and the
+   cycles since the mark before) in one thread of each block: least, median, most.
+
+Put together from the scripts that gave `experiments.hopper` in results/scorer_h200.json; in this
+form it has been compiled, not run.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
+
+from lenvm.model import kernels  # noqa: E402
+from lenvm.model.hopper import products, runtime  # noqa: E402
+from lenvm.model.hopper.attention import candidate_attention  # noqa: E402
+from lenvm.model.kernel_choices import Choices, LayerShape, choose  # noqa: E402
+from lenvm.model.products import Rows  # noqa: E402
+
+NUM_LAYERS, REQUESTS, MEAN, PREFIX, EPS = 24, 64, 8, 1024, 1e-6
+SHAPE = LayerShape(hidden=896, inner=4864, num_heads=14, num_kv_heads=2, head_size=64)
+NAMES = ("qkv", "attention", "out", "gate_up", "down")
+BLOCKS = 300
+"""Most blocks whose marks are kept."""
+
+
+class Layers:
+    """Inputs of a step's size, and the chain of its kernels."""
+
+    def __init__(self, choices: Choices) -> None:
+        from scorer import draw_counts
+
+        self.choices = choices
+        s, kind = SHAPE, {"device": "cuda", "dtype": torch.bfloat16}
+        self.counts = draw_counts(REQUESTS, MEAN)
+        n = self.num_tokens = sum(self.counts)
+
+        def weights(outputs: int, inputs: int) -> torch.Tensor:
+            return torch.randn(NUM_LAYERS, outputs, inputs, **kind) * inputs**-0.5
+
+        heads = s.num_heads + 2 * s.num_kv_heads
+        self.qkv, self.out = weights(heads * s.head_size, s.hidden), weights(s.hidden, s.hidden)
+        self.gate_up, self.down = weights(2 * s.inner, s.hidden), weights(s.hidden, s.inner)
+        self.bias = torch.randn(heads * s.head_size, **kind)
+        self.norm = torch.rand(s.hidden, **kind) + 0.5
+        self.cos, self.sin = torch.randn(2, n, s.head_size // 2, **kind).repeat(1, 1, 2)
+        columns = PREFIX // 64 + 1
+        kv = s.num_kv_heads, s.head_size
+        self.pages = torch.randn(NUM_LAYERS, 2, REQUESTS * columns + 1, 64, *kv, **kind)
+        order = torch.randperm(REQUESTS * columns, device="cuda") + 1
+        self.table = order.view(REQUESTS, -1).int()
+        self.rows = torch.arange(REQUESTS, device="cuda", dtype=torch.int32)
+        self.lengths = torch.full_like(self.rows, PREFIX)
+        self.first = torch.tensor([0, *self.counts], device="cuda").cumsum(0).int()
+        self.stash = torch.randn(NUM_LAYERS, 2, n, *kv, **kind)
+        self.index = torch.arange(n, device="cuda")
+        self.before = torch.randn(n, s.hidden, device="cuda")
+        self.residual = self.before.clone()
+        self.q = torch.empty(n, s.num_heads, s.head_size, **kind)
+        self.attended, self.activated = torch.empty_like(self.q), torch.empty(n, s.inner, **kind)
+        self.after: dict[str, Rows] = {}
+        for name in ("out", "down"):
+            squares = torch.zeros(s.hidden // choices.tiles[name].BN, n, device="cuda")
+            self.after[name] = Rows(torch.empty(n, s.hidden, **kind), squares)
+
+    def run(self, names: tuple[str, ...] = NAMES, num_layers: int = NUM_LAYERS) -> None:
+        tiles, n = self.choices.tiles, self.num_tokens
+        attention = self.choices.attention
+        programs = REQUESTS * SHAPE.num_kv_heads
+        splits = kernels.next_power_of_2(max(1, attention.waves * 132 // programs) + 1) // 2
+        self.residual.copy_(self.before)
+        rows = Rows(self.after["down"].x)
+        kernels.add_norm(None, self.residual, self.norm, EPS, rows.x)
+        for i in range(num_layers):
+            if "qkv" in names:
+                products.project_qkv(
+                    rows, self.qkv[i], self.bias, self.cos, self.sin, EPS, self.q,
+                    self.stash[i, 0], self.stash[i, 1], self.index, tile=tiles["qkv"],
+                )  # fmt: skip
+            if "attention" in names:
+                candidate_attention(
+                    self.q, self.stash[i, 0], self.stash[i, 1], self.index, self.pages[i, 0],
+                    self.pages[i, 1], self.table, self.rows, self.lengths, self.first,
+                    self.attended, scale=SHAPE.head_size**-0.5, window=None,
+                    max_candidates=2 * MEAN, num_splits=splits, num_stages=attention.stages,
+                    own_is_token=True, pdl=True,
+                )  # fmt: skip
+            about = self.residual, self.norm
+            if "out" in names:
+                x, rows = self.attended.view(n, -1), self.after["out"]
+                products.project_out(x, self.out[i], *about, rows, tile=tiles["out"])
+            if "gate_up" in names:
+                rows, to = self.after["out"], self.activated
+                products.gate_and_up(rows, self.gate_up[i], EPS, to, tile=tiles["gate_up"])
+            if "down" in names:
+                x, rows = self.activated, self.after["down"]
+                products.project_out(x, self.down[i], *about, rows, tile=tiles["down"])
+            rows = self.after["down"]
+
+    def errors(self) -> dict[str, float]:
+        """Of each kernel of the first layer, given what the kernels before it gave."""
+        self.run(num_layers=1)
+        n, norm = self.num_tokens, self.norm.float()
+        num_q, num_kv, size = SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_size
+
+        def normalised(x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * norm
+
+        heads = F.linear(normalised(self.before), self.qkv[0].float(), self.bias.float())
+        heads = heads.view(n, -1, size)
+        a, b = heads[:, : num_q + num_kv].chunk(2, -1)
+        turned = heads[:, : num_q + num_kv] * self.cos.float()[:, None]
+        turned += torch.cat([-b, a], -1) * self.sin.float()[:, None]
+        attended = torch.empty(n, num_q, size, device="cuda")
+        token = 0
+        for r, count in enumerate(self.counts):
+            kv = self.pages[0][:, self.table[r].long()].flatten(1, 2)[:, :PREFIX].float()
+            for _ in range(count):
+                k, v = torch.cat([self.stash[0][:, token : token + 1].float(), kv], 1)
+                q = self.q[token].float().view(num_kv, -1, size)
+                p = (torch.einsum("hgd,thd->hgt", q, k) * size**-0.5).softmax(-1)
+                attended[token] = torch.einsum("hgt,thd->hgd", p, v).flatten(0, 1)
+                token += 1
+        middle = self.before + F.linear(self.attended.float().view(n, -1), self.out[0].float())
+        gate, up = F.linear(normalised(middle), self.gate_up[0].float()).chunk(2, 1)
+        end = middle + F.linear(self.activated.float(), self.down[0].float())
+        pairs = {
+            "q": (self.q, turned[:, :num_q]),
+            "k": (self.stash[0, 0], turned[:, num_q:]),
+            "v": (self.stash[0, 1], heads[:, num_q + num_kv :]),
+            "attention": (self.attended, attended),
+            "out": (self.after["out"].x, middle * norm),
+            "gate_up": (self.activated, F.silu(gate) * up),
+            "down": (self.residual, end),
+        }
+        return {
+            name: float((got.double() - right.double()).norm() / right.double().norm())
+            for name, (got, right) in pairs.items()
+        }
+
+
+def time_us(call: Callable[[], None]) -> float:
+    """Microseconds a layer, the median of a graph's replays."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times = []
+    for _ in range(20):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / NUM_LAYERS)
+    return statistics.median(times[3:])
+
+
+# -- marks -----------------------------------------------------------------------------------------
+
+MARK = f"""
+__device__ u64 marks[{BLOCKS} * 16];
+#define MARK(i) if (threadIdx.x == MARKED && blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * \\
+    blockIdx.z) < {BLOCKS}) {{ u64 now; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); \\
+    u64* to = marks + 16 * (blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z)) + \\
+    2 * (i); to[0] = now; to[1] = clock64(); }}
+extern "C" __global__ void get_marks(u64* to) {{
+    for (int i = threadIdx.x; i < {BLOCKS} * 16; i += blockDim.x) to[i] = marks[i];
+}}
+"""
+MARKS = {
+    "products.cu": {
+        "start": ("    const u32 tiles = (shared", "{}    const u32 tiles = (shared"),
+        "waited": (
+            "wait_for_previous();\n        if (threadIdx.x == 128)",
+            "wait_for_previous();\n{}        if (threadIdx.x == 128)",
+        ),
+        "first tile": (
+            "            const u64 x = describe(first",
+            "            if (block == 0) {{ {} }}\n            const u64 x = describe(first",
+        ),
+        "multiplied": ("        wgmma_wait<0>();\n", "        wgmma_wait<0>();\n{}"),
+        "exchanged": (
+            "if (SPLITS > 1) barrier_wait(exchanged, 0);",
+            "if (SPLITS > 1) barrier_wait(exchanged, 0);\n{}",
+        ),
+    },
+    "attention.cu": {
+        "start": (
+            "    launch_next();\n    if (thread == 0) {",
+            "{}    launch_next();\n    if (thread == 0) {{",
+        ),
+        "waited": ("        wait_for_previous();\n        {", "wait_for_previous();\n{}        {{"),
+        "first scores": (
+            "            settle(scores);\n            if (is_used) {\n",
+            "            settle(scores);\n{}            if (is_used) {{\n",
+        ),
+        "pages seen": (
+            "        // for the merge, while the others end",
+            "{}        // for the merge, while the others end",
+        ),
+        "met": ("    // 8 columns of a row at a time", "{}    // 8 columns of a row at a time"),
+        "end": (
+            "    if (SPLITS > 1) {  // the others may",
+            "{}    if (SPLITS > 1) {{  // the others may",
+        ),
+    },
+}
+"""What each mark is called; where it stands in the source: text, and text with a place for it."""
+
+
+def put_marks(file: str, source: str, definitions: dict[str, int]) -> str:
+    marks, first = (
+        MARKS[file],
+        "constexpr int CONSUMERS" if file == "products.cu" else "constexpr int PAGE",
+    )
+    for number, (old, new) in enumerate(marks.values()):
+        if source.count(old) != 1:
+            raise SystemExit(f"{file} has {source.count(old)} times {old!r}: see MARKS")
+        source = source.replace(old, new.format(f"MARK({number});\n"))
+    # the group that ends the rows of the block, where two share a sum
+    marked = "0"
+    if file == "products.cu":
+        marked = "(128 + 128 * (blockIdx.z & 1))" if definitions["SPLITS"] == 2 else "128"
+        end = source.rindex("    }\n}")
+        source = source[:end] + f"        MARK({len(marks)});\n" + source[end:]
+    return source.replace(first, f"#define MARKED {marked}\n{MARK}{first}", 1)
+
+
+class Marked:
+    """Kernels compiled in here note their marks."""
+
+    def __init__(self) -> None:
+        self.modules: list[tuple[str, dict[str, int], Any]] = []
+
+    def __enter__(self) -> "Marked":
+        from cuda.bindings import driver
+
+        self._build, self._compile = runtime.build_source, runtime.compile_source
+        self._driver, self._load = driver, driver.cuModuleLoadData
+        about: list[tuple[str, dict[str, int]]] = []
+
+        def build(file: str, definitions: Any, products: Any) -> str:
+            return put_marks(file, self._build(file, definitions, products), dict(definitions))
+
+        def compile_source(file: str, definitions: Any, products: Any) -> bytes:
+            about.append((file, dict(definitions)))
+            return self._compile(file, definitions, products)
+
+        def load(image: bytes) -> Any:
+            result = self._load(image)
+            self.modules.append((*about[-1], result[1]))
+            return result
+
+        runtime.build_source, runtime.compile_source = build, compile_source
+        driver.cuModuleLoadData = load
+        runtime._get_kernel.cache_clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        runtime.build_source, runtime.compile_source = self._build, self._compile
+        self._driver.cuModuleLoadData = self._load
+        runtime._get_kernel.cache_clear()
+
+    def show(self) -> None:
+        """The last layer's, kernel by kernel, in nanoseconds from its beginning."""
+        found = []
+        for file, definitions, module in self.modules:
+            if definitions.get("PARTS") == 0 and definitions.get("EPILOGUE") == 0:
+                continue  # the first layer's q/k/v
+            kept = torch.zeros(BLOCKS * 16, dtype=torch.int64, device="cuda")
+            function = runtime._check(self._driver.cuModuleGetFunction(module, b"get_marks"))
+            runtime.Kernel(function, 0, 256, (1, 1, 1)).launch((1, 1, 1), kept, pdl=False)
+            marks = kept.view(BLOCKS, 8, 2).cpu()
+            names = [*MARKS[file], "end"][: 6 if file == "attention.cu" else None]
+            kernel = file.removesuffix(".cu")
+            if file == "products.cu":
+                is_down = definitions["K"] == SHAPE.inner
+                kernel = ("qkv", "down" if is_down else "out", "gate_up")[definitions["EPILOGUE"]]
+            found.append((kernel, names, marks[marks[:, 0, 0] > 0]))
+        found.sort(key=lambda item: int(item[2][:, 0, 0].min()))
+        begin = int(found[0][2][:, 0, 0].median())
+        for kernel, names, marks in found:
+            print(f"{kernel} ({len(marks)} blocks), ns: least, median, most; cycles: median")
+            last = 0
+            for number, name in enumerate(names):
+                at = marks[:, number, 0]
+                if int(at.max()) == 0:
+                    continue  # no such mark in this kind
+                at = at[at > 0] - begin
+                cycles = (marks[:, number, 1] - marks[:, last, 1]).float().median()
+                print(
+                    f"  {name:13} {int(at.min()):8d} {int(at.float().median()):8d}"
+                    f" {int(at.max()):8d}   {int(cycles):7d}"
+                )
+                last = number
+
+
+@torch.inference_mode()
+def main() -> None:
+    torch.manual_seed(0)
+    choices = choose(torch.device("cuda"), SHAPE, REQUESTS * MEAN)
+    if not (choices.attention.hopper and all(t.hopper for t in choices.tiles.values())):
+        raise SystemExit(f"no kernels of hopper/ for {torch.cuda.get_device_name()}: {choices}")
+    print(torch.cuda.get_device_name(), choices)
+    layers = Layers(choices)
+    print({name: f"{error:.2e}" for name, error in layers.errors().items()}, flush=True)
+    print(f"{time_us(layers.run):7.2f} us a layer")
+    for name in NAMES:
+        others = tuple(n for n in NAMES if n != name)
+        without, alone = (
+            time_us(lambda o=others: layers.run(o)),
+            time_us(lambda n=name: layers.run((n,))),
+        )
+        print(f"{without:7.2f} us without {name}, {alone:.2f} us alone", flush=True)
+    for waves in {1, 2}:
+        layers.choices = replace(choices, attention=replace(choices.attention, waves=waves))
+        with Marked() as marked:
+            us = time_us(layers.run)
+            print(f"timeline, {us:.2f} us a layer with marks, attention for {waves} waves")
+            marked.show()
+
+
+if __name__ == "__main__":
+    main()
