@@ -19,7 +19,7 @@ on_hopper = [
 def check_compiles(file, definitions, products):
     """For sm_90a, without a spilled register, and wgmma not one after the other."""
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-    source = build_source(file, sorted(definitions.items()), products)
+    source = build_source(file, sorted(definitions.items()), products.items())
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), 0, None, None)
     options = [
         b"--gpu-architecture=sm_90a", b"--std=c++17", b"--use_fast_math", b"--ptxas-options=-v",

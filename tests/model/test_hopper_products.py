@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from lenvm.model.hopper import products
 from lenvm.model.hopper.products import GATE_UP, OUT, QKV
+from lenvm.model.hopper.runtime import Product
 from lenvm.model.kernel_choices import Tile
 from lenvm.model.products import Rows
 from model.hopper import check_compiles, on_hopper
@@ -158,7 +159,7 @@ class TestGateAndUp:
 )
 def test_they_compile_without_spills(kind, tile, inputs, outputs, num_parts, heads):
     definitions = products.definitions(kind, tile, inputs, outputs, num_parts) | heads
-    check_compiles("products.cu", definitions, [(tile.BN, False)])
+    check_compiles("products.cu", definitions, {"multiply": Product(tile.BN)})
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def _add_norm_kernel(
     total_ptr,
     H: tl.constexpr,
     BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
+    HAS_X: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * H
@@ -256,10 +256,8 @@ def _add_norm_kernel(
             return
     kind = out_ptr.dtype.element_ty
     x = tl.load(residual_ptr + row + offs, mask=mask, other=0.0).to(tl.float32)
-    size = tl.num_programs(0).to(tl.int64) * H
-    for part in tl.static_range(PARTS):
-        x += tl.load(x_ptr + part * size + row + offs, mask=mask, other=0.0).to(tl.float32)
-    if PARTS > 0:
+    if HAS_X:
+        x += tl.load(x_ptr + row + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(residual_ptr + row + offs, x, mask=mask)
     norm = x * tl.rsqrt(tl.sum(x * x, 0) / H + eps)
     out = norm.to(kind).to(tl.float32) * weight
@@ -277,10 +275,8 @@ def add_norm(
 ) -> None:
     """residual += x (where given), out = RMSNorm(residual) * weight; all [N, H], residual fp32.
 
-    x may be parts of a sum, [P, N, H]. total [1] int32: rows from there on are left as they are;
-    None: there are N."""
+    total [1] int32: rows from there on are left as they are; None: there are N."""
     num_tokens, size = residual.shape
-    num_parts = 0 if x is None else 1 if x.dim() == 2 else x.shape[0]
     _add_norm_kernel[(num_tokens,)](
         residual if x is None else x,
         residual,
@@ -290,7 +286,7 @@ def add_norm(
         total,
         H=size,
         BLOCK=next_power_of_2(size),
-        PARTS=num_parts,
+        HAS_X=x is not None,
         PDL=pdl,
         num_warps=4 if size <= 2048 else 8,
         **launch_options(pdl),

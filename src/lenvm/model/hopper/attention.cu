@@ -1,7 +1,8 @@
 // Attention of candidates over their request's prefix, page by page, and themselves.
 //
 // Definitions: D (head size: 64 or 128), G (query heads of a key head), HKV, STAGES (pages on their
-// way), SPLITS (blocks of a cluster), UNITS (of a block: 1 or 2), HAS_WINDOW, OWN_IS_TOKEN.
+// way), SPLITS (blocks of a cluster), UNITS (of a block: 1 or 2), HAS_WINDOW, OWN_IS_TOKEN;
+// multiply_keys and multiply_values.
 //
 // A unit is up to 128 query rows (candidates x G) of one request and key head. 256 threads of each
 // block of a cluster serve it: they take every SPLITS-th page. Two groups of 128 of them compute:
@@ -48,28 +49,6 @@ constexpr bool READS_FIRST = D == 128 || SPLITS < 8;
 constexpr float SLACK = 8;
 
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
-
-// d [64, 64] (+)= A [64, 16] in registers @ B [64, 16]^T
-DEVICE void multiply_keys(float (&d)[32], const u32 (&a)[4], u64 b, int more) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-          "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),
-          "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),
-          "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
-}
-
-#if D == 64
-#define multiply_values wgmma_rt_64
-#else
-#define multiply_values wgmma_rt_128
-#endif
 
 DEVICE float max4(float x) {  // of the four lanes that share a row
     x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lenvm.model.hopper.runtime import SHARED_BYTES, build_map, get_kernel
+from lenvm.model.hopper.runtime import SHARED_BYTES, Product, build_map, get_kernel
 
 LOG2_E = 1.4426950408889634
 PAGE_SIZE = 64
@@ -149,9 +149,12 @@ def num_multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def products(head_size: int) -> list[tuple[int, bool]]:
-    """The shared wgmma that it issues, as `get_kernel` takes them."""
-    return [(head_size, True)]
+def products(head_size: int) -> dict[str, Product]:
+    """What it multiplies: queries by the keys of a page, weights by their values."""
+    return {
+        "multiply_keys": Product(PAGE_SIZE, a_in_registers=True),
+        "multiply_values": Product(head_size, a_in_registers=True, b_transposed=True),
+    }
 
 
 def count_slots(num_multiprocessors: int, num_splits: int) -> int:

@@ -35,17 +35,6 @@ DEVICE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// The same barrier of another block of the cluster. Not a release at cluster scope, which costs a
-// fence of all memory each time: whoever waits must not read what ordinary stores wrote.
-DEVICE void barrier_arrive_at(u32 barrier, u32 block) {
-    asm volatile(
-        "{\n.reg .b32 there;\n"
-        "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
-        "r"(block)
-        : "memory");
-}
-
 // Until the phase of that parity is over: 0 for the first. A fresh barrier counts as past phase 1.
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
     asm volatile(
@@ -67,11 +56,6 @@ DEVICE void cluster_arrive_relaxed() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-DEVICE u32 cluster_rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
 
 // -- the tensor copy engine ---------------------------------------------------------------------------
 
@@ -85,15 +69,6 @@ DEVICE void load_box(u32 to, const TensorMap* map, u32 barrier, int c, int r) {
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
         "l"(map), "r"(barrier), "r"(c), "r"(r)
-        : "memory");
-}
-
-// The same, to that place of every block of the cluster that `mask` names, and to its barrier.
-DEVICE void load_box_for_all(u32 to, const TensorMap* map, u32 barrier, int c, int r, u16 mask) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-        "l"(map), "r"(barrier), "r"(c), "r"(r), "h"(mask)
         : "memory");
 }
 

@@ -6,7 +6,8 @@
 // num_real: tokens from there on are padding, whose tiles end at once; null: there is none.
 // PARTS > 0: X is such an `out`; its rows' squares come in PARTS parts.
 // SPLITS blocks of a cluster (EPILOGUE 1) share the sum over K and each ends a share of the rows.
-// One thread fetches; each of BM / 64 warpgroups multiplies 64 rows. BLOCKS fit a multiprocessor.
+// One thread fetches; each of BM / 64 warpgroups multiplies 64 rows (`multiply`). BLOCKS fit a
+// multiprocessor.
 
 constexpr int CONSUMERS = BM / 64;
 constexpr int BK = 64;  // 128 bytes: a row of a swizzled tile
@@ -110,45 +111,43 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
         float2 before[2][BN / 8];
         u32 weights[BN / 8];
 #endif
-        {
 #if PARTS > 0
 #pragma unroll
-            for (int i = 0; i < 2; i++)
+        for (int i = 0; i < 2; i++)
 #pragma unroll
-                for (int j = 0; j < (PARTS + 3) / 4; j++)
-                    part_of_square[i][j] = t + 4 * j < PARTS && row + 8 * i < num_tokens
-                                               ? squares[(t + 4 * j) * num_tokens + row + 8 * i]
-                                               : 0.0f;
+            for (int j = 0; j < (PARTS + 3) / 4; j++)
+                part_of_square[i][j] = t + 4 * j < PARTS && row + 8 * i < num_tokens
+                                           ? squares[(t + 4 * j) * num_tokens + row + 8 * i]
+                                           : 0.0f;
 #endif
 #if EPILOGUE == 0
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int own = row + 8 * i < num_tokens ? row + 8 * i : num_tokens - 1;
-                place[i] = index[own];
+        for (int i = 0; i < 2; i++) {
+            const int own = row + 8 * i < num_tokens ? row + 8 * i : num_tokens - 1;
+            place[i] = index[own];
 #pragma unroll
-                for (int quad = 0; quad < HALF / 4; quad++) {
-                    all_cos[i][quad] = ((const uint4*)cos)[own * (BN / 8) + 4 * quad + t];
-                    all_sin[i][quad] = ((const uint4*)sin)[own * (BN / 8) + 4 * quad + t];
-                }
+            for (int quad = 0; quad < HALF / 4; quad++) {
+                all_cos[i][quad] = ((const uint4*)cos)[own * (BN / 8) + 4 * quad + t];
+                all_sin[i][quad] = ((const uint4*)sin)[own * (BN / 8) + 4 * quad + t];
             }
-#pragma unroll
-            for (int j = 0; j < 2 * HALF; j++)
-                biases[j] = HAS_BIAS ? bias[head * (BN / 2) + 4 * j + t] : 0;
-#elif EPILOGUE == 1
-            if (is_mine) {
-#pragma unroll
-                for (int j = 0; j < BN / 8; j++) {
-                    const int column = column_tile * BN + 8 * j + 2 * t;
-                    weights[j] = *(const u32*)(norm + column);
-#pragma unroll
-                    for (int i = 0; i < 2; i++)
-                        if (row + 8 * i < num_tokens)
-                            before[i][j] = *(const float2*)(
-                                residual + (long long)(row + 8 * i) * OUTPUTS + column);
-                }
-            }
-#endif
         }
+#pragma unroll
+        for (int j = 0; j < 2 * HALF; j++)
+            biases[j] = HAS_BIAS ? bias[head * (BN / 2) + 4 * j + t] : 0;
+#elif EPILOGUE == 1
+        if (is_mine) {
+#pragma unroll
+            for (int j = 0; j < BN / 8; j++) {
+                const int column = column_tile * BN + 8 * j + 2 * t;
+                weights[j] = *(const u32*)(norm + column);
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    if (row + 8 * i < num_tokens)
+                        before[i][j] = *(const float2*)(
+                            residual + (long long)(row + 8 * i) * OUTPUTS + column);
+            }
+        }
+#endif
         float acc[BN / 2];
 #if EPILOGUE == 2
         float up[BN / 2];
@@ -162,9 +161,9 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
             wgmma_fence();
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                WGMMA(acc, x + 2 * i, w + 2 * i, block | i);
+                multiply(acc, x + 2 * i, w + 2 * i, block | i);
 #if EPILOGUE == 2
-                WGMMA(up, x + 2 * i, w + BN * 8 + 2 * i, block | i);
+                multiply(up, x + 2 * i, w + BN * 8 + 2 * i, block | i);
 #endif
             }
             wgmma_commit();
@@ -246,8 +245,8 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
                 u32 block[4];
 #pragma unroll
                 for (int j = 0; j < 4; j += 2) {
-                    // g / (1 + exp(-g)) * u; one division for four, which is not even slightly wrong:
-                    // where exp is cut off, at 2^30, the result is below 1e-7
+                    // g / (1 + exp(-g)) * u; one division for four, so exp ends at 2^30: where it is
+                    // more, a billionth of g u is left in place of less
                     float gu[4], e[4];
 #pragma unroll
                     for (int n = 0; n < 4; n++) {

@@ -11,7 +11,7 @@ size, T column tiles of a `project_out`.
 
 from torch import Tensor
 
-from lenvm.model.hopper.runtime import SHARED_BYTES, Kernel, build_map, get_kernel
+from lenvm.model.hopper.runtime import SHARED_BYTES, Product, build_map, get_kernel
 from lenvm.model.kernel_choices import Tile
 from lenvm.model.products import Rows
 
@@ -109,10 +109,10 @@ def _launch(
     num_outputs = weight.shape[0] // (2 if kind == GATE_UP else 1)
     num_parts = 0 if rows.squares is None else rows.squares.shape[0]
     splits = tile.splits if kind == OUT else 1
-    kernel: Kernel = get_kernel(
+    kernel = get_kernel(
         "products.cu",
         definitions(kind, tile, num_inputs, num_outputs, num_parts) | own_definitions,
-        [(tile.BN, False)],
+        {"multiply": Product(tile.BN)},
         shared_bytes=_shared_bytes(kind, tile),
         num_threads=128 + 2 * tile.BM,
         cluster=(1, 1, splits),

@@ -37,6 +37,16 @@ def _has_bindings() -> bool:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A wgmma: d [64, columns] (+)= A [64, 16] @ B [16, columns], fp32 sums of bf16."""
+
+    columns: int
+    a_in_registers: bool = False
+    b_transposed: bool = False
+    """B lies as rows of its first index: values, whose rows are keys."""
+
+
+@dataclass(frozen=True)
 class Kernel:
     function: Any
     shared_bytes: int
@@ -46,8 +56,8 @@ class Kernel:
 
     def launch(self, grid: tuple[int, int, int], *arguments: Any, pdl: bool = True) -> None:
         """arguments: None (a null pointer), tensors (their address), ints (32 bits), floats (fp32),
-        ctypes structures, tensor maps. pdl: start while the kernel before still ends; that kernel,
-        and every one after, waits."""
+        tensor maps. pdl: start while the kernel before still ends; the kernel itself waits for
+        that before it reads what others wrote."""
         from cuda.bindings import driver
 
         config = driver.CUlaunchConfig()
@@ -80,8 +90,6 @@ def _hold(argument: Any) -> tuple[int, Any]:
     value: Any
     if argument is None or isinstance(argument, Tensor):
         value = ctypes.c_uint64(0 if argument is None else argument.data_ptr())
-    elif isinstance(argument, ctypes.Structure):
-        value = argument
     elif isinstance(argument, int):
         value = ctypes.c_int32(argument)
     elif isinstance(argument, float):
@@ -91,9 +99,9 @@ def _hold(argument: Any) -> tuple[int, Any]:
     return ctypes.addressof(value), value
 
 
-def build_map(tensor: Tensor, rows: int, columns: int = 64) -> Any:
-    """Descriptor of boxes of `rows` x `columns` of a bf16 tensor [R, C], swizzled by 128 bytes
-    (columns is 64); what is outside of the tensor comes as 0."""
+def build_map(tensor: Tensor, rows: int) -> Any:
+    """Descriptor of boxes of `rows` x 64 of a bf16 tensor [R, C], swizzled by 128 bytes; what is
+    outside of the tensor comes as 0."""
     from cuda.bindings import driver
 
     assert tensor.dim() == 2
@@ -107,7 +115,7 @@ def build_map(tensor: Tensor, rows: int, columns: int = 64) -> Any:
             tensor.data_ptr(),
             size,
             [driver.cuuint64_t(tensor.stride(0) * tensor.element_size())],
-            [driver.cuuint32_t(columns), driver.cuuint32_t(rows)],
+            [driver.cuuint32_t(64), driver.cuuint32_t(rows)],
             [driver.cuuint32_t(1), driver.cuuint32_t(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
@@ -120,18 +128,17 @@ def build_map(tensor: Tensor, rows: int, columns: int = 64) -> Any:
 def get_kernel(
     file: str,
     definitions: Mapping[str, int],
-    products: Sequence[tuple[int, bool]],
+    products: Mapping[str, Product],
     *,
     shared_bytes: int,
     num_threads: int,
     cluster: tuple[int, int, int] = (1, 1, 1),
 ) -> Kernel:
-    """The kernel `run` of a source file. products: (columns, whether A lies in registers and B is
-    transposed) of each wgmma that it issues."""
+    """The kernel `run` of a source file. products: what it calls the wgmma that it issues."""
     return _get_kernel(
         file,
         tuple(sorted(definitions.items())),
-        tuple(products),
+        tuple(products.items()),
         shared_bytes,
         num_threads,
         cluster,
@@ -143,7 +150,7 @@ def get_kernel(
 def _get_kernel(
     file: str,
     definitions: tuple[tuple[str, int], ...],
-    products: tuple[tuple[int, bool], ...],
+    products: tuple[tuple[str, Product], ...],
     shared_bytes: int,
     num_threads: int,
     cluster: tuple[int, int, int],
@@ -161,13 +168,12 @@ def _get_kernel(
 def build_source(
     file: str,
     definitions: Sequence[tuple[str, int]],
-    products: Sequence[tuple[int, bool]],
+    products: Sequence[tuple[str, Product]],
 ) -> str:
     """One self-contained CUDA C++ source."""
     parts = [f"#define {name} {value}" for name, value in definitions]
     parts += [(FOLDER / "common.cuh").read_text()]
-    parts += [_write_wgmma(columns, registers) for columns, registers in products]
-    parts += [f"#define WGMMA wgmma_{products[0][0]}"]
+    parts += [_write_product(*product) for product in products]
     parts += [(FOLDER / file).read_text()]
     return "\n".join(parts)
 
@@ -175,7 +181,7 @@ def build_source(
 def compile_source(
     file: str,
     definitions: Sequence[tuple[str, int]],
-    products: Sequence[tuple[int, bool]],
+    products: Sequence[tuple[str, Product]],
 ) -> bytes:
     """Its machine code for sm_90a: half a second."""
     from cuda.bindings import nvrtc
@@ -193,26 +199,27 @@ def compile_source(
     return bytes(machine_code)
 
 
-def _write_wgmma(columns: int, registers: bool) -> str:
-    """`wgmma_<columns>` adds A [64, 16] @ B [16, columns] to fp32 d; A and B by descriptors, or
-    (`wgmma_rt_<columns>`) A in four registers and B transposed."""
-    count = columns // 2
+def _write_product(name: str, product: Product) -> str:
+    """A function of that name: d (fp32 fragments), A (a descriptor or four registers), B (a
+    descriptor), and whether to add to d or to replace it."""
+    count = product.columns // 2
     outs = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    if registers:
+    transposed = int(product.b_transposed)
+    if product.a_in_registers:
         a = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
-        head = f"wgmma_rt_{columns}(float (&d)[{count}], const u32 (&a)[4], u64 b, int more)"
+        head = f"{name}(float (&d)[{count}], const u32 (&a)[4], u64 b, int more)"
         inputs = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more)'
-        b, more, flags = f"%{count + 4}", f"%{count + 5}", "1, 1, 1"
+        b, more, flags = f"%{count + 4}", f"%{count + 5}", f"1, 1, {transposed}"
     else:
         a = f"%{count}"
-        head = f"wgmma_{columns}(float (&d)[{count}], u64 a, u64 b, int more)"
+        head = f"{name}(float (&d)[{count}], u64 a, u64 b, int more)"
         inputs = '"l"(a), "l"(b), "r"(more)'
-        b, more, flags = f"%{count + 1}", f"%{count + 2}", "1, 1, 0, 0"
+        b, more, flags = f"%{count + 1}", f"%{count + 2}", f"1, 1, 0, {transposed}"
     return (
-        f"// more: add to d, else replace it\nDEVICE void {head} {{\n"
+        f"DEVICE void {head} {{\n"
         f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, {more}, 0;\\n"\n'
-        f'        "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "\n'
+        f'        "wgmma.mma_async.sync.aligned.m64n{product.columns}k16.f32.bf16.bf16 "\n'
         f'        "{{{outs}}}, {a}, {b}, p, {flags};\\n}}"\n'
         f"        : {operands} : {inputs});\n}}\n"
     )
