@@ -219,10 +219,7 @@ class Places:
                 yield tile, lambda i, tile=tile: fused(i, tile)
 
     def _attend(self, choice: AttentionChoice) -> Callable[[int], Any]:
-        units = 132
-        programs = self.batch * self.num_kv
-        splits = kernels.next_power_of_2(max(1, choice.waves * units // programs) + 1) // 2
-        splits = max(1, min(splits, 32, self.table.shape[1]))
+        splits = self._count_splits(choice)
         scratch = (
             torch.empty(splits, self.tokens, self.heads, self.size, device=self.q.device),
             torch.empty(splits, self.tokens, self.heads, device=self.q.device),
@@ -240,16 +237,18 @@ class Places:
 
         return attend
 
+    def _count_splits(self, choice: AttentionChoice) -> int:
+        return choice.count_splits(self.batch * self.num_kv, 132, self.table.shape[1])
+
     def _attend_on_hopper(self, choice: AttentionChoice) -> Callable[[int], Any]:
-        programs = self.batch * self.num_kv
-        splits = kernels.next_power_of_2(max(1, choice.waves * 132 // programs) + 1) // 2
+        splits = self._count_splits(choice)
 
         def attend(i: int) -> None:
             hopper_attention.candidate_attention(
                 self.q, self.stash[i, 0], self.stash[i, 1], self.places, self.data[i, 0],
                 self.data[i, 1], self.table, self.row_ids, self.lengths, self.first,
                 self.attended, scale=self.size**-0.5, window=None, max_candidates=self.width,
-                num_splits=min(splits, 8), num_stages=choice.stages, own_is_token=True, pdl=True,
+                num_splits=splits, num_stages=choice.stages, own_is_token=True, pdl=True,
             )  # fmt: skip
 
         return attend

@@ -1,5 +1,6 @@
 """Which kernels a step runs: what the file says of that GPU and shape, else the plain ones."""
 
+import itertools
 import json
 
 import pytest
@@ -55,6 +56,16 @@ def test_the_nearest_measurement_within_twice_counts(measured, num_tokens, expec
 @pytest.mark.parametrize(("num_tokens", "expected"), [(16, PLAIN), (128, TRIMMED), (512, TRIMMED)])
 def test_trimmed_kernels_have_records_of_their_own(measured, num_tokens, expected):
     assert choose(CPU, SHAPE, num_tokens, trims=True) == expected
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_prefixes_are_cut_into_a_power_of_two(hopper):
+    for programs, waves, most in itertools.product((1, 2, 7, 128, 999), (1, 2, 4), (1, 3, 5, 100)):
+        choice = AttentionChoice(waves=waves, hopper=hopper)
+        splits = choice.count_splits(programs, 132, most)
+        room = max(1, min(waves * 132 // programs, most, 8 if hopper else 32))
+        assert splits & splits - 1 == 0
+        assert room / 2 < splits <= room
 
 
 def test_a_proposal_is_taken_to_be_measured_only(measured, monkeypatch):

@@ -120,7 +120,7 @@ class CudaCandidates(_StoreFirst):
                 scale=scale,
                 window=window,
                 max_candidates=self.max_candidates,
-                num_splits=min(self.num_splits, hopper.SPLITS[-1]),
+                num_splits=self.num_splits,
                 num_stages=self.choices.attention.stages,
                 own_is_token=self.stash is not None,
                 pdl=self.choices.pdl,

@@ -30,9 +30,6 @@ from lenvm.model.kernels import NO_ROW
 from lenvm.model.kv_pages import KVPages
 from lenvm.model.torch_runner import Head
 
-MAX_SPLITS = 32
-"""Most parts that one request's prefix is read in."""
-
 
 @dataclass(frozen=True)
 class Bucket:
@@ -279,19 +276,15 @@ class CudaRunner:
             index=(self._slots if bucket.single else self._places)[:count],
             stash=None if bucket.single else self._stash,
             max_candidates=bucket.width,
-            num_splits=self._choose_splits(bucket, choices.attention.waves),
+            num_splits=choices.attention.count_splits(
+                bucket.num_rows * self.cache.data.shape[4], self._num_units, self.cache.max_columns
+            ),
             count=self._count,
             choices=choices,
             total=self._first[-1:] if choices.trims else None,
         )
         hidden = self._forward(self._tokens[:count], self._positions[:count], plan)
         return hidden if self.head is None else self.head(hidden)
-
-    def _choose_splits(self, bucket: Bucket, waves: int) -> int:
-        """Parts of each prefix, so that the programs fill the GPU about `waves` times."""
-        programs = bucket.num_rows * self.cache.data.shape[4]
-        splits = kernels.next_power_of_2(max(1, waves * self._num_units // programs) + 1) // 2
-        return max(1, min(splits, MAX_SPLITS, self.cache.max_columns))
 
     # -- host and device --------------------------------------------------------------------------
 

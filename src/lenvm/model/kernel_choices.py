@@ -17,6 +17,10 @@ from typing import Any
 import torch
 
 PATH = Path(__file__).with_suffix(".json")
+MAX_SPLITS = 32
+"""Most parts that one request's prefix is read in."""
+MAX_CLUSTER = 8
+"""The same where the parts' blocks are a cluster: what every GPU that has them allows."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,12 @@ class AttentionChoice:
     """The split that ends last merges them, in place of a second kernel."""
     hopper: bool = False
     """The kernel of `hopper/`, where a block takes 128 query rows and merges splits by itself."""
+
+    def count_splits(self, num_programs: int, num_units: int, most: int) -> int:
+        """Parts of each prefix, a power of two, so that the programs fill a GPU of `num_units`
+        multiprocessors about `waves` times; at most `most`."""
+        most = min(most, MAX_CLUSTER if self.hopper else MAX_SPLITS)
+        return 1 << max(1, min(self.waves * num_units // num_programs, most)).bit_length() - 1
 
 
 @dataclass(frozen=True)

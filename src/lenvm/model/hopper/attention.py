@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lenvm.model.hopper.runtime import SHARED_BYTES, Product, build_map, get_kernel
+from lenvm.model.kernel_choices import MAX_CLUSTER
 
 LOG2_E = 1.4426950408889634
 PAGE_SIZE = 64
@@ -19,7 +20,7 @@ NUM_THREADS = 256
 """Threads of a block for each of its units."""
 MAX_RANKED, MAX_TILES = 256, 64
 """Most requests, and tiles of one, that are ranked by their number of candidates."""
-SPLITS = (1, 2, 4, 8)
+SPLITS = (1, 2, 4, MAX_CLUSTER)
 
 
 def can_attend(q: Tensor, k_pages: Tensor) -> bool:
