@@ -14,9 +14,7 @@ Put together from the scripts that gave `experiments.hopper` in results/scorer_h
 form it has been compiled, not run.
 """
 
-import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,9 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 from lenvm.model import kernels  # noqa: E402
 from lenvm.model.hopper import products, runtime  # noqa: E402
-from lenvm.model.hopper.attention import candidate_attention  # noqa: E402
 from lenvm.model.kernel_choices import Choices, LayerShape, choose  # noqa: E402
 from lenvm.model.products import Rows  # noqa: E402
+from scorer_kernels import Places, time_us  # noqa: E402
 
 NUM_LAYERS, REQUESTS, MEAN, PREFIX, EPS = 24, 64, 8, 1024, 1e-6
 SHAPE = LayerShape(hidden=896, inner=4864, num_heads=14, num_kv_heads=2, head_size=64)
@@ -41,83 +39,58 @@ BLOCKS = 300
 
 
 class Layers:
-    """Inputs of a step's size, and the chain of its kernels."""
+    """The chain of a step's kernels, over the tuner's inputs."""
 
-    def __init__(self, choices: Choices) -> None:
-        from scorer import draw_counts
-
-        self.choices = choices
-        s, kind = SHAPE, {"device": "cuda", "dtype": torch.bfloat16}
-        self.counts = draw_counts(REQUESTS, MEAN)
-        n = self.num_tokens = sum(self.counts)
-
-        def weights(outputs: int, inputs: int) -> torch.Tensor:
-            return torch.randn(NUM_LAYERS, outputs, inputs, **kind) * inputs**-0.5
-
+    def __init__(self, choices: Choices, device: str = "cuda") -> None:
+        self.choices, s = choices, SHAPE
+        self.places = p = Places("0.5b", REQUESTS, MEAN, PREFIX, NUM_LAYERS, device)
         heads = s.num_heads + 2 * s.num_kv_heads
-        self.qkv, self.out = weights(heads * s.head_size, s.hidden), weights(s.hidden, s.hidden)
-        self.gate_up, self.down = weights(2 * s.inner, s.hidden), weights(s.hidden, s.inner)
-        self.bias = torch.randn(heads * s.head_size, **kind)
-        self.norm = torch.rand(s.hidden, **kind) + 0.5
-        self.cos, self.sin = torch.randn(2, n, s.head_size // 2, **kind).repeat(1, 1, 2)
-        columns = PREFIX // 64 + 1
-        kv = s.num_kv_heads, s.head_size
-        self.pages = torch.randn(NUM_LAYERS, 2, REQUESTS * columns + 1, 64, *kv, **kind)
-        order = torch.randperm(REQUESTS * columns, device="cuda") + 1
-        self.table = order.view(REQUESTS, -1).int()
-        self.rows = torch.arange(REQUESTS, device="cuda", dtype=torch.int32)
-        self.lengths = torch.full_like(self.rows, PREFIX)
-        self.first = torch.tensor([0, *self.counts], device="cuda").cumsum(0).int()
-        self.stash = torch.randn(NUM_LAYERS, 2, n, *kv, **kind)
-        self.index = torch.arange(n, device="cuda")
-        self.before = torch.randn(n, s.hidden, device="cuda")
-        self.residual = self.before.clone()
-        self.q = torch.empty(n, s.num_heads, s.head_size, **kind)
-        self.attended, self.activated = torch.empty_like(self.q), torch.empty(n, s.inner, **kind)
+        self.qkv, self.out = p.weights(heads * s.head_size, s.hidden), p.weights(s.hidden, s.hidden)
+        self.gate_up, self.down = p.weights(2 * s.inner, s.hidden), p.weights(s.hidden, s.inner)
+        self.bias = torch.randn(heads * s.head_size, **p.kind)
+        for turn in (p.cos, p.sin):  # halves are equal
+            turn[:, s.head_size // 2 :] = turn[:, : s.head_size // 2]
+        self.before = p.residual.clone()
         self.after: dict[str, Rows] = {}
         for name in ("out", "down"):
-            squares = torch.zeros(s.hidden // choices.tiles[name].BN, n, device="cuda")
-            self.after[name] = Rows(torch.empty(n, s.hidden, **kind), squares)
+            squares = torch.zeros(s.hidden // choices.tiles[name].BN, p.tokens, device=device)
+            self.after[name] = Rows(torch.empty_like(p.y), squares)
 
     def run(self, names: tuple[str, ...] = NAMES, num_layers: int = NUM_LAYERS) -> None:
-        tiles, n = self.choices.tiles, self.num_tokens
-        attention = self.choices.attention
-        programs = REQUESTS * SHAPE.num_kv_heads
-        splits = kernels.next_power_of_2(max(1, attention.waves * 132 // programs) + 1) // 2
-        self.residual.copy_(self.before)
+        p, tiles = self.places, self.choices.tiles
+        attend = p._attend_on_hopper(self.choices.attention)
+        p.residual.copy_(self.before)
         rows = Rows(self.after["down"].x)
-        kernels.add_norm(None, self.residual, self.norm, EPS, rows.x)
+        kernels.add_norm(None, p.residual, p.norm, EPS, rows.x)
         for i in range(num_layers):
             if "qkv" in names:
                 products.project_qkv(
-                    rows, self.qkv[i], self.bias, self.cos, self.sin, EPS, self.q,
-                    self.stash[i, 0], self.stash[i, 1], self.index, tile=tiles["qkv"],
+                    rows, self.qkv[i], self.bias, p.cos, p.sin, EPS, p.q, p.stash[i, 0],
+                    p.stash[i, 1], p.places, tile=tiles["qkv"],
                 )  # fmt: skip
             if "attention" in names:
-                candidate_attention(
-                    self.q, self.stash[i, 0], self.stash[i, 1], self.index, self.pages[i, 0],
-                    self.pages[i, 1], self.table, self.rows, self.lengths, self.first,
-                    self.attended, scale=SHAPE.head_size**-0.5, window=None,
-                    max_candidates=2 * MEAN, num_splits=splits, num_stages=attention.stages,
-                    own_is_token=True, pdl=True,
-                )  # fmt: skip
-            about = self.residual, self.norm
+                attend(i)
+            about = p.residual, p.norm
             if "out" in names:
-                x, rows = self.attended.view(n, -1), self.after["out"]
+                x, rows = p.attended.flatten(1), self.after["out"]
                 products.project_out(x, self.out[i], *about, rows, tile=tiles["out"])
             if "gate_up" in names:
-                rows, to = self.after["out"], self.activated
-                products.gate_and_up(rows, self.gate_up[i], EPS, to, tile=tiles["gate_up"])
+                rows, tile = self.after["out"], tiles["gate_up"]
+                products.gate_and_up(rows, self.gate_up[i], EPS, p.activated, tile=tile)
             if "down" in names:
-                x, rows = self.activated, self.after["down"]
+                x, rows = p.activated, self.after["down"]
                 products.project_out(x, self.down[i], *about, rows, tile=tiles["down"])
             rows = self.after["down"]
+
+    def time_us(self, names: tuple[str, ...] = NAMES) -> float:
+        """Microseconds a layer."""
+        return time_us(lambda _: self.run(names), 1) / NUM_LAYERS
 
     def errors(self) -> dict[str, float]:
         """Of each kernel of the first layer, given what the kernels before it gave."""
         self.run(num_layers=1)
-        n, norm = self.num_tokens, self.norm.float()
-        num_q, num_kv, size = SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_size
+        p, norm = self.places, self.places.norm.float()
+        n, num_q, num_kv, size = p.tokens, SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_size
 
         def normalised(x: torch.Tensor) -> torch.Tensor:
             return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * norm
@@ -125,52 +98,33 @@ class Layers:
         heads = F.linear(normalised(self.before), self.qkv[0].float(), self.bias.float())
         heads = heads.view(n, -1, size)
         a, b = heads[:, : num_q + num_kv].chunk(2, -1)
-        turned = heads[:, : num_q + num_kv] * self.cos.float()[:, None]
-        turned += torch.cat([-b, a], -1) * self.sin.float()[:, None]
-        attended = torch.empty(n, num_q, size, device="cuda")
-        token = 0
-        for r, count in enumerate(self.counts):
-            kv = self.pages[0][:, self.table[r].long()].flatten(1, 2)[:, :PREFIX].float()
-            for _ in range(count):
-                k, v = torch.cat([self.stash[0][:, token : token + 1].float(), kv], 1)
-                q = self.q[token].float().view(num_kv, -1, size)
-                p = (torch.einsum("hgd,thd->hgt", q, k) * size**-0.5).softmax(-1)
-                attended[token] = torch.einsum("hgt,thd->hgd", p, v).flatten(0, 1)
-                token += 1
-        middle = self.before + F.linear(self.attended.float().view(n, -1), self.out[0].float())
+        turned = heads[:, : num_q + num_kv] * p.cos.float()[:, None]
+        turned += torch.cat([-b, a], -1) * p.sin.float()[:, None]
+        attended = torch.empty_like(p.q, dtype=torch.float32)
+        first = p.first.tolist()
+        for r in range(REQUESTS):
+            kv = p.data[0][:, p.table[r].long()].flatten(1, 2)[:, :PREFIX].float()
+            for token in range(first[r], first[r + 1]):
+                k, v = torch.cat([p.stash[0][:, token : token + 1].float(), kv], 1)
+                q = p.q[token].float().view(num_kv, -1, size)
+                weights = (torch.einsum("hgd,thd->hgt", q, k) * size**-0.5).softmax(-1)
+                attended[token] = torch.einsum("hgt,thd->hgd", weights, v).flatten(0, 1)
+        middle = self.before + F.linear(p.attended.float().flatten(1), self.out[0].float())
         gate, up = F.linear(normalised(middle), self.gate_up[0].float()).chunk(2, 1)
-        end = middle + F.linear(self.activated.float(), self.down[0].float())
+        end = middle + F.linear(p.activated.float(), self.down[0].float())
         pairs = {
-            "q": (self.q, turned[:, :num_q]),
-            "k": (self.stash[0, 0], turned[:, num_q:]),
-            "v": (self.stash[0, 1], heads[:, num_q + num_kv :]),
-            "attention": (self.attended, attended),
+            "q": (p.q, turned[:, :num_q]),
+            "k": (p.stash[0, 0], turned[:, num_q:]),
+            "v": (p.stash[0, 1], heads[:, num_q + num_kv :]),
+            "attention": (p.attended, attended),
             "out": (self.after["out"].x, middle * norm),
-            "gate_up": (self.activated, F.silu(gate) * up),
-            "down": (self.residual, end),
+            "gate_up": (p.activated, F.silu(gate) * up),
+            "down": (p.residual, end),
         }
         return {
             name: float((got.double() - right.double()).norm() / right.double().norm())
             for name, (got, right) in pairs.items()
         }
-
-
-def time_us(call: Callable[[], None]) -> float:
-    """Microseconds a layer, the median of a graph's replays."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    times = []
-    for _ in range(20):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / NUM_LAYERS)
-    return statistics.median(times[3:])
 
 
 # -- marks -----------------------------------------------------------------------------------------
@@ -315,6 +269,8 @@ class Marked:
 
 @torch.inference_mode()
 def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("this measures kernels of Hopper GPUs; there is no CUDA device here")
     torch.manual_seed(0)
     choices = choose(torch.device("cuda"), SHAPE, REQUESTS * MEAN)
     if not (choices.attention.hopper and all(t.hopper for t in choices.tiles.values())):
@@ -322,18 +278,14 @@ def main() -> None:
     print(torch.cuda.get_device_name(), choices)
     layers = Layers(choices)
     print({name: f"{error:.2e}" for name, error in layers.errors().items()}, flush=True)
-    print(f"{time_us(layers.run):7.2f} us a layer")
+    print(f"{layers.time_us():7.2f} us a layer")
     for name in NAMES:
-        others = tuple(n for n in NAMES if n != name)
-        without, alone = (
-            time_us(lambda o=others: layers.run(o)),
-            time_us(lambda n=name: layers.run((n,))),
-        )
-        print(f"{without:7.2f} us without {name}, {alone:.2f} us alone", flush=True)
-    for waves in {1, 2}:
+        without = layers.time_us(tuple(n for n in NAMES if n != name))
+        print(f"{without:7.2f} us without {name}, {layers.time_us((name,)):.2f} alone", flush=True)
+    for waves in (1, 2):
         layers.choices = replace(choices, attention=replace(choices.attention, waves=waves))
         with Marked() as marked:
-            us = time_us(layers.run)
+            us = layers.time_us()
             print(f"timeline, {us:.2f} us a layer with marks, attention for {waves} waves")
             marked.show()
 

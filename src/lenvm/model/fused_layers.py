@@ -104,6 +104,8 @@ class FusedLayers:
                 outputs = sizes.get(name, inputs[name][0])
                 if tile.hopper and not hopper.can_multiply(name, tile, inputs[name][1], outputs):
                     return False
+                if tile.hopper and name == "qkv" and shape.head_size != tile.BN:
+                    return False
         split = [tile for tile in plain.values() if tile.splits > 1]
         if any(-(-num_tokens // t.BM) * (shape.hidden // t.BN) > MAX_TILES for t in split):
             return False
