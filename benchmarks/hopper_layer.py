@@ -130,13 +130,13 @@ class Layers:
 # -- marks -----------------------------------------------------------------------------------------
 
 MARK = f"""
-__device__ u64 marks[{BLOCKS} * 16];
+__device__ u64 marks[{BLOCKS} * 32];
 #define MARK(i) if (threadIdx.x == MARKED && blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * \\
     blockIdx.z) < {BLOCKS}) {{ u64 now; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); \\
-    u64* to = marks + 16 * (blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z)) + \\
+    u64* to = marks + 32 * (blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z)) + \\
     2 * (i); to[0] = now; to[1] = clock64(); }}
 extern "C" __global__ void get_marks(u64* to) {{
-    for (int i = threadIdx.x; i < {BLOCKS} * 16; i += blockDim.x) to[i] = marks[i];
+    for (int i = threadIdx.x; i < {BLOCKS} * 32; i += blockDim.x) to[i] = marks[i];
 }}
 """
 MARKS = {
@@ -158,18 +158,30 @@ MARKS = {
     },
     "attention.cu": {
         "start": (
-            "    launch_next();\n    if (thread == 0) {",
-            "{}    launch_next();\n    if (thread == 0) {{",
+            "    launch_next();\n    const int* const plan",
+            "{}    launch_next();\n    const int* const plan",
         ),
-        "waited": ("        wait_for_previous();\n        {", "wait_for_previous();\n{}        {{"),
-        "first scores": (
-            "            settle(scores);\n            if (is_used) {\n",
-            "            settle(scores);\n{}            if (is_used) {{\n",
+        "planned": ("    const auto find_own", "{}    const auto find_own"),
+        "waited": (
+            "    wait_for_previous();\n    {\n        uint4",
+            "    wait_for_previous();\n{}    {{\n        uint4",
         ),
-        "pages seen": (
-            "        // for the merge, while the others end",
-            "{}        // for the merge, while the others end",
+        "queries": ("    const int total_chunks = num", "{}    const int total_chunks = num"),
+        "first scores": ("        u32 is_free = 0;", "{}        u32 is_free = 0;"),
+        "first weights": (
+            "            store_weights(i);\n            barrier_wait",
+            "            store_weights(i);\n"
+            "            if (i == 0) {{ {} }}\n            barrier_wait",
         ),
+        "second page": (
+            "            is_free = barriers",
+            "            if (i == 1) {{ {} }}\n            is_free = barriers",
+        ),
+        "sixth page": (
+            "            const u32 columns = described",
+            "            if (i == 5) {{ {} }}\n            const u32 columns = described",
+        ),
+        "pages seen": ("        int offset = 0;", "{}        int offset = 0;"),
         "met": ("    // 8 columns of a row at a time", "{}    // 8 columns of a row at a time"),
         "end": (
             "    if (SPLITS > 1) {  // the others may",
@@ -239,11 +251,11 @@ class Marked:
         for file, definitions, module in self.modules:
             if definitions.get("PARTS") == 0 and definitions.get("EPILOGUE") == 0:
                 continue  # the first layer's q/k/v
-            kept = torch.zeros(BLOCKS * 16, dtype=torch.int64, device="cuda")
+            kept = torch.zeros(BLOCKS * 32, dtype=torch.int64, device="cuda")
             function = runtime._check(self._driver.cuModuleGetFunction(module, b"get_marks"))
             runtime.Kernel(function, 0, 256, (1, 1, 1)).launch((1, 1, 1), kept, pdl=False)
-            marks = kept.view(BLOCKS, 8, 2).cpu()
-            names = [*MARKS[file], "end"][: 6 if file == "attention.cu" else None]
+            marks = kept.view(BLOCKS, 16, 2).cpu()
+            names = [*MARKS[file], "end"][: len(MARKS[file]) if file == "attention.cu" else None]
             kernel = file.removesuffix(".cu")
             if file == "products.cu":
                 is_down = definitions["K"] == SHAPE.inner

@@ -81,7 +81,7 @@ def tiles_of(place: str, num_tokens: int, head_size: int) -> list[Tile]:
 def hopper_tiles_of(place: str, head_size: int) -> list[Tile]:
     """Those of `hopper/` that were of use in some step."""
     cuts = {  # rows, columns, parts, stages
-        "qkv": [(64, head_size, 1, 6), (128, head_size, 1, 6)],
+        "qkv": [(64, head_size, 1, 6), (128, head_size, 1, 576 // head_size)],
         "out": [(128, 64, 2, 7), (64, 64, 1, 8), (128, 128, 2, 5), (64, 64, 2, 8)],
         "gate_up": [(128, 160, 1, 4), (128, 128, 1, 4), (64, 64, 1, 8), (64, 96, 1, 6)],
         "down": [(128, 64, 2, 8), (128, 128, 4, 5), (64, 64, 4, 8), (128, 128, 2, 5)],
@@ -97,7 +97,7 @@ ATTENTION = [
     for merges in ((False, True) if waves > 1 else (False,))
 ]  # fmt: skip
 HOPPER_ATTENTION = [
-    AttentionChoice(128, waves, stages, hopper=True) for waves in (1, 2, 4) for stages in (4, 6)
+    AttentionChoice(128, waves, stages, hopper=True) for waves in (1, 2, 4) for stages in (4, 3)
 ]
 
 
@@ -241,14 +241,18 @@ class Places:
         return choice.count_splits(self.batch * self.num_kv, 132, self.table.shape[1])
 
     def _attend_on_hopper(self, choice: AttentionChoice) -> Callable[[int], Any]:
-        splits = self._count_splits(choice)
+        units = hopper_attention.plan_units(
+            self.table, self.row_ids, self.lengths, self.first, num_tokens=self.tokens,
+            num_heads=self.q.shape[1], num_kv=self.num_kv, head_size=self.size,
+            max_candidates=self.width, num_splits=self._count_splits(choice),
+            num_stages=choice.stages,
+        )  # fmt: skip
 
         def attend(i: int) -> None:
             hopper_attention.candidate_attention(
                 self.q, self.stash[i, 0], self.stash[i, 1], self.places, self.data[i, 0],
-                self.data[i, 1], self.table, self.row_ids, self.lengths, self.first,
-                self.attended, scale=self.size**-0.5, window=None, max_candidates=self.width,
-                num_splits=splits, num_stages=choice.stages, own_is_token=True, pdl=True,
+                self.data[i, 1], units, self.attended, scale=self.size**-0.5, window=None,
+                own_is_token=True, pdl=True,
             )  # fmt: skip
 
         return attend
@@ -469,7 +473,7 @@ def tune_trimmed(name: str, batch: int, mean: int, prefix: int, deadline: float)
     own = {p: hopper_tiles_of(p, shape.head_size) for p in PLACES[1:]}
     changes: list[dict[str, Any]] = [
         {p: tiles[0] for p, tiles in own.items()}
-        | {"attention": AttentionChoice(128, 2, 6, hopper=True), "pdl": True}
+        | {"attention": AttentionChoice(128, 1, 4, hopper=True), "pdl": True}
     ]
     for place, tiles in own.items():
         changes += [{place: tile} for tile in tiles[1:]]

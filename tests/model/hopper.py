@@ -19,7 +19,7 @@ on_hopper = [
 def check_compiles(file, definitions, products):
     """For sm_90a, without a spilled register, and wgmma not one after the other."""
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-    source = build_source(file, sorted(definitions.items()), products.items())
+    source = build_source(file, sorted(definitions.items()), products)
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), 0, None, None)
     options = [
         b"--gpu-architecture=sm_90a", b"--std=c++17", b"--use_fast_math", b"--ptxas-options=-v",
@@ -29,5 +29,5 @@ def check_compiles(file, definitions, products):
     nvrtc.nvrtcGetProgramLog(program, log)
     told = bytes(log).decode()
     assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS, told
-    assert re.findall(r"(\d+) bytes spill", told) == ["0", "0"], told
+    assert set(re.findall(r"(\d+) bytes spill", told)) == {"0"}, told
     assert "serializ" not in told

@@ -159,7 +159,7 @@ class TestGateAndUp:
 )
 def test_they_compile_without_spills(kind, tile, inputs, outputs, num_parts, heads):
     definitions = products.definitions(kind, tile, inputs, outputs, num_parts) | heads
-    check_compiles("products.cu", definitions, {"multiply": Product(tile.BN)})
+    check_compiles("products.cu", definitions, [("multiply", Product(tile.BN))])
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_trimmed_kernels_have_records_of_their_own(measured, num_tokens, expecte
 @pytest.mark.parametrize("hopper", [False, True])
 def test_prefixes_are_cut_into_a_power_of_two(hopper):
     for programs, waves, most in itertools.product((1, 2, 7, 128, 999), (1, 2, 4), (1, 3, 5, 100)):
-        choice = AttentionChoice(waves=waves, hopper=hopper)
+        choice = AttentionChoice(waves=waves, stages=4, hopper=hopper)
         splits = choice.count_splits(programs, 132, most)
         room = max(1, min(waves * 132 // programs, most, 8 if hopper else 32))
         assert splits & splits - 1 == 0

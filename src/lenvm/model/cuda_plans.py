@@ -94,6 +94,8 @@ class CudaCandidates(_StoreFirst):
     num_splits: int
     count: Tensor
     """int32 of `attention_kernels.count_size`, 0 between kernels."""
+    units: hopper.Units | None = None
+    """For the kernel of `hopper/`; None: Triton's."""
     choices: Choices = PLAIN
     total: Tensor | None = None
     _scratch: tuple[Tensor, Tensor, Tensor] | None = None
@@ -107,7 +109,7 @@ class CudaCandidates(_StoreFirst):
         k, v = self.data[layer]
         out = torch.empty_like(q)
         rows = self.table, self.rows, self.lengths, self.first
-        if self.choices.attention.hopper and hopper.can_attend(q, k):
+        if self.units is not None:
             hopper.candidate_attention(
                 q,
                 own_k,
@@ -115,13 +117,10 @@ class CudaCandidates(_StoreFirst):
                 index,
                 k,
                 v,
-                *rows,
+                self.units,
                 out,
                 scale=scale,
                 window=window,
-                max_candidates=self.max_candidates,
-                num_splits=self.num_splits,
-                num_stages=self.choices.attention.stages,
                 own_is_token=self.stash is not None,
                 pdl=self.choices.pdl,
             )

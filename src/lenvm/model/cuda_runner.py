@@ -25,6 +25,7 @@ from lenvm.model.backbone import run_backbone
 from lenvm.model.cuda_plans import CudaCandidates, CudaExtend
 from lenvm.model.device import pin, upload
 from lenvm.model.fused_layers import fuse_layers
+from lenvm.model.hopper.attention import can_attend, plan_units
 from lenvm.model.kernel_choices import PLAIN, Choices, TrimHint
 from lenvm.model.kernels import NO_ROW
 from lenvm.model.kv_pages import KVPages
@@ -175,7 +176,7 @@ class CudaRunner:
         if on_device:
             num_slots = num_rows * width if num_candidates is None else 0
             self._watch("a candidate is not a token, or is over num_candidates", num_slots)
-        return step.out[packed_RK]
+        return kernels.gather_rows(step.out, packed_RK)
 
     def keep(self, request_ids: Sequence[str], rows: Sequence[int], token_ids: Tensor) -> None:
         assert self._last is not None
@@ -266,20 +267,41 @@ class CudaRunner:
 
     def _run_packed(self, bucket: Bucket, choices: Choices) -> Tensor:
         """Outputs of the packed candidates in the static buffers: [N, E]."""
-        count = bucket.num_tokens
+        count, cache = bucket.num_tokens, self.cache
+        num_kv, head_size = cache.data.shape[4:]
+        num_splits = choices.attention.count_splits(
+            bucket.num_rows * num_kv, self._num_units, cache.max_columns
+        )
+        rows = self._meta[0, : bucket.num_rows]
+        first = self._first[: bucket.num_rows + 1]
+        units = None
+        num_heads = self._group * num_kv
+        if choices.attention.hopper and can_attend(num_heads, cache.data[0, 0]):
+            units = plan_units(
+                cache.table(),
+                rows,
+                self._meta[1],
+                first,
+                num_tokens=count,
+                num_heads=num_heads,
+                num_kv=num_kv,
+                head_size=head_size,
+                max_candidates=bucket.width,
+                num_splits=num_splits,
+                num_stages=choices.attention.stages,
+            )
         plan = CudaCandidates(
-            data=self.cache.data,
-            table=self.cache.table(),
-            rows=self._meta[0, : bucket.num_rows],
+            data=cache.data,
+            table=cache.table(),
+            rows=rows,
             lengths=self._meta[1],
-            first=self._first[: bucket.num_rows + 1],
+            first=first,
             index=(self._slots if bucket.single else self._places)[:count],
             stash=None if bucket.single else self._stash,
             max_candidates=bucket.width,
-            num_splits=choices.attention.count_splits(
-                bucket.num_rows * self.cache.data.shape[4], self._num_units, self.cache.max_columns
-            ),
+            num_splits=num_splits,
             count=self._count,
+            units=units,
             choices=choices,
             total=self._first[-1:] if choices.trims else None,
         )

@@ -72,6 +72,15 @@ DEVICE void load_box(u32 to, const TensorMap* map, u32 barrier, int c, int r) {
         : "memory");
 }
 
+// The same of what nobody reads again soon: it leaves the L2 cache before what others left there.
+DEVICE void load_box_once(u32 to, const TensorMap* map, u32 barrier, int c, int r) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(c), "r"(r), "l"(0x12F0000000000000ull)
+        : "memory");
+}
+
 // What ordinary stores wrote to shared memory becomes visible to wgmma and the copy engine.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -148,6 +157,13 @@ DEVICE float exp2_fast(float x) {
     return y;
 }
 
+// Off by 2^-11 at most.
+DEVICE float tanh_fast(float x) {
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Four lanes hold columns 2 t, 2 t + 1 of each of four blocks of 8 columns, as wgmma leaves them;
 // afterwards lane t has all 8 columns of block t. Called by whole warps.
 DEVICE uint4 gather_block(u32 b0, u32 b1, u32 b2, u32 b3) {
@@ -176,12 +192,6 @@ DEVICE void deal_block(uint4 block, u32* to) {
 
 // -- what the attention needs besides ---------------------------------------------------------------
 
-// Arrive `times` times at once.
-DEVICE void barrier_arrive_times(u32 barrier, u32 times) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(times)
-                 : "memory");
-}
-
 // After wgmma_wait: nobody reads the accumulators before it.
 template <int N>
 DEVICE void settle(float (&d)[N]) {
@@ -190,12 +200,9 @@ DEVICE void settle(float (&d)[N]) {
 }
 
 // Loads from another block's shared memory.
-DEVICE float2 load2_at(u32 address) {
-    float2 x;
-    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
-                 : "=f"(x.x), "=f"(x.y)
-                 : "r"(address)
-                 : "memory");
+DEVICE float load1_at(u32 address) {
+    float x;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
     return x;
 }
 DEVICE float4 load4_at(u32 address) {
@@ -206,20 +213,50 @@ DEVICE float4 load4_at(u32 address) {
                  : "memory");
     return x;
 }
-DEVICE void store2(u32 address, float x, float y) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+DEVICE float load1(u32 address) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+    return x;
+}
+DEVICE float2 load2(u32 address) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(x.x), "=f"(x.y)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+DEVICE void store1(u32 address, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
 DEVICE void store4(u32 address, uint4 x) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y),
                  "r"(x.z), "r"(x.w)
                  : "memory");
 }
-// Four 8 x 8 matrices of bf16: lane l names row l % 8 of matrix l / 8.
-DEVICE void load_matrices(u32 (&to)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address)
+// Four 8 x 8 matrices of bf16 as wgmma leaves them, each transposed: lane l names the place of
+// column l % 8 of matrix l / 8; or two, by the first 16 lanes.
+DEVICE void store_transposed4(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     address),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
+}
+DEVICE void store_transposed2(u32 address, u32 a, u32 b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
+                 "r"(a), "r"(b)
+                 : "memory");
+}
+// Threads that meet at `id`; whether `told` is true for any of them.
+DEVICE bool meet_any(int id, int count, bool told) {
+    int any;
+    asm volatile(
+        "{\n.reg .pred mine, all;\nsetp.ne.b32 mine, %3, 0;\n"
+        "bar.red.or.pred all, %1, %2, mine;\nselp.b32 %0, 1, 0, all;\n}"
+        : "=r"(any)
+        : "r"(id), "r"(count), "r"((int)told)
+        : "memory");
+    return any;
 }
 DEVICE void store16_global(void* to, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c),

@@ -66,9 +66,9 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
                 const u32 barrier = full + 8 * (block % STAGES);
                 const int column = (begin + block) * BK;
                 barrier_expect(barrier, STAGE_BYTES);
-                load_box(stage, &w_map, barrier, column, column_tile * BN);
+                load_box_once(stage, &w_map, barrier, column, column_tile * BN);
                 if (EPILOGUE == 2)
-                    load_box(stage + BN * 128, &w_map, barrier, column, OUTPUTS + column_tile * BN);
+                    load_box_once(stage + BN * 128, &w_map, barrier, column, OUTPUTS + column_tile * BN);
             };
             auto load_x = [&](int block) {
                 load_box(tiles + block % STAGES * STAGE_BYTES, &x_map, full + 8 * (block % STAGES),
@@ -245,20 +245,16 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
                 u32 block[4];
 #pragma unroll
                 for (int j = 0; j < 4; j += 2) {
-                    // g / (1 + exp(-g)) * u; one division for four, so exp ends at 2^30: where it is
-                    // more, a billionth of g u is left in place of less
-                    float gu[4], e[4];
+                    // g / (1 + exp(-g)) * u = (1 + tanh(g / 2)) * g u / 2
+                    float y[4];
 #pragma unroll
                     for (int n = 0; n < 4; n++) {
                         const int at = 4 * (4 * quad + j + n / 2) + 2 * i + n % 2;
-                        gu[n] = acc[at] * up[at];
-                        e[n] = 1.0f + exp2_fast(fminf(acc[at] * (-1.44269504f * scale[i]), 30.0f));
+                        const float half = acc[at] * up[at] * (0.5f * scale[i] * scale[i]);
+                        y[n] = half * tanh_fast(acc[at] * (0.5f * scale[i])) + half;
                     }
-                    const float ab = e[0] * e[1], cd = e[2] * e[3];
-                    const float one = __fdividef(scale[i] * scale[i], ab * cd);
-                    const float over_ab = one * cd, over_cd = one * ab;
-                    block[j] = pack_bf16(gu[0] * (over_ab * e[1]), gu[1] * (over_ab * e[0]));
-                    block[j + 1] = pack_bf16(gu[2] * (over_cd * e[3]), gu[3] * (over_cd * e[2]));
+                    block[j] = pack_bf16(y[0], y[1]);
+                    block[j + 1] = pack_bf16(y[2], y[3]);
                 }
                 const uint4 all = gather_block(block[0], block[1], block[2], block[3]);
                 const int column = column_tile * BN + 32 * quad + 8 * t;

@@ -112,7 +112,7 @@ def _launch(
     kernel = get_kernel(
         "products.cu",
         definitions(kind, tile, num_inputs, num_outputs, num_parts) | own_definitions,
-        {"multiply": Product(tile.BN)},
+        [("multiply", Product(tile.BN))],
         shared_bytes=_shared_bytes(kind, tile),
         num_threads=128 + 2 * tile.BM,
         cluster=(1, 1, splits),
@@ -143,7 +143,7 @@ def definitions(
         "BN": tile.BN,
         "STAGES": tile.stages,
         "SPLITS": tile.splits if kind == OUT else 1,
-        "BLOCKS": 2 if kind == QKV and tile.BN <= 64 else 1,
+        "BLOCKS": 2 if tile.BM == 64 and tile.BN <= 64 and kind != GATE_UP else 1,
         "PARTS": num_parts,
     }
 

@@ -41,9 +41,8 @@ class Product:
     """A wgmma: d [64, columns] (+)= A [64, 16] @ B [16, columns], fp32 sums of bf16."""
 
     columns: int
-    a_in_registers: bool = False
-    b_transposed: bool = False
-    """B lies as rows of its first index: values, whose rows are keys."""
+    a_transposed: bool = False
+    """A lies as rows of its second index: values, whose rows are keys."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def build_map(tensor: Tensor, rows: int) -> Any:
             [driver.cuuint32_t(1), driver.cuuint32_t(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
@@ -128,20 +127,23 @@ def build_map(tensor: Tensor, rows: int) -> Any:
 def get_kernel(
     file: str,
     definitions: Mapping[str, int],
-    products: Mapping[str, Product],
+    products: Sequence[tuple[str, Product]],
     *,
     shared_bytes: int,
     num_threads: int,
     cluster: tuple[int, int, int] = (1, 1, 1),
+    name: str = "run",
 ) -> Kernel:
-    """The kernel `run` of a source file. products: what it calls the wgmma that it issues."""
+    """A kernel of a source file. products: what it calls the wgmma that it issues; those of one
+    name differ by their columns."""
     return _get_kernel(
         file,
         tuple(sorted(definitions.items())),
-        tuple(products.items()),
+        tuple(products),
         shared_bytes,
         num_threads,
         cluster,
+        name,
         torch.cuda.current_device(),
     )
 
@@ -154,15 +156,28 @@ def _get_kernel(
     shared_bytes: int,
     num_threads: int,
     cluster: tuple[int, int, int],
-    _device: int,
+    name: str,
+    device: int,
 ) -> Kernel:
     from cuda.bindings import driver
 
-    module = _check(driver.cuModuleLoadData(compile_source(file, definitions, products)))
-    function = _check(driver.cuModuleGetFunction(module, b"run"))
+    module = _load_module(file, definitions, products, device)
+    function = _check(driver.cuModuleGetFunction(module, name.encode()))
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _check(driver.cuFuncSetAttribute(function, limit, shared_bytes))
     return Kernel(function, shared_bytes, num_threads, cluster)
+
+
+@cache
+def _load_module(
+    file: str,
+    definitions: tuple[tuple[str, int], ...],
+    products: tuple[tuple[str, Product], ...],
+    _device: int,
+) -> Any:
+    from cuda.bindings import driver
+
+    return _check(driver.cuModuleLoadData(compile_source(file, definitions, products)))
 
 
 def build_source(
@@ -200,28 +215,18 @@ def compile_source(
 
 
 def _write_product(name: str, product: Product) -> str:
-    """A function of that name: d (fp32 fragments), A (a descriptor or four registers), B (a
-    descriptor), and whether to add to d or to replace it."""
+    """A function of that name: d (fp32 fragments), descriptors of A and B, and whether to add to d
+    or to replace it."""
     count = product.columns // 2
     outs = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    transposed = int(product.b_transposed)
-    if product.a_in_registers:
-        a = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
-        head = f"{name}(float (&d)[{count}], const u32 (&a)[4], u64 b, int more)"
-        inputs = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more)'
-        b, more, flags = f"%{count + 4}", f"%{count + 5}", f"1, 1, {transposed}"
-    else:
-        a = f"%{count}"
-        head = f"{name}(float (&d)[{count}], u64 a, u64 b, int more)"
-        inputs = '"l"(a), "l"(b), "r"(more)'
-        b, more, flags = f"%{count + 1}", f"%{count + 2}", f"1, 1, 0, {transposed}"
+    flags = f"1, 1, {int(product.a_transposed)}, 0"
     return (
-        f"DEVICE void {head} {{\n"
-        f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, {more}, 0;\\n"\n'
+        f"DEVICE void {name}(float (&d)[{count}], u64 a, u64 b, int more) {{\n"
+        f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"\n'
         f'        "wgmma.mma_async.sync.aligned.m64n{product.columns}k16.f32.bf16.bf16 "\n'
-        f'        "{{{outs}}}, {a}, {b}, p, {flags};\\n}}"\n'
-        f"        : {operands} : {inputs});\n}}\n"
+        f'        "{{{outs}}}, %{count}, %{count + 1}, p, {flags};\\n}}"\n'
+        f'        : {operands} : "l"(a), "l"(b), "r"(more));\n}}\n'
     )
 
 
