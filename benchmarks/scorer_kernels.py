@@ -3,6 +3,7 @@
     python benchmarks/scorer_kernels.py --shapes 0.5b --points 64x8            # about 80 s
     python benchmarks/scorer_kernels.py --shapes 0.5b 1.5b --points 64x8 16x8 1x8 64x16
     python benchmarks/scorer_kernels.py --shapes 0.5b --points 64x5 --trimmed  # about 100 s
+    python benchmarks/scorer_kernels.py --shapes 0.5b --points 64x16 --quick   # about 25 s
     python benchmarks/scorer_kernels.py --keep FILE     # an --out of another machine
 
 1. Each place of a layer (q/k/v, output, gate and up, down; attention) alone: cuBLAS with its small
@@ -11,6 +12,8 @@
 2. Whole steps with the winners, in every combination of fused and not, with and without
    programmatic dependent launch, as the decoder runs them; each must be as near to an fp32 forward
    of the same weights as the plain kernels are. The fastest is kept.
+
+`--quick`: whole steps alone, with what was kept until now and the kernels of `hopper/`.
 
 Kernels are compiled beforehand by several processes at once (`--compile-part`).
 
@@ -29,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -360,12 +364,14 @@ def combinations(found: dict[str, dict[Any, float]], kept: Choices) -> Iterator[
         yield Choices(**tiles_of_place, attention=plain_attention)
 
 
-def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict[str, Any]:
+def tune(
+    name: str, batch: int, mean: int, prefix: int, deadline: float, quick: bool = False
+) -> dict[str, Any]:
     """Record of the fastest choices for that step, for `kernel_choices.json`."""
     from lenvm.guidance.scorer import CandidateScorer
     from scorer import Steady, load, time_graph
 
-    found = time_places(name, batch, mean, prefix)
+    found = {} if quick else time_places(name, batch, mean, prefix)
     model = load(name, "cuda", torch.bfloat16)
     room: dict[str, Any] = {
         "max_tokens": batch * (prefix + 2048),
@@ -386,10 +392,18 @@ def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict
     tried = []
     limit = None
     num_tokens = sum(steady.counts)
-    kept = kernel_choices.choose(torch.device("cuda"), runner._forward.shape, num_tokens)
+    shape = runner._forward.shape
+    kept = kernel_choices.choose(torch.device("cuda"), shape, num_tokens)
+    if quick:
+        found = {p: dict.fromkeys(hopper_tiles_of(p, shape.head_size), 0.0) for p in PLACES[1:]}
+        found["attention"] = dict.fromkeys(HOPPER_ATTENTION, 0.0)
+    done = set()
     for choices in combinations(found, kept):
-        if tried and time.monotonic() > deadline:
+        if len(tried) > 1 and time.monotonic() > deadline:  # what was kept is tried whatever comes
             break
+        if choices in done:
+            continue
+        done.add(choices)
         if not runner._forward.can_run(choices, num_tokens):
             continue
         forget_graphs(runner)
@@ -415,7 +429,7 @@ def tune(name: str, batch: int, mean: int, prefix: int, deadline: float) -> dict
     return {
         "device_kind": kernel_choices.device_kind(torch.device("cuda")),
         "device": torch.cuda.get_device_name(),
-        "shape": vars(runner._forward.shape),
+        "shape": vars(shape),
         "num_tokens": runner._last[1].num_tokens,
         "choices": choices.to_json(),
         "step_us": round(us, 1),
@@ -546,6 +560,7 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=85.0)
     parser.add_argument("--compile-part", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--trimmed", action="store_true", help="kernels of trimmed steps")
+    parser.add_argument("--quick", action="store_true", help="whole steps alone, of hopper/")
     parser.add_argument("--out", type=Path, default=None, help="all timings, as JSON")
     parser.add_argument("--keep", type=Path, default=None, help="take over an --out of elsewhere")
     arguments = parser.parse_args()
@@ -558,13 +573,13 @@ def main() -> None:
         compile_part(arguments.shapes, points, arguments.compile_part)
         return
     deadline = time.monotonic() + arguments.budget_s
-    if not arguments.trimmed:
+    if not (arguments.trimmed or arguments.quick):
         precompile(arguments.shapes, arguments.points, arguments.budget_s / 2)
         print(f"compiled, {deadline - time.monotonic():.0f} s left", flush=True)
     records = []
     todo = list(itertools.product(arguments.shapes, points))
     for number, (name, (batch, mean)) in enumerate(todo):
-        find = tune_trimmed if arguments.trimmed else tune
+        find: Any = tune_trimmed if arguments.trimmed else partial(tune, quick=arguments.quick)
         left = (deadline - time.monotonic()) / (len(todo) - number)
         record = find(name, batch, mean, arguments.prefix, time.monotonic() + left)
         keep_record(record)
