@@ -10,12 +10,10 @@ requests of 8 candidates and 1,024 tokens; programmatic dependent launch as in a
 3. The last layer's timeline: marks that are written into the sources note the time (and the
    cycles since the mark before) in one thread of each block: least, median, most.
 
-Put together from the scripts that gave `experiments.hopper` in results/scorer_h200.json; in this
-form it has been compiled, not run.
+It gave `experiments.hopper_queries_as_columns` in results/scorer_h200.json.
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,12 +236,14 @@ class Marked:
         runtime.build_source, runtime.compile_source = build, compile_source
         driver.cuModuleLoadData = load
         runtime._get_kernel.cache_clear()
+        runtime._load_module.cache_clear()
         return self
 
     def __exit__(self, *_: object) -> None:
         runtime.build_source, runtime.compile_source = self._build, self._compile
         self._driver.cuModuleLoadData = self._load
         runtime._get_kernel.cache_clear()
+        runtime._load_module.cache_clear()
 
     def show(self) -> None:
         """The last layer's, kernel by kernel, in nanoseconds from its beginning."""
@@ -294,12 +294,10 @@ def main() -> None:
     for name in NAMES:
         without = layers.time_us(tuple(n for n in NAMES if n != name))
         print(f"{without:7.2f} us without {name}, {layers.time_us((name,)):.2f} alone", flush=True)
-    for waves in (1, 2):
-        layers.choices = replace(choices, attention=replace(choices.attention, waves=waves))
-        with Marked() as marked:
-            us = layers.time_us()
-            print(f"timeline, {us:.2f} us a layer with marks, attention for {waves} waves")
-            marked.show()
+    with Marked() as marked:
+        us = layers.time_us()
+        print(f"timeline, {us:.2f} us a layer with marks")
+        marked.show()
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def compile_source(
     definitions: Sequence[tuple[str, int]],
     products: Sequence[tuple[str, Product]],
 ) -> bytes:
-    """Its machine code for sm_90a: half a second."""
+    """Its machine code for sm_90a: half a second, the attention's two."""
     from cuda.bindings import nvrtc
 
     source = build_source(file, definitions, products)
