@@ -222,7 +222,8 @@ class Marked:
         about: list[tuple[str, dict[str, int]]] = []
 
         def build(file: str, definitions: Any, products: Any) -> str:
-            return put_marks(file, self._build(file, definitions, products), dict(definitions))
+            source = self._build(file, definitions, products)
+            return put_marks(file, source, dict(definitions)) if file in MARKS else source
 
         def compile_source(file: str, definitions: Any, products: Any) -> bytes:
             about.append((file, dict(definitions)))
@@ -236,19 +237,19 @@ class Marked:
         runtime.build_source, runtime.compile_source = build, compile_source
         driver.cuModuleLoadData = load
         runtime._get_kernel.cache_clear()
-        runtime._load_module.cache_clear()
         return self
 
     def __exit__(self, *_: object) -> None:
         runtime.build_source, runtime.compile_source = self._build, self._compile
         self._driver.cuModuleLoadData = self._load
         runtime._get_kernel.cache_clear()
-        runtime._load_module.cache_clear()
 
     def show(self) -> None:
         """The last layer's, kernel by kernel, in nanoseconds from its beginning."""
         found = []
         for file, definitions, module in self.modules:
+            if file not in MARKS:
+                continue
             if definitions.get("PARTS") == 0 and definitions.get("EPILOGUE") == 0:
                 continue  # the first layer's q/k/v
             kept = torch.zeros(BLOCKS * 32, dtype=torch.int64, device="cuda")

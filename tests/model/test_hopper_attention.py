@@ -240,3 +240,8 @@ def test_it_compiles_without_spills(group, head_size, num_splits, has_window):
         head_size, group, 2, num_splits=num_splits, num_stages=4, has_window=has_window
     )
     check_compiles("attention.cu", definitions, attention.PRODUCTS)
+
+
+@pytest.mark.parametrize(("group", "num_kv"), [(7, 2), (6, 2), (1, 3)])
+def test_the_plan_compiles(group, num_kv):
+    check_compiles("plan.cu", attention.plan_definitions(group, num_kv), ())

@@ -1,10 +1,10 @@
 // Attention of candidates over their request's prefix, page by page, and themselves.
 //
 // Definitions: D (head size: 64 or 128), G (query heads of a key head), HKV, STAGES (pages on their
-// way), SPLITS (blocks of a cluster), HALVES (of a block: 1 or 2), HAS_WINDOW, OWN_IS_TOKEN;
-// multiply_keys and multiply_values for 8, 16 ... 64 columns.
+// way), SPLITS (blocks of a cluster), HALVES (of a block: 1 or 2), ROWS (128), HAS_WINDOW,
+// OWN_IS_TOKEN; multiply_keys and multiply_values for 8, 16 ... ROWS / 2 columns.
 //
-// A cluster serves a unit: up to 128 query rows (candidates x G) of one request and key head. Its
+// A cluster serves a unit of `plan.cu`: up to ROWS query rows of one request and key head. Its
 // blocks' halves of 256 threads take pages in turn. Two groups of 128 of them compute, each half of
 // the rows; their first warp brings further pages: one that does nothing else would take registers
 // from the others. What all found is merged in shared memory across the cluster, always in the same
@@ -22,7 +22,7 @@ constexpr int BOXES = D / 64;
 constexpr int BOX_BYTES = PAGE * 128;  // 64 keys x 64 columns
 constexpr int PART_BYTES = BOXES * BOX_BYTES;  // the keys of a page, or its values
 constexpr int STAGE_BYTES = 2 * PART_BYTES;
-constexpr int ROWS = 128, GROUP_ROWS = 64;
+constexpr int GROUP_ROWS = ROWS / 2;
 constexpr int HALF = 256, THREADS = HALVES * HALF;
 constexpr int SHARES = SPLITS * HALVES;  // halves that take pages in turn
 constexpr int SUM_BYTES = (D + 4) * 4;  // a row of a group's sums; 4 further keep the banks apart
@@ -42,8 +42,6 @@ static_assert(HALF_BYTES % 1024 == 0, "boxes are aligned to 1024 bytes");
 constexpr int REFERENCES = (STAGES * 24 + 15) / 16 * 16;
 constexpr int BEHIND_BYTES = REFERENCES + 2 * GROUP_ROWS * 4;
 constexpr int LANES = D / 8;  // threads of a row, 16 bytes each
-constexpr int MAX_RANKED = 256;
-constexpr int MAX_TILES = 64;  // of a request, where requests are ranked
 constexpr int QUERY_STEPS = ROWS * LANES / THREADS;
 // what a thread merges: 16 bytes of this many rows
 constexpr int OWN_STEPS = QUERY_STEPS > SPLITS ? QUERY_STEPS / SPLITS : 1;
@@ -63,84 +61,6 @@ DEVICE u64 join(u32 low, u32 high) { return (u64)high << 32 | low; }
 // Where the query begins in q and out; `query` counts candidates x G of the request.
 DEVICE long long place_of(int first, int kv_head, int query) {
     return ((long long)(first + query / G) * (HKV * G) + kv_head * G + query % G) * D;
-}
-
-// What a unit works on, in the plan of a step: 32 bytes, then its request's pages.
-struct __align__(16) Unit {
-    int first, end, length, tile, kv_head;
-    int unused[3];
-
-    // Which of all units a cluster has, in their order; -1: none. Where there are two for each slot
-    // at most, those with few rows come after those with many.
-    DEVICE static int choose(int num_units, int slots, int cluster) {
-        if (cluster >= num_units) return -1;
-        const bool reversed = cluster >= slots && num_units <= 2 * slots;
-        return reversed ? num_units - 1 - (cluster - slots) : cluster;
-    }
-};
-
-// Ints of a unit in the plan.
-DEVICE int plan_stride(int num_columns) { return 8 + (num_columns + 3) / 4 * 4; }
-
-// Writes the plan of a step, which every layer's attention reads: block b that of
-// cluster b. Requests come in order of their number of candidates, most first, and units
-// with rows alone: first tiles first, in that order. MAX_RANKED threads.
-extern "C" __global__ void __launch_bounds__(MAX_RANKED)
-    plan(const int* table, const int* rows, const int* lengths, const int* firsts, int* units,
-         int num_columns, int num_rows, int num_tiles, int slots) {
-    __shared__ uint4 shared[(MAX_RANKED + MAX_TILES * 8) / 4];
-    __shared__ int chosen;
-    u32* const keys = (u32*)shared;
-    u32* const counts = keys + MAX_RANKED;  // of each tile, by each warp: requests that have it
-    const int cluster = blockIdx.x, mine = threadIdx.x;
-    Unit unit = {};
-    int row = -1;
-    if (num_rows > 1 && num_rows <= MAX_RANKED && num_tiles <= MAX_TILES) {
-        const int own = mine < num_rows ? firsts[mine + 1] - firsts[mine] : 0;
-        const u32 key = (u32)own << 8 | (MAX_RANKED - 1 - mine);
-        keys[mine] = mine < num_rows ? key : 0;
-        for (int t = 0; t < num_tiles; t++) {
-            const u32 have = __ballot_sync(0xFFFFFFFFu, own * G > t * ROWS);
-            if (mine % 32 == 0) counts[t * 8 + mine / 32] = __popc(have);
-        }
-        __syncthreads();
-        const auto units_of_tile = [&](int t) {
-            const uint4 a = ((const uint4*)counts)[2 * t], b = ((const uint4*)counts)[2 * t + 1];
-            return (int)(a.x + a.y + a.z + a.w + (b.x + b.y + b.z + b.w)) * HKV;
-        };
-        int num_units = 0;
-        for (int t = 0; t < num_tiles; t++) num_units += units_of_tile(t);
-        int place = Unit::choose(num_units, slots, cluster);
-        if (place >= 0) {
-            for (int here; place >= (here = units_of_tile(unit.tile)); unit.tile++) place -= here;
-            unit.kv_head = place % HKV;
-            if (mine < num_rows) {
-                int above = 0;
-#pragma unroll 4
-                for (int i = 0; i < (num_rows + 3) / 4; i++) {
-                    const uint4 four = ((const uint4*)keys)[i];
-                    above += (four.x > key) + (four.y > key) + (four.z > key) + (four.w > key);
-                }
-                if (above == place / HKV) chosen = mine;
-            }
-            __syncthreads();
-            row = chosen;
-        }
-    } else {
-        const int place = Unit::choose(num_tiles * num_rows * HKV, slots, cluster);
-        if (place >= 0) {
-            row = place / HKV % num_rows;
-            unit.tile = place / HKV / num_rows;
-            unit.kv_head = place % HKV;
-        }
-    }
-    int* const to = units + (long long)cluster * plan_stride(num_columns);
-    if (row >= 0) {
-        unit.first = firsts[row], unit.end = firsts[row + 1], unit.length = lengths[row];
-        const int* const from = table + (long long)rows[row] * num_columns;
-        for (int i = mine; i < num_columns; i += MAX_RANKED) to[8 + i] = from[i];
-    }
-    if (mine == 0) *(Unit*)to = unit;
 }
 
 // The pages of a unit's part, by a warp that knows the numbers of 32 of them at a time.
@@ -171,8 +91,8 @@ struct Pages {
     }
 };
 
-// Sums over the 8 lanes that hold the same queries. Where S is even each lane keeps half of them, by
-// its bit; returns how many are left, from `offset` on.
+// Sums over the 8 lanes that hold the same queries, with the lane that differs in BIT. Where S is even
+// each of the two keeps half of them, from `offset` on.
 template <int S, int BIT>
 DEVICE void reduce_totals(float* totals, int& offset) {
 #pragma unroll
@@ -283,7 +203,7 @@ struct Group {
             const int from = (first_page + i * SHARES) * PAGE;  // position of the first key
             const bool is_partial = from + PAGE > length || (HAS_WINDOW && from < begin);
             if (is_partial) hide(from);
-            bool over = weigh();
+            const bool over = weigh();
             wgmma_wait<0>();
 #pragma unroll
             for (int b = 0; b < BOXES; b++) settle(acc[b]);
@@ -437,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int first = unit.first, end = unit.end, length = unit.length;
     const int tile = unit.tile, kv_head = unit.kv_head;
     const int num_queries = min((end - first) * G - tile * ROWS, ROWS);
-    if (num_queries <= 0) return;  // so it is in the whole cluster
+    if (num_queries <= 0) return;  // so it is in the whole cluster: nothing is read or written
     int begin = 0;
     if (HAS_WINDOW) begin = max(length - window + 1, 0);
     const int first_page = begin / PAGE + share;

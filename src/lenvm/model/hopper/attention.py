@@ -1,4 +1,4 @@
-"""Attention of a RaggedDecoder's candidates on Hopper GPUs: the kernel in `attention.cu`.
+"""Attention of a RaggedDecoder's candidates on Hopper GPUs: `attention.cu`, once a step `plan.cu`.
 
 Shape legend: R rows (requests), N packed tokens, P pages, S tokens of a page, C pages of a row,
 Hq query heads, Hkv key heads, G = Hq / Hkv, D head size.
@@ -38,7 +38,7 @@ def can_attend(num_heads: int, k_pages: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Units:
-    """Which block works on what, the same for every layer of a step: the plan in `attention.cu`."""
+    """Which blocks work on what, the same for every layer of a step."""
 
     plan: Tensor
     num_columns: int
@@ -80,10 +80,8 @@ def plan_units(
         num_units = min(num_units, num_rows + num_tokens * group // TILE_ROWS)
     num_columns = table.shape[1]
     plan = table.new_empty(num_units * num_kv, 8 + -(-num_columns // 4) * 4)
-    about = definitions(head_size, group, num_kv, num_splits=num_splits, num_stages=num_stages)
-    kernel = get_kernel(
-        "attention.cu", about, PRODUCTS, shared_bytes=0, num_threads=MAX_RANKED, name="plan"
-    )
+    about = plan_definitions(group, num_kv)
+    kernel = get_kernel("plan.cu", about, (), shared_bytes=0, num_threads=MAX_RANKED)
     numbers = num_columns, num_rows, num_tiles, slots
     grid = (plan.shape[0], 1, 1)
     kernel.launch(grid, table, rows, lengths, first, plan, *numbers, pdl=False)
@@ -151,6 +149,12 @@ def candidate_attention(
     )
 
 
+def plan_definitions(group: int, num_kv: int) -> dict[str, int]:
+    """What `plan.cu` is compiled for."""
+    limits = {"ROWS": TILE_ROWS, "MAX_RANKED": MAX_RANKED, "MAX_TILES": MAX_TILES}
+    return {"G": group, "HKV": num_kv, **limits}
+
+
 def definitions(
     head_size: int,
     group: int,
@@ -169,6 +173,7 @@ def definitions(
         "STAGES": num_stages,
         "SPLITS": num_splits,
         "HALVES": num_halves(head_size),
+        "ROWS": TILE_ROWS,
         "HAS_WINDOW": int(has_window),
         "OWN_IS_TOKEN": int(own_is_token),
     }

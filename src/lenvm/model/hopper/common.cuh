@@ -87,12 +87,11 @@ DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "m
 // -- wgmma ------------------------------------------------------------------------------------------
 
 // Descriptor of a tile of rows of 128 bytes, swizzled as the copy engine does (128 B), aligned to
-// 1024 bytes. Along the rows' bytes (16 bf16 are 32 bytes) add bytes / 16 to it.
-// K-major operands: `leading` is unused. A B operand that is transposed (rows are K): `group` bytes
-// between groups of 8 rows (1024), `leading` bytes between blocks of 64 columns.
-DEVICE u64 describe(u32 address, u32 group = 1024, u32 leading = 16) {
-    return (u64)((address & 0x3FFFF) >> 4) | (u64)(leading >> 4) << 16 | (u64)(group >> 4) << 32 |
-           1ull << 62;
+// 1024 bytes: 1024 bytes between groups of 8 rows. Along the rows' bytes (16 bf16 are 32 bytes) add
+// bytes / 16 to it. Bits 16 to 29 are for an operand whose rows are K: bytes / 16 between its blocks
+// of 64 columns.
+DEVICE u64 describe(u32 address) {
+    return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -191,6 +190,14 @@ DEVICE void deal_block(uint4 block, u32* to) {
 }
 
 // -- what the attention needs besides ---------------------------------------------------------------
+
+// What a unit works on, in the plan of a step: 32 bytes, then its request's pages.
+struct __align__(16) Unit {
+    int first, end, length, tile, kv_head;
+    int unused[3];
+};
+// Ints of a unit in the plan.
+DEVICE int plan_stride(int num_columns) { return 8 + (num_columns + 3) / 4 * 4; }
 
 // After wgmma_wait: nobody reads the accumulators before it.
 template <int N>

@@ -132,10 +132,9 @@ def get_kernel(
     shared_bytes: int,
     num_threads: int,
     cluster: tuple[int, int, int] = (1, 1, 1),
-    name: str = "run",
 ) -> Kernel:
-    """A kernel of a source file. products: what it calls the wgmma that it issues; those of one
-    name differ by their columns."""
+    """The kernel `run` of a source file. products: what it calls the wgmma that it issues; those of
+    one name differ by their columns."""
     return _get_kernel(
         file,
         tuple(sorted(definitions.items())),
@@ -143,7 +142,6 @@ def get_kernel(
         shared_bytes,
         num_threads,
         cluster,
-        name,
         torch.cuda.current_device(),
     )
 
@@ -156,28 +154,15 @@ def _get_kernel(
     shared_bytes: int,
     num_threads: int,
     cluster: tuple[int, int, int],
-    name: str,
-    device: int,
+    _device: int,
 ) -> Kernel:
     from cuda.bindings import driver
 
-    module = _load_module(file, definitions, products, device)
-    function = _check(driver.cuModuleGetFunction(module, name.encode()))
+    module = _check(driver.cuModuleLoadData(compile_source(file, definitions, products)))
+    function = _check(driver.cuModuleGetFunction(module, b"run"))
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _check(driver.cuFuncSetAttribute(function, limit, shared_bytes))
     return Kernel(function, shared_bytes, num_threads, cluster)
-
-
-@cache
-def _load_module(
-    file: str,
-    definitions: tuple[tuple[str, int], ...],
-    products: tuple[tuple[str, Product], ...],
-    _device: int,
-) -> Any:
-    from cuda.bindings import driver
-
-    return _check(driver.cuModuleLoadData(compile_source(file, definitions, products)))
 
 
 def build_source(
