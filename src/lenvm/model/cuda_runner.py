@@ -176,7 +176,7 @@ class CudaRunner:
         if on_device:
             num_slots = num_rows * width if num_candidates is None else 0
             self._watch("a candidate is not a token, or is over num_candidates", num_slots)
-        return kernels.gather_rows(step.out, packed_RK)
+        return step.out[packed_RK]
 
     def keep(self, request_ids: Sequence[str], rows: Sequence[int], token_ids: Tensor) -> None:
         assert self._last is not None

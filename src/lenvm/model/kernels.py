@@ -218,29 +218,6 @@ def keep_candidates(
     )
 
 
-@triton.jit(do_not_specialize=["count"])
-def _gather_kernel(
-    rows_ptr, at_ptr, out_ptr, count, E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr
-):
-    n_offs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    e_offs = tl.arange(0, BLOCK_E)
-    at = tl.load(at_ptr + n_offs, mask=n_offs < count, other=0)
-    mask = (n_offs < count)[:, None] & (e_offs < E)[None, :]
-    x = tl.load(rows_ptr + at[:, None] * E + e_offs[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + n_offs[:, None].to(tl.int64) * E + e_offs[None, :], x, mask=mask)
-
-
-def gather_rows(rows: Tensor, at: Tensor) -> Tensor:
-    """rows [N, E] at the places `at` (any shape, int64): [..., E]; all contiguous."""
-    size, count = rows.shape[1], at.numel()
-    out = rows.new_empty(*at.shape, size)
-    block_e = next_power_of_2(size)
-    block_n = max(1, 1024 // block_e)
-    grid = (triton.cdiv(count, block_n),)
-    _gather_kernel[grid](rows, at, out, count, E=size, BLOCK_N=block_n, BLOCK_E=block_e)
-    return out
-
-
 # -- pieces of a decoder layer ---------------------------------------------------------------------
 
 
