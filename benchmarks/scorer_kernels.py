@@ -554,7 +554,7 @@ def keep_record(record: dict[str, Any], path: Path = kernel_choices.PATH) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=["0.5b"])
+    parser.add_argument("--shapes", nargs="+", default=["0.5b"], choices=["0.5b", "1.5b"])
     parser.add_argument("--points", nargs="+", default=["64x8"], help="requests x candidates")
     parser.add_argument("--prefix", type=int, default=1024)
     parser.add_argument("--budget-s", type=float, default=85.0)
@@ -564,11 +564,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="all timings, as JSON")
     parser.add_argument("--keep", type=Path, default=None, help="take over an --out of elsewhere")
     arguments = parser.parse_args()
+    if arguments.quick and arguments.trimmed:
+        parser.error("--quick is for steps that are not trimmed; leave one of the two out")
     if arguments.keep is not None:
-        for record in json.loads(arguments.keep.read_text()):
+        try:
+            records = json.loads(arguments.keep.read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"--keep {arguments.keep}: {error}; it takes an --out of this script")
+        for record in records:
             keep_record(record)
         return
-    points = [tuple(map(int, p.split("x"))) for p in arguments.points]
+    points = []
+    for point in arguments.points:
+        batch, _, mean = point.partition("x")
+        if not (batch.isdecimal() and mean.isdecimal() and int(batch) > 0 and int(mean) > 0):
+            parser.error(f"--points {point}: it takes requests x candidates, like 64x8")
+        points.append((int(batch), int(mean)))
+    if not torch.cuda.is_available():
+        parser.error("this measures kernels on a GPU; there is no CUDA device here")
     if arguments.compile_part is not None:
         compile_part(arguments.shapes, points, arguments.compile_part)
         return
