@@ -118,6 +118,14 @@ class FusedLayers:
 
     def __call__(self, tokens_N: Tensor, positions_N: Tensor, plan: CudaPlan) -> Tensor:
         """Final hidden states [N, H]; those of rows from `plan.total` on mean nothing."""
+        rows, residual = self.run(tokens_N, positions_N, plan)
+        if rows.squares is not None:
+            final, pdl = self.backbone.norm.weight, plan.choices.pdl
+            kernels.add_norm(None, residual, final, self.eps, rows.x, pdl, plan.total)
+        return rows.x
+
+    def run(self, tokens_N: Tensor, positions_N: Tensor, plan: CudaPlan) -> tuple[Rows, Tensor]:
+        """Final hidden states, whose norm may still be to do, and the residual stream [N, H]."""
         choices, eps, total = plan.choices, self.eps, plan.total
         pdl = choices.pdl
         residual, rows, cos, sin = self._begin(tokens_N, positions_N, total)
@@ -158,9 +166,7 @@ class FusedLayers:
                 gate_up = F.linear(rows.x, weight, bias)
                 kernels.silu_mul(gate_up, activated, rows.squares, eps, rows.x.shape[1], pdl)
             rows = self._add(activated, layer.down, residual, next_norm, choices.down, pdl, total)
-        if rows.squares is not None:
-            kernels.add_norm(None, residual, final, eps, rows.x, pdl, total)
-        return rows.x
+        return rows, residual
 
     def _begin(
         self, tokens_N: Tensor, positions_N: Tensor, total: Tensor | None
