@@ -24,11 +24,13 @@ from lenvm.model.attention_kernels import CAUSAL_BLOCK, count_size
 from lenvm.model.backbone import run_backbone
 from lenvm.model.cuda_plans import CudaCandidates, CudaExtend
 from lenvm.model.device import pin, upload
-from lenvm.model.fused_layers import fuse_layers
+from lenvm.model.fused_layers import FusedLayers, fuse_layers
+from lenvm.model.head_kernels import FusedHead
 from lenvm.model.hopper.attention import can_attend, plan_units
 from lenvm.model.kernel_choices import PLAIN, Choices, TrimHint
 from lenvm.model.kernels import NO_ROW
 from lenvm.model.kv_pages import KVPages
+from lenvm.model.products import Rows
 from lenvm.model.torch_runner import Head
 
 
@@ -252,10 +254,7 @@ class CudaRunner:
         outs: list[Tensor] = []
 
         def run() -> None:
-            packed = self._run_packed(bucket, choices)
-            if not outs:
-                outs.append(packed.new_zeros(bucket.num_tokens + 1, packed.shape[-1]))
-            outs[0][:-1].copy_(packed)
+            outs[:] = [self._run_packed(bucket, choices, *outs)]
 
         run()  # compiles the kernels; what it keeps is what the step would keep
         if self.graphs:
@@ -265,8 +264,32 @@ class CudaRunner:
             return _Step(outs[0], graph.replay)
         return _Step(outs[0], run)
 
-    def _run_packed(self, bucket: Bucket, choices: Choices) -> Tensor:
-        """Outputs of the packed candidates in the static buffers: [N, E]."""
+    def _run_packed(self, bucket: Bucket, choices: Choices, out: Tensor | None = None) -> Tensor:
+        """Outputs of the packed candidates in the static buffers, [N + 1, E], the last row 0: in
+        `out`, or in a tensor of its own."""
+        plan, head, forward = self._build_plan(bucket, choices), self.head, self._forward
+        given = self._tokens[: bucket.num_tokens], self._positions[: bucket.num_tokens], plan
+        if isinstance(head, FusedHead):
+            if isinstance(forward, FusedLayers):
+                rows, eps = forward.run(*given)[0], forward.eps
+            else:
+                rows, eps = Rows(forward(*given)), 0.0
+            if out is None:
+                out = self._build_out(bucket, head.num_outputs, torch.float32)
+            head.write(rows, eps, out[:-1], pdl=choices.pdl, total=plan.total)
+            return out
+        hidden = forward(*given)
+        packed = hidden if head is None else head(hidden)
+        if out is None:
+            out = self._build_out(bucket, packed.shape[1], packed.dtype)
+        out[:-1].copy_(packed)
+        return out
+
+    def _build_out(self, bucket: Bucket, num_outputs: int, dtype: torch.dtype) -> Tensor:
+        shape = bucket.num_tokens + 1, num_outputs
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def _build_plan(self, bucket: Bucket, choices: Choices) -> CudaCandidates:
         count, cache = bucket.num_tokens, self.cache
         num_kv, head_size = cache.data.shape[4:]
         num_splits = choices.attention.count_splits(
@@ -290,7 +313,7 @@ class CudaRunner:
                 num_splits=num_splits,
                 num_stages=choices.attention.stages,
             )
-        plan = CudaCandidates(
+        return CudaCandidates(
             data=cache.data,
             table=cache.table(),
             rows=rows,
@@ -305,8 +328,6 @@ class CudaRunner:
             choices=choices,
             total=self._first[-1:] if choices.trims else None,
         )
-        hidden = self._forward(self._tokens[:count], self._positions[:count], plan)
-        return hidden if self.head is None else self.head(hidden)
 
     # -- host and device --------------------------------------------------------------------------
 

@@ -97,19 +97,20 @@ class RaggedDecoder:
             with_table=triton,
             **shape,
         )
-        if head is not None:
-            head = with_fast_products(head, self.dtype, self.device)
+        fast = None if head is None else with_fast_products(head, self.dtype, self.device)
         self._runner: Runner
         if triton:
             if not has_triton():
                 raise InputError("the GPU path needs triton (pip install it), or kernels='torch'")
             from lenvm.model.cuda_runner import CudaRunner
+            from lenvm.model.head_kernels import fuse_head
 
+            fast = fuse_head(head, self.dtype) or fast
             self._runner = CudaRunner(
-                backbone, head, self._cache, max_candidates=max_candidates, graphs=cuda_graphs
+                backbone, fast, self._cache, max_candidates=max_candidates, graphs=cuda_graphs
             )
         else:
-            self._runner = TorchRunner(backbone, head, self._cache, max_candidates=max_candidates)
+            self._runner = TorchRunner(backbone, fast, self._cache, max_candidates=max_candidates)
         self._chunk = 2048 if self.device.type == "cpu" else 8192
         self._peeked = _Peek({}, torch.empty(0, 0))
 
