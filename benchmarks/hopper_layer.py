@@ -129,7 +129,7 @@ class Layers:
 
 MARK = f"""
 __device__ u64 marks[{BLOCKS} * 32];
-#define MARK(i) if (threadIdx.x == MARKED && blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * \\
+#define MARK(i) if (threadIdx.x == 0 && blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * \\
     blockIdx.z) < {BLOCKS}) {{ u64 now; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); \\
     u64* to = marks + 32 * (blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z)) + \\
     2 * (i); to[0] = now; to[1] = clock64(); }}
@@ -141,14 +141,15 @@ MARKS = {
     "products.cu": {
         "start": ("    const u32 tiles = (shared", "{}    const u32 tiles = (shared"),
         "waited": (
-            "wait_for_previous();\n        if (threadIdx.x == 128)",
-            "wait_for_previous();\n{}        if (threadIdx.x == 128)",
+            "wait_for_previous();\n        if (threadIdx.x == 0)",
+            "wait_for_previous();\n{}        if (threadIdx.x == 0)",
         ),
         "first tile": (
-            "            const u64 x = describe(first",
-            "            if (block == 0) {{ {} }}\n            const u64 x = describe(first",
+            "            const u32 x = described_x",
+            "            if (block == 0) {{ {} }}\n            const u32 x = described_x",
         ),
-        "multiplied": ("        wgmma_wait<0>();\n", "        wgmma_wait<0>();\n{}"),
+        "multiplied": ("        settle(acc);\n", "        settle(acc);\n{}"),
+        "may send": ("        const u32 to = tile_row", "{}        const u32 to = tile_row"),
         "exchanged": (
             "if (SPLITS > 1) barrier_wait(exchanged, 0);",
             "if (SPLITS > 1) barrier_wait(exchanged, 0);\n{}",
@@ -166,20 +167,15 @@ MARKS = {
         ),
         "queries": ("    const int total_chunks = num", "{}    const int total_chunks = num"),
         "first scores": ("        u32 is_free = 0;", "{}        u32 is_free = 0;"),
-        "first weights": (
-            "            store_weights(i);\n            barrier_wait",
-            "            store_weights(i);\n"
-            "            if (i == 0) {{ {} }}\n            barrier_wait",
-        ),
         "second page": (
             "            is_free = barriers",
             "            if (i == 1) {{ {} }}\n            is_free = barriers",
         ),
         "sixth page": (
-            "            const u32 columns = described",
-            "            if (i == 5) {{ {} }}\n            const u32 columns = described",
+            "            bring_further(pages",
+            "            if (i == 5) {{ {} }}\n            bring_further(pages",
         ),
-        "pages seen": ("        int offset = 0;", "{}        int offset = 0;"),
+        "pages seen": ("        meet(pair_id, HALF);", "{}        meet(pair_id, HALF);"),
         "met": ("    // 8 columns of a row at a time", "{}    // 8 columns of a row at a time"),
         "end": (
             "    if (SPLITS > 1) {  // the others may",
@@ -190,22 +186,19 @@ MARKS = {
 """What each mark is called; where it stands in the source: text, and text with a place for it."""
 
 
-def put_marks(file: str, source: str, definitions: dict[str, int]) -> str:
+def put_marks(file: str, source: str) -> str:
     marks, first = (
         MARKS[file],
         "constexpr int CONSUMERS" if file == "products.cu" else "constexpr int PAGE",
     )
     for number, (old, new) in enumerate(marks.values()):
-        if source.count(old) != 1:
-            raise SystemExit(f"{file} has {source.count(old)} times {old!r}: see MARKS")
+        if old not in source:
+            raise SystemExit(f"{file} does not have {old!r}: see MARKS")
         source = source.replace(old, new.format(f"MARK({number});\n"))
-    # the group that ends the rows of the block, where two share a sum
-    marked = "0"
     if file == "products.cu":
-        marked = "(128 + 128 * (blockIdx.z & 1))" if definitions["SPLITS"] == 2 else "128"
         end = source.rindex("    }\n}")
         source = source[:end] + f"        MARK({len(marks)});\n" + source[end:]
-    return source.replace(first, f"#define MARKED {marked}\n{MARK}{first}", 1)
+    return source.replace(first, f"{MARK}{first}", 1)
 
 
 class Marked:
@@ -223,7 +216,7 @@ class Marked:
 
         def build(file: str, definitions: Any, products: Any) -> str:
             source = self._build(file, definitions, products)
-            return put_marks(file, source, dict(definitions)) if file in MARKS else source
+            return put_marks(file, source) if file in MARKS else source
 
         def compile_source(file: str, definitions: Any, products: Any) -> bytes:
             about.append((file, dict(definitions)))

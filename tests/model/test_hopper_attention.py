@@ -209,14 +209,18 @@ def test_two_units_of_a_block(num_rows, num_kv, num_splits):
 
 
 @mark
-def test_scores_that_grow_along_the_prefix():
-    """The kept maximum is left behind by little, by much, and often."""
-    case = Case([64 * 16] * 2, [15, 7], 7, 2, 64, seed=4)
-    for r in range(2):
+@pytest.mark.parametrize(("group", "head_size"), [(7, 64), (6, 128)])
+@pytest.mark.parametrize("window", [None, 700])
+def test_scores_that_grow_along_the_prefix(group, head_size, window):
+    """The reference is left behind by little, by much, and often; at last in a page's part."""
+    case = Case([64 * 16, 64 * 16 - 20] * 2, [15, 7, 11, 18], group, 2, head_size, seed=4)
+    for r in range(4):
         for i, page in enumerate(case.table[case.rows[r]][:16].tolist()):
-            case.pages[0, page] *= (0.1, 0.5, 1, 1.5, 2, 2.5, 3, 8)[i // 2]
+            case.pages[0, page] *= (0.1, 0.5, 1, 1.5, 2, 2.5, 8, 30)[i // 2]
     for num_splits in (1, 2, 8):
-        compare(case.run(num_splits), case.expect())
+        out = case.run(num_splits, window=window)
+        compare(out, case.expect(window))
+        assert torch.equal(out, case.run(num_splits, window=window))
 
 
 @mark

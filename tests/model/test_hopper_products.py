@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from lenvm.model.hopper import products
 from lenvm.model.hopper.products import GATE_UP, OUT, QKV
-from lenvm.model.hopper.runtime import Product
 from lenvm.model.kernel_choices import Tile
 from lenvm.model.products import Rows
 from model.hopper import check_compiles, on_hopper
@@ -81,6 +80,8 @@ class TestOut:
             Tile(128, 64, splits=2, stages=7, hopper=True),
             Tile(128, 192, splits=4, stages=3, hopper=True),
             Tile(128, 32, splits=8, stages=3, hopper=True),
+            Tile(128, 128, splits=4, stages=5, hopper=True),
+            Tile(64, 128, splits=1, stages=8, hopper=True),
         ],
     )
     def test_it_equals_fp32_again_and_again(self, num_tokens, tile):
@@ -153,13 +154,14 @@ class TestGateAndUp:
         (QKV, Tile(64, 128, stages=8), 1536, 2048, 12, {"HQ": 12, "HKV": 2, "HAS_BIAS": 0}),
         (OUT, Tile(128, 64, splits=2, stages=8), 4864, 896, 0, {}),
         (OUT, Tile(128, 128, splits=4, stages=5), 4864, 896, 0, {}),
+        (OUT, Tile(64, 64, stages=8), 896, 896, 0, {}),
         (GATE_UP, Tile(128, 160, stages=4), 896, 4864, 14, {}),
         (GATE_UP, Tile(128, 128, stages=4), 1536, 8960, 12, {}),
     ],
 )
 def test_they_compile_without_spills(kind, tile, inputs, outputs, num_parts, heads):
     definitions = products.definitions(kind, tile, inputs, outputs, num_parts) | heads
-    check_compiles("products.cu", definitions, [("multiply", Product(tile.BN))])
+    check_compiles("products.cu", definitions, [("multiply", products.product(kind, tile))])
 
 
 @pytest.mark.parametrize(

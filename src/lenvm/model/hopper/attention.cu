@@ -2,7 +2,8 @@
 //
 // Definitions: D (head size: 64 or 128), G (query heads of a key head), HKV, STAGES (pages on their
 // way), SPLITS (blocks of a cluster), HALVES (of a block: 1 or 2), ROWS (128), HAS_WINDOW,
-// OWN_IS_TOKEN; multiply_keys and multiply_values for 8, 16 ... ROWS / 2 columns.
+// OWN_IS_TOKEN; multiply_keys for 8, 16, 24, 32 and 64 columns, multiply_values for the first four,
+// multiply_weights for 64.
 //
 // A cluster serves a unit of `plan.cu`: up to ROWS query rows of one request and key head. Its
 // blocks' halves of 256 threads take pages in turn. Two groups of 128 of them compute, each half of
@@ -10,12 +11,12 @@
 // from the others. What all found is merged in shared memory across the cluster, always in the same
 // order; there the candidate's own value joins. A block has a multiprocessor to itself.
 //
-// Keys are the rows of a product, queries its columns, of which there are as many as a unit has (to
-// the next 8): [64 keys, N] = keys x queries^T, and [D, N] += values^T x weights^T. The weights go
-// through shared memory. They are 2^(score - reference), where a query's reference is the score of
-// its own key: no maximum is looked for, unless a weight passes LIMIT.
-// Thread t of a group holds keys t / 4 % 8 + 16 (its warp) and 8 further; of 8 queries each, queries
-// 2 (t % 4) and the next (wgmma's layout).
+// Of up to 64 query rows, keys are the rows of a product and queries its columns, of which there are
+// as many as a group has (to the next 8): [64 keys, N] = keys x queries^T, and [D, N] += values^T x
+// weights^T (`attend`). Where there are more, queries are the rows, 64 of a group, and keys the
+// columns (`attend_rows`): padding costs less then than weights that go through shared memory.
+// Weights are 2^(score - reference), where a query's reference is the score of its own key: no maximum
+// is looked for, unless weights pass LIMIT.
 
 constexpr int PAGE = 64;
 constexpr int BOXES = D / 64;
@@ -35,6 +36,7 @@ constexpr int QUERY_BOX = ROWS * 128;          // queries: boxes of 64 columns
 // Weights of a group and page; those of two pages have room, for a warp that has its product of the
 // one may be ahead of another that has not.
 constexpr int WEIGHT_BYTES = GROUP_ROWS * 128;
+static_assert(2 * WEIGHT_BYTES >= 32 * 128 * 4, "so have the scores of `score_again`");
 constexpr int HALF_BYTES = STAGES * STAGE_BYTES + 4 * WEIGHT_BYTES;
 static_assert(HALF_BYTES % 1024 == 0, "boxes are aligned to 1024 bytes");
 // Behind all halves and the queries: of each half barriers and its groups' references; scores of the
@@ -47,7 +49,7 @@ constexpr int QUERY_STEPS = ROWS * LANES / THREADS;
 constexpr int OWN_STEPS = QUERY_STEPS > SPLITS ? QUERY_STEPS / SPLITS : 1;
 // Whether the merge reads all before it computes; else there are too few registers.
 constexpr bool READS_FIRST = D == 128 ? SHARES <= 8 : SHARES <= 4;
-// Weights of a page that sum up to more raise the reference.
+// Sums of weights of more than this raise the reference.
 constexpr float LIMIT = 18446744073709551616.0f;  // 2^64
 
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
@@ -56,7 +58,13 @@ DEVICE float dot2(u32 a, u32 b) { return low_bf16(a) * low_bf16(b) + high_bf16(a
 DEVICE float dot8(uint4 a, uint4 b) {
     return dot2(a.x, b.x) + dot2(a.y, b.y) + (dot2(a.z, b.z) + dot2(a.w, b.w));
 }
-DEVICE u64 join(u32 low, u32 high) { return (u64)high << 32 | low; }
+
+// 16 bytes of a row of a box, which is swizzled.
+DEVICE uint4 load_chunk(u32 box, int row, int chunk) {
+    const float4 x = load_shared(box + row * 128 + (chunk ^ row % 8) * 16);
+    return make_uint4(__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z),
+                      __float_as_uint(x.w));
+}
 
 // Where the query begins in q and out; `query` counts candidates x G of the request.
 DEVICE long long place_of(int first, int kv_head, int query) {
@@ -119,7 +127,9 @@ struct Group {
     int first_page, count, length, begin, kv_head;
     float scale;
 
-    // N columns: its queries. At the end its sums lie where the pages were.
+    // N columns: its queries. At the end its sums lie where the pages were. Thread t holds keys t / 4 %
+    // 8 + 16 (its warp) and 8 further; of 8 queries each, queries 2 (t % 4) and the next (wgmma's
+    // layout).
     template <int N>
     DEVICE void attend(Pages& pages) const {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
@@ -134,19 +144,16 @@ struct Group {
         for (int j = 0; j < N / 4; j++) total[j] = 0;
         const bool brings = warp == 0 && number == 0;
         int stage = 0, parity = 0;
-        // The upper byte of an address is the block's number in its cluster, and no part of
-        // descriptors, whose upper halves are the same everywhere: see `describe`.
-        constexpr u32 UPPER = 1 << 30 | 64;
-        const u32 described_queries = (queries & 0x3FFFF) >> 4 | 1 << 16;
-        const u32 described_weights = (weights & 0x3FFFF) >> 4 | 1 << 16;
-        const u32 described_keys = (stages & 0x3FFFF) >> 4 | 1 << 16;
-        const u32 described_values = ((stages & 0x3FFFF) + PART_BYTES) >> 4 | BOX_BYTES / 16 << 16;
+        const u32 described_queries = describe(queries);
+        const u32 described_weights = describe(weights);
+        const u32 described_keys = describe(stages);
+        const u32 described_values = describe(stages + PART_BYTES, BOX_BYTES);
         const auto multiply_page = [&](int of) {
             const u32 rows = described_keys + of * (STAGE_BYTES / 16);
 #pragma unroll
             for (int k = 0; k < D / 16; k++)
-                multiply_keys(scores, join(rows + k / 4 * (BOX_BYTES / 16) + k % 4 * 2, UPPER),
-                              join(described_queries + k / 4 * (QUERY_BOX / 16) + k % 4 * 2, UPPER),
+                multiply_keys(scores, with_upper(rows + k / 4 * (BOX_BYTES / 16) + k % 4 * 2),
+                              with_upper(described_queries + k / 4 * (QUERY_BOX / 16) + k % 4 * 2),
                               k > 0);
         };
         const auto hide = [&](int from) {  // keys that are not seen
@@ -210,15 +217,7 @@ struct Group {
             if (i > 0 && lane == 0) barrier_arrive(is_free);
             store_weights(i);
             barrier_wait(barriers + stage * 24 + 8, parity);
-            if (from + PAGE > length) {  // weight 0 of a stale NaN would be NaN
-                const int seen = length - from;
-#pragma unroll 1
-                for (int j = threadIdx.x % 128; j < (PAGE - seen) * LANES; j += 128) {
-                    const int key = seen + j / LANES;
-                    const u32 to = values + j % LANES / 8 * BOX_BYTES + key * 128 + j % 8 * 16;
-                    store4(to, make_uint4(0, 0, 0, 0));
-                }
-            }
+            if (from + PAGE > length) clear_unseen(values, length - from);
             fence_async();
             if (meet_any(id, 128, over)) {  // seldom: a reference is raised
                 wgmma_fence();
@@ -282,15 +281,10 @@ struct Group {
             for (int b = 0; b < BOXES; b++)
 #pragma unroll
                 for (int k = 0; k < 4; k++)  // 16 keys each
-                    multiply_values(acc[b], join(rows + b * (BOX_BYTES / 16) + k * 128, UPPER),
-                                    join(columns + k * 2, UPPER), 1);
+                    multiply_values(acc[b], with_upper(rows + b * (BOX_BYTES / 16) + k * 128),
+                                    with_upper(columns + k * 2), 1);
             wgmma_commit();
-            const int further = i - 1 + STAGES;  // in place of the page before
-            if (brings && further < count) {
-                const int emptied = last_stage > 0 ? last_stage - 1 : STAGES - 1;
-                if (i > 0) barrier_wait(barriers + emptied * 24 + 16, (further / STAGES - 1) & 1);
-                pages.bring(further, emptied, kv_head, lane);
-            }
+            bring_further(pages, i, last_stage, brings, lane);
             wgmma_wait<1>();
             settle(scores);
         }
@@ -319,6 +313,190 @@ struct Group {
                 const int column = 64 * b + 16 * warp + lane / 4 + j / 2 % 2 * 8;
                 store1(stages + number * GROUP_BYTES + query * SUM_BYTES + column * 4, acc[b][j]);
             }
+    }
+
+    // The same for `width` queries, which are the rows of its products. Weights stay in registers, and
+    // warps wait for nobody. Thread t holds queries t / 4 % 8 + 16 (its warp) and 8 further; of 8 keys
+    // each, keys 2 (t % 4) and the next.
+    DEVICE void attend_rows(Pages& pages, int width) const {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
+        const int query = warp * 16 + lane / 4;
+        float acc[BOXES][32], scores[32], total[2] = {0, 0}, reference[2];
+#pragma unroll
+        for (int b = 0; b < BOXES; b++)
+#pragma unroll
+            for (int j = 0; j < 32; j++) acc[b][j] = 0;
+#pragma unroll
+        for (int b = 0; b < BOXES; b++) settle(acc[b]);  // not while something is multiplied
+        const bool brings = warp == 0 && number == 0;
+        const u32 described_queries = describe(queries);
+        const u32 described_keys = describe(stages);
+        const u32 described_values = describe(stages + PART_BYTES, BOX_BYTES);
+        const auto multiply_page = [&](int of) {
+            const u32 keys = described_keys + of * (STAGE_BYTES / 16);
+#pragma unroll
+            for (int k = 0; k < D / 16; k++)
+                multiply_keys(scores,
+                              with_upper(described_queries + k / 4 * (QUERY_BOX / 16) + k % 4 * 2),
+                              with_upper(keys + k / 4 * (BOX_BYTES / 16) + k % 4 * 2), k > 0);
+        };
+#pragma unroll
+        for (int h = 0; h < 2; h++)  // the last warps may have rows that are of nobody
+            reference[h] = query + 8 * h < width ? load1(references + (query + 8 * h) * 4) : 0;
+        const auto hide = [&](int from) {  // keys that are not seen
+#pragma unroll
+            for (int j = 0; j < 32; j++) {
+                const int at = from + j / 4 * 8 + 2 * t + j % 2;
+                if (at >= length || (HAS_WINDOW && at < begin)) scores[j] = NEGATIVE_INFINITY;
+            }
+        };
+        int stage = 0, parity = 0;
+        if (count > 0) {
+            barrier_wait(barriers, 0);
+            wgmma_fence();
+            multiply_page(0);
+            wgmma_commit();
+            if (brings && STAGES - 2 < count) pages.bring(STAGES - 2, STAGES - 2, kv_head, lane);
+            wgmma_wait<0>();
+            settle(scores);
+        }
+        u32 is_free = 0;
+#pragma unroll 1
+        for (int i = 0; i < count; i++) {
+            const u32 values = stages + stage * STAGE_BYTES + PART_BYTES;
+            const int from = (first_page + i * SHARES) * PAGE;  // position of the first key
+            const bool is_partial = from + PAGE > length || (HAS_WINDOW && from < begin);
+            if (is_partial) hide(from);
+            float sum[2], shrink[2] = {1, 1};
+            const auto weigh = [&] {
+                sum[0] = total[0], sum[1] = total[1];
+#pragma unroll
+                for (int j = 0; j < 32; j++) {
+                    scores[j] = exp2_fast(scores[j] * scale - reference[j / 2 % 2]);
+                    sum[j / 2 % 2] += scores[j];
+                }
+            };
+            weigh();
+            const bool over = __any_sync(0xFFFFFFFFu, fmaxf(sum[0], sum[1]) > LIMIT);
+            if (over) {  // seldom: references are raised
+                score_again(scores, stages + stage * STAGE_BYTES, query, t);
+                if (is_partial) hide(from);
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float x = reference[h];
+#pragma unroll
+                    for (int j = 0; j < 32; j++)
+                        if (j / 2 % 2 == h) x = fmaxf(x, scores[j] * scale);
+                    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
+                    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+                    shrink[h] = exp2_fast(reference[h] - x);
+                    total[h] *= shrink[h];
+                    reference[h] = x;
+                }
+                weigh();
+            }
+            total[0] = sum[0], total[1] = sum[1];
+            wgmma_wait<0>();
+#pragma unroll
+            for (int b = 0; b < BOXES; b++) settle(acc[b]);
+            if (i > 0 && lane == 0) barrier_arrive(is_free);
+            if (over) {
+#pragma unroll
+                for (int b = 0; b < BOXES; b++)
+#pragma unroll
+                    for (int j = 0; j < 32; j++) acc[b][j] *= shrink[j / 2 % 2];
+            }
+            u32 packed[16];
+#pragma unroll
+            for (int j = 0; j < 16; j++) packed[j] = pack_bf16(scores[2 * j], scores[2 * j + 1]);
+            barrier_wait(barriers + stage * 24 + 8, parity);
+            if (from + PAGE > length) {
+                clear_unseen(values, length - from);
+                fence_async();
+                meet(id, 128);
+            }
+            is_free = barriers + stage * 24 + 16;
+            const int last_stage = stage;
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+            if (i + 1 < count) barrier_wait(barriers + stage * 24, parity);
+            wgmma_fence();
+            multiply_page(stage);  // after the last one: see `attend`
+            wgmma_commit();
+            const u32 rows = described_values + last_stage * (STAGE_BYTES / 16);
+#pragma unroll
+            for (int b = 0; b < BOXES; b++)
+#pragma unroll
+                for (int k = 0; k < 4; k++)  // 16 keys each
+                    multiply_weights(acc[b], packed[4 * k], packed[4 * k + 1], packed[4 * k + 2],
+                                     packed[4 * k + 3],
+                                     with_upper(rows + b * (BOX_BYTES / 16) + k * 128), 1);
+            wgmma_commit();
+            bring_further(pages, i, last_stage, brings, lane);
+            wgmma_wait<1>();
+            settle(scores);
+        }
+        wgmma_wait<0>();
+#pragma unroll
+        for (int b = 0; b < BOXES; b++) settle(acc[b]);
+        meet(pair_id, HALF);  // every page was read: its place is free
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            total[h] += __shfl_xor_sync(0xFFFFFFFFu, total[h], 1);
+            total[h] += __shfl_xor_sync(0xFFFFFFFFu, total[h], 2);
+            if (query + 8 * h >= width) continue;
+            const int row = number * GROUP_ROWS + query + 8 * h;
+            store1(stages + TOTALS + (row * 4 + t) * 4, t == 0 ? total[h] : 0);
+            if (t == 0) store1(references + (query + 8 * h) * 4, reference[h]);
+#pragma unroll
+            for (int b = 0; b < BOXES; b++)
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    store2(stages + row * SUM_BYTES + (64 * b + 8 * j + 2 * t) * 4,
+                           acc[b][4 * j + 2 * h], acc[b][4 * j + 2 * h + 1]);
+        }
+    }
+
+    // The scores of queries `query` and 8 further over the page at `keys`, without wgmma, which a warp
+    // cannot issue alone, and in few registers: by way of where the weights of `attend` would be.
+    DEVICE void score_again(float (&scores)[32], u32 keys, int query, int t) const {
+        const u32 place = weights + threadIdx.x % 128 * 4;
+#pragma unroll 1
+        for (int n = 0; n < 16; n++) {
+            const int key = n / 2 * 8 + 2 * t + n % 2;
+            float found[2] = {0, 0};
+#pragma unroll 1
+            for (int chunk = 0; chunk < LANES; chunk++) {
+                const uint4 k = load_chunk(keys + chunk / 8 * BOX_BYTES, key, chunk % 8);
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    found[h] += dot8(k, load_chunk(queries + chunk / 8 * QUERY_BOX, query + 8 * h,
+                                                   chunk % 8));
+            }
+#pragma unroll
+            for (int h = 0; h < 2; h++) store1(place + (2 * n + h) * 512, found[h]);
+        }
+#pragma unroll
+        for (int j = 0; j < 32; j++)
+            scores[j] = load1(place + (2 * (j / 4 * 2 + j % 2) + j / 2 % 2) * 512);
+    }
+
+    // Weight 0 of a stale NaN would be NaN: values behind those that are seen become 0.
+    DEVICE void clear_unseen(u32 values, int seen) const {
+#pragma unroll 1
+        for (int j = threadIdx.x % 128; j < (PAGE - seen) * LANES; j += 128) {
+            const int key = seen + j / LANES;
+            const u32 to = values + j % LANES / 8 * BOX_BYTES + key * 128 + j % 8 * 16;
+            store4(to, make_uint4(0, 0, 0, 0));
+        }
+    }
+
+    // In place of the page before page i, which lies in `stage`.
+    DEVICE void bring_further(Pages& pages, int i, int stage, bool brings, int lane) const {
+        const int further = i - 1 + STAGES;
+        if (!brings || further >= count) return;
+        const int emptied = stage > 0 ? stage - 1 : STAGES - 1;
+        if (i > 0) barrier_wait(barriers + emptied * 24 + 16, (further / STAGES - 1) & 1);
+        pages.bring(further, emptied, kv_head, lane);
     }
 };
 
@@ -423,10 +601,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             case 2: group.attend<16>(pages); break;
             case 3: group.attend<24>(pages); break;
             case 4: group.attend<32>(pages); break;
-            case 5: group.attend<40>(pages); break;
-            case 6: group.attend<48>(pages); break;
-            case 7: group.attend<56>(pages); break;
-            default: group.attend<64>(pages);
+            default: group.attend_rows(pages, width);
         }
     }
     uint4 own_value[OWN_STEPS];
@@ -449,13 +624,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     float2 found[OWN_STEPS][SHARES];  // reference and total
     float4 parts[OWN_STEPS][SHARES][2];
     const auto address_of = [&](u32 place, int s, int half_bytes) {
-        return address_at(place + s % HALVES * half_bytes, s / HALVES);
+        const u32 here = place + s % HALVES * half_bytes;
+        return SPLITS > 1 ? address_at(here, s / HALVES) : here;
     };
+    const auto read4 = [](u32 there) { return SPLITS > 1 ? load4_at(there) : load_shared(there); };
+    const auto read1 = [](u32 there) { return SPLITS > 1 ? load1_at(there) : load1(there); };
     const auto read_parts = [&](float4 (&to)[2], int i, int s) {
         const u32 there = address_of(memory + slot_of(i / LANES) * SUM_BYTES + i % LANES * 32, s,
                                      HALF_BYTES);
-        to[0] = load4_at(there);
-        to[1] = load4_at(there + 16);
+        to[0] = read4(there);
+        to[1] = read4(there + 16);
     };
 #pragma unroll
     for (int step = 0; step < OWN_STEPS; step++) {
@@ -465,9 +643,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             found[step][s] = make_float2(NEGATIVE_INFINITY, 0);
             if (i >= total_chunks) continue;
             const int slot = slot_of(i / LANES);
-            const float4 totals = load4_at(address_of(memory + TOTALS + slot * 16, s, HALF_BYTES));
+            const float4 totals = read4(address_of(memory + TOTALS + slot * 16, s, HALF_BYTES));
             const u32 reference = all_behind + REFERENCES + slot * 4;
-            found[step][s] = make_float2(load1_at(address_of(reference, s, BEHIND_BYTES)),
+            found[step][s] = make_float2(read1(address_of(reference, s, BEHIND_BYTES)),
                                          totals.x + totals.y + (totals.z + totals.w));
             if (READS_FIRST) read_parts(parts[step][s], i, s);
         }

@@ -184,12 +184,17 @@ def num_multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-PRODUCTS = tuple(
-    (name, Product(columns, a_transposed=name == "multiply_values"))
-    for name in ("multiply_keys", "multiply_values")
-    for columns in range(8, 72, 8)
+PRODUCTS = (
+    *(
+        (name, Product(columns, a_transposed=name == "multiply_values"))
+        for name in ("multiply_keys", "multiply_values")
+        for columns in (8, 16, 24, 32)
+    ),
+    ("multiply_keys", Product(64)),
+    ("multiply_weights", Product(64, a_in_registers=True)),
 )
-"""Keys of a page by queries, and its values by their weights, of that many queries."""
+"""Keys of a page by queries, and its values by their weights, of up to 32 queries; of more, queries
+by keys, and weights by values."""
 
 
 def count_slots(num_multiprocessors: int, num_splits: int) -> int:

@@ -87,12 +87,14 @@ DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "m
 // -- wgmma ------------------------------------------------------------------------------------------
 
 // Descriptor of a tile of rows of 128 bytes, swizzled as the copy engine does (128 B), aligned to
-// 1024 bytes: 1024 bytes between groups of 8 rows. Along the rows' bytes (16 bf16 are 32 bytes) add
-// bytes / 16 to it. Bits 16 to 29 are for an operand whose rows are K: bytes / 16 between its blocks
-// of 64 columns.
-DEVICE u64 describe(u32 address) {
-    return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+// 1024 bytes: 1024 bytes between groups of 8 rows. Of 64 bits the lower 32; the upper ones are the
+// same everywhere. Along the rows' bytes (16 bf16 are 32 bytes) and from row to row add bytes / 16.
+// `between`: for an operand whose rows are K, bytes between its blocks of 64 columns. The upper byte
+// of an address, the block's number in its cluster, is no part of it.
+DEVICE u32 describe(u32 address, u32 between = 16) {
+    return (address & 0x3FFFF) >> 4 | between / 16 << 16;
 }
+DEVICE u64 with_upper(u32 lower) { return (u64)(1 << 30 | 64) << 32 | lower; }
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -235,6 +237,9 @@ DEVICE float2 load2(u32 address) {
 }
 DEVICE void store1(u32 address, float x) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+DEVICE void store2(u32 address, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 DEVICE void store4(u32 address, uint4 x) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y),

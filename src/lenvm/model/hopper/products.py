@@ -90,7 +90,7 @@ def can_multiply(name: str, tile: Tile, num_inputs: int, num_outputs: int) -> bo
         and num_inputs // 64 >= tile.splits
         and num_outputs % (8 if kind == GATE_UP else tile.BN) == 0
         and tile.BM // tile.splits >= 16
-        and _shared_bytes(kind, tile) + 512 <= SHARED_BYTES
+        and _shared_bytes(kind, tile) + 1536 <= SHARED_BYTES
     )
 
 
@@ -112,9 +112,9 @@ def _launch(
     kernel = get_kernel(
         "products.cu",
         definitions(kind, tile, num_inputs, num_outputs, num_parts) | own_definitions,
-        [("multiply", Product(tile.BN))],
+        [("multiply", product(kind, tile))],
         shared_bytes=_shared_bytes(kind, tile),
-        num_threads=128 + 2 * tile.BM,
+        num_threads=384 if tile.BM == 128 else 160,
         cluster=(1, 1, splits),
     )
     grid = -(-num_tokens // tile.BM), -(-num_outputs // tile.BN), splits
@@ -131,6 +131,12 @@ def _launch(
     )
 
 
+def product(kind: int, tile: Tile) -> Product:
+    """What `products.cu` calls multiply: gate and up in one, if there is one so wide."""
+    joins = kind == GATE_UP and 2 * tile.BN <= 256
+    return Product(2 * tile.BN if joins else tile.BN)
+
+
 def definitions(
     kind: int, tile: Tile, num_inputs: int, num_outputs: int, num_parts: int
 ) -> dict[str, int]:
@@ -143,6 +149,7 @@ def definitions(
         "BN": tile.BN,
         "STAGES": tile.stages,
         "SPLITS": tile.splits if kind == OUT else 1,
+        "EARLY": 1 if kind == GATE_UP else tile.stages,
         "BLOCKS": 2 if tile.BM == 64 and tile.BN <= 64 and kind != GATE_UP else 1,
         "PARTS": num_parts,
     }
@@ -150,5 +157,5 @@ def definitions(
 
 def _shared_bytes(kind: int, tile: Tile) -> int:
     columns = 2 * tile.BN if kind == GATE_UP else tile.BN
-    exchange = tile.BM * tile.BN * 4 // tile.splits * (tile.splits - 1) if kind == OUT else 0
-    return tile.stages * (tile.BM + columns) * 128 + exchange + 1024
+    sums = tile.BM * tile.BN * 4 if kind == OUT else 0
+    return tile.stages * (tile.BM + columns) * 128 + sums + 1024

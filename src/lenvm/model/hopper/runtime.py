@@ -43,6 +43,8 @@ class Product:
     columns: int
     a_transposed: bool = False
     """A lies as rows of its second index: values, whose rows are keys."""
+    a_in_registers: bool = False
+    """A is four registers a thread, and B lies as rows of its first index."""
 
 
 @dataclass(frozen=True)
@@ -200,18 +202,27 @@ def compile_source(
 
 
 def _write_product(name: str, product: Product) -> str:
-    """A function of that name: d (fp32 fragments), descriptors of A and B, and whether to add to d
-    or to replace it."""
+    """A function of that name: d (fp32 fragments), A (its descriptor, or registers), descriptor of
+    B, and whether to add to d or to replace it."""
     count = product.columns // 2
     outs = ", ".join(f"%{i}" for i in range(count))
-    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    flags = f"1, 1, {int(product.a_transposed)}, 0"
+    sums = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    if product.a_in_registers:
+        names, flags = ["a0", "a1", "a2", "a3"], "1, 1, 1"
+        a = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
+    else:
+        names, flags = ["a"], f"1, 1, {int(product.a_transposed)}, 0"
+        a = f"%{count}"
+    kind, constraint = ("u32", "r") if product.a_in_registers else ("u64", "l")
+    parameters = ", ".join(f"{kind} {x}" for x in names)
+    inputs = ", ".join([*(f'"{constraint}"({x})' for x in names), '"l"(b)', '"r"(more)'])
+    b = count + len(names)
     return (
-        f"DEVICE void {name}(float (&d)[{count}], u64 a, u64 b, int more) {{\n"
-        f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"\n'
+        f"DEVICE void {name}(float (&d)[{count}], {parameters}, u64 b, int more) {{\n"
+        f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{b + 1}, 0;\\n"\n'
         f'        "wgmma.mma_async.sync.aligned.m64n{product.columns}k16.f32.bf16.bf16 "\n'
-        f'        "{{{outs}}}, %{count}, %{count + 1}, p, {flags};\\n}}"\n'
-        f'        : {operands} : "l"(a), "l"(b), "r"(more));\n}}\n'
+        f'        "{{{outs}}}, {a}, %{b}, p, {flags};\\n}}"\n'
+        f"        : {sums} : {inputs});\n}}\n"
     )
 
 
