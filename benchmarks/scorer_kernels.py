@@ -9,9 +9,9 @@
 1. Each place of a layer (q/k/v, output, gate and up, down; attention) alone: cuBLAS with its small
    kernels against fused products in several tiles. Each variant runs for all layers in turn, with
    weights and keys of their own (nothing stays in the L2 cache by accident), inside one CUDA graph.
-2. Whole steps with the winners, in every combination of fused and not, with and without
-   programmatic dependent launch, as the decoder runs them; each must be as near to an fp32 forward
-   of the same weights as the plain kernels are. The fastest is kept.
+2. Whole steps as the decoder runs them: with plain kernels, with what was kept until now, and with
+   the winners; from the fastest of these on one place after the other otherwise. Each must be as
+   near to an fp32 forward of the same weights as the plain kernels are. The fastest is kept.
 
 `--quick`: whole steps alone, with what was kept until now and the kernels of `hopper/`.
 
@@ -86,7 +86,7 @@ def hopper_tiles_of(place: str, head_size: int) -> list[Tile]:
     """Those of `hopper/` that were of use in some step."""
     cuts = {  # rows, columns, parts, stages
         "qkv": [(64, head_size, 1, 6), (128, head_size, 1, 576 // head_size)],
-        "out": [(128, 64, 2, 7), (64, 64, 1, 8), (128, 128, 2, 5), (64, 64, 2, 8)],
+        "out": [(64, 64, 1, 8), (128, 64, 2, 7), (128, 128, 2, 5), (64, 64, 2, 8)],
         "gate_up": [(128, 160, 1, 4), (128, 128, 1, 4), (64, 64, 1, 8), (64, 96, 1, 6)],
         "down": [(128, 64, 2, 8), (128, 128, 4, 5), (64, 64, 4, 8), (128, 128, 2, 5)],
     }[place]
@@ -336,32 +336,26 @@ def time_places(name: str, batch: int, mean: int, prefix: int) -> dict[str, dict
     return found
 
 
-def combinations(found: dict[str, dict[Any, float]], kept: Choices) -> Iterator[Choices]:
-    """Plain kernels; what was kept until now; everything of `hopper/`, then one place after the
-    other otherwise; the best of Triton's in each set of fused places. (Among those programmatic
-    dependent launch was within noise; half the tokens on another stream took up to 16% more.)"""
+def first_choices(found: dict[str, dict[Any, float]], kept: Choices) -> Iterator[Choices]:
+    """Plain kernels; what was kept until now; the fastest of `hopper/` in every place, then of
+    Triton's."""
     yield from (Choices(), kept)
-    places = {place: [c for c in times if c != PLAIN] for place, times in found.items()}
-    attention = places.pop("attention")
-    triton, hopper_tiles = (
-        {place: [t for t in tiles if t.hopper == own] for place, tiles in places.items()}
-        for own in (False, True)
-    )
-    plain_attention = next((c for c in attention if not c.hopper), AttentionChoice())
-    if all(hopper_tiles.values()):
-        best = {place: tiles[0] for place, tiles in hopper_tiles.items()}
-        for choice in [*(c for c in attention if c.hopper), plain_attention]:
-            yield Choices(**best, attention=choice, pdl=True)
-        first = attention[0]
-        for place, tiles in hopper_tiles.items():
-            for tile in [*tiles[1:], *triton[place][:1], None]:
-                yield Choices(**{**best, place: tile}, attention=first, pdl=True)
-    for picked in itertools.product((True, False), repeat=len(triton)):
-        tiles_of_place: dict[str, Any] = {
-            place: tiles[0] if use and tiles else None
-            for (place, tiles), use in zip(triton.items(), picked, strict=True)
-        }
-        yield Choices(**tiles_of_place, attention=plain_attention)
+    for own_kind in (True, False):
+        best = {}
+        for place, choices in found.items():
+            own = [c for c in choices if c != PLAIN and c.hopper == own_kind]
+            best |= {place: own[0]} if own else {}
+        yield Choices(**best, pdl=own_kind)
+
+
+def change_one(choices: Choices, found: dict[str, dict[Any, float]]) -> Iterator[Choices]:
+    """One place after the other otherwise. Dependent launch goes with the kernels of `hopper/`:
+    among the others it was within noise."""
+    for place, times in found.items():
+        for choice in times:
+            changed = replace(choices, **{place: None if choice == PLAIN else choice})
+            parts = [*changed.tiles.values(), changed.attention]
+            yield replace(changed, pdl=any(part.hopper for part in parts))
 
 
 def tune(
@@ -389,42 +383,49 @@ def tune(
     truth = peek(reference).double()
     del exact, reference, exact_model
     torch.cuda.empty_cache()
-    tried = []
-    limit = None
+    tried: list[tuple[float, float, bool, Choices]] = []
     num_tokens = sum(steady.counts)
     shape = runner._forward.shape
     kept = kernel_choices.choose(torch.device("cuda"), shape, num_tokens)
     if quick:
-        found = {p: dict.fromkeys(hopper_tiles_of(p, shape.head_size), 0.0) for p in PLACES[1:]}
-        found["attention"] = dict.fromkeys(HOPPER_ATTENTION, 0.0)
-    done = set()
-    for choices in combinations(found, kept):
-        if len(tried) > 1 and time.monotonic() > deadline:  # what was kept is tried whatever comes
-            break
-        if choices in done:
-            continue
-        done.add(choices)
-        if not runner._forward.can_run(choices, num_tokens):
-            continue
+        tiles = {p: [*hopper_tiles_of(p, shape.head_size), PLAIN] for p in PLACES[1:]}
+        found = {p: dict.fromkeys(tiles[p], 0.0) for p in tiles}
+        found["attention"] = dict.fromkeys([*HOPPER_ATTENTION, AttentionChoice()], 0.0)
+
+    def fastest() -> tuple[float, float, bool, Choices]:
+        return min((t for t in tried if t[2]), key=lambda t: t[0])
+
+    def attempt(choices: Choices) -> None:
+        # what was kept is tried whatever comes
+        is_late = len(tried) > 1 and time.monotonic() > deadline
+        is_known = any(choices == t[3] for t in tried)
+        if is_late or is_known or not runner._forward.can_run(choices, num_tokens):
+            return
         forget_graphs(runner)
-        runner.choose = lambda *_, choices=choices: choices
+        runner.choose = lambda *_: choices
         try:
             out = peek(steady).double()
             repeats = bool(torch.equal(out, peek(steady).double()))
             us = time_graph(scorer) * 1e3
         except Exception as error:
             print(f"{choices}: {error!r}"[:400], flush=True)
-            continue
+            return
         error = float((out - truth).norm() / truth.norm())
-        limit = error * 1.5 + 1e-4 if limit is None else limit  # the first are the plain kernels
-        ok = repeats and error <= limit
+        plain_error = tried[0][1] if tried else error
+        ok = repeats and error <= plain_error * 1.5 + 1e-4
         own = "".join(name[0] for name, tile in choices.tiles.items() if tile.hopper)
         names = f"{'+'.join(choices.tiles) or 'cublas':27} hopper {own or '-':4} "
         names += f"{choices.attention.hopper}"
         print(f"{us:9.1f} us a step  {names} error {error:.2e} repeats {repeats}", flush=True)
         tried.append((us, error, ok, choices))
+
+    for choices in first_choices(found, kept):
+        attempt(choices)
+    for place in found:
+        for choices in change_one(fastest()[3], {place: found[place]}):
+            attempt(choices)
     plain_us, plain_error, _, _ = tried[0]
-    us, error, _, choices = min((t for t in tried if t[2]), key=lambda t: t[0])
+    us, error, _, choices = fastest()
     forget_graphs(runner)
     return {
         "device_kind": kernel_choices.device_kind(torch.device("cuda")),
