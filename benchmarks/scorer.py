@@ -427,6 +427,7 @@ def write(result: dict[str, Any], path: Path) -> None:
     at = [p for p in points if all(p.get(k) == v for k, v in result["headline_point"].items())]
     checks = result.get("model_checks", [])
     result["headline"] = {
+        **result.get("headline", {}),
         "ratio_to_floor": at[0].get("ratio") if at else None,
         "ratio_to_serial_floor": at[0].get("ratio_serial") if at else None,
         "speedup_over_two_forward": at[0].get("speedup_over_two_forward") if at else None,
@@ -768,6 +769,8 @@ def merge_earlier(result: dict[str, Any], path: Path) -> None:
         earlier["family_checks"] = earlier.pop("check")
     for name in ("points", "model_checks", "family_checks"):
         result[name] = [{**said, **row} for row in earlier.get(name, [])]
+    for name, value in earlier.items():
+        result.setdefault(name, value)
 
 
 def main() -> None:

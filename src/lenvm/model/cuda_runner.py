@@ -1,6 +1,6 @@
 """CudaRunner: the forwards of a RaggedDecoder on the GPU, from CUDA graphs and without host syncs.
 
-A step is: one small copy to the device (rows, lengths, slots), one kernel that packs the
+A step is: one kernel that reads rows, lengths and slots from the host's memory and packs the
 candidates, one graph, one gather. Whatever changes between steps is read from device memory, so a
 graph serves every batch of its bucket (rows, packed candidates, candidates a row); graphs are
 captured when a bucket is first met, or by `warm_up`. Where nobody counted the candidates, a bucket
@@ -54,16 +54,69 @@ class _Step:
     run: Callable[[], None]
 
 
+class _Exchange:
+    """What a step reads from the host and what it finds, so that neither waits for the other: each
+    of the last STEPS steps has places of its own."""
+
+    STEPS = 8
+
+    def __init__(self, max_requests: int, device: torch.device) -> None:
+        shape = self.STEPS, 3, max_requests
+        self.given = pin(np.zeros(shape, np.int32), torch.int32, device)
+        """Table rows, lengths and next slots of a step's requests: kernels read them here."""
+        self.found = torch.full((self.STEPS, 3), NO_ROW, dtype=torch.int32, device=device)
+        """Packed candidates, and the first row that `pack_candidates` and `keep_candidates` found
+        something wrong with."""
+        self.step = 0
+        self._host = self.given.numpy()
+        self._is_cuda = device.type == "cuda"
+        if not self._is_cuda:
+            return
+        events: Any = iter(torch.cuda.Event, None)
+        self._read = [next(events) for _ in range(self.STEPS)]
+        self._done = [(next(events), next(events)) for _ in range(self.STEPS)]
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        """Copies what was found to the host, so that the next kernels need not wait for it."""
+        self._copies = pin(np.zeros((self.STEPS, 2, 3), np.int32), torch.int32, device)
+
+    def begin(self, numbers: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """The next step's places, `given` and `found`, with these rows, lengths and next slots."""
+        self.step = (self.step + 1) % self.STEPS
+        if self._is_cuda:  # the step that had them is STEPS ago
+            self._read[self.step].synchronize()
+        self._host[self.step] = 0
+        self._host[self.step, :, : len(numbers[0])] = numbers
+        return self.given[self.step], self.found[self.step]
+
+    def was_read(self) -> None:
+        """The kernel that reads `given` has been launched."""
+        if self._is_cuda:
+            self._read[self.step].record()
+
+    def send(self, kept: bool) -> tuple[Any, Tensor] | None:
+        """Copy what the step has found so far to the host: an event, for when it is there, and [3]
+        numbers. kept: after `keep_candidates`, or else before."""
+        if not self._is_cuda:
+            return None
+        done, copy = self._done[self.step][kept], self._copies[self.step, int(kept)]
+        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+        with torch.cuda.stream(self._side):
+            copy.copy_(self.found[self.step], non_blocking=True)
+            done.record()
+        return done, copy
+
+
 @dataclass
 class _Watch:
     """What a step found, on its way to the host."""
 
+    step: int
+    kept: bool
     done: Any
     """An event, for when it has arrived."""
     found: Tensor
-    """[3] int32: packed candidates, and the two of `_defect`."""
+    """[3] int32, as in `_Exchange`."""
     request_ids: list[str]
-    what: str
     num_slots: int
     """Slots of a peek whose candidates nobody had counted; else 0."""
 
@@ -97,10 +150,8 @@ class CudaRunner:
             3, cache.max_requests, dtype=torch.int32, device=self.device
         )
         self._order = torch.arange(cache.max_requests, dtype=torch.int32, device=self.device)
-        found = self._meta.new_full((cache.max_requests + 3,), NO_ROW)
-        self._first, self._defect = found[:-2].zero_(), found[-2:]
-        self._found = found[-3:]
-        """Packed candidates (the last of `_first`), and defects."""
+        self._first = self._meta.new_zeros(cache.max_requests + 1)
+        self._exchange = _Exchange(cache.max_requests, self.device)
         shape = (num_layers, 2, most if max_candidates > 1 else 1, num_kv, head_size)
         self._stash = torch.zeros(shape, dtype=cache.data.dtype, device=self.device)
         most_queries = kernels.next_power_of_2(max_candidates) * self._group
@@ -110,11 +161,7 @@ class CudaRunner:
         self._pool: Any = torch.cuda.graph_pool_handle() if self.graphs else None
         self._last: tuple[list[str], Bucket] | None = None
         self._watches: deque[_Watch] = deque()
-        self._spare: list[tuple[Any, Tensor]] = []
-        """Events and pinned numbers of watches that were read."""
-        is_cuda = self.device.type == "cuda"
-        self._side = torch.cuda.Stream(self.device) if is_cuda else None  # type: ignore[no-untyped-call]
-        """Copies what was found to the host, so that the next kernels need not wait for it."""
+        self._defect: str | None = None
         self._num_units = _count_units(self.device)
 
     # -- the runner's calls -----------------------------------------------------------------------
@@ -151,33 +198,35 @@ class CudaRunner:
         trims = num_candidates is None and self.hint.trims
         bucket = self._bucket(num_rows, min(count, num_rows * width), width, trims)
         rows = self.cache.rows(request_ids)
-        meta = np.zeros(self._meta.shape, np.int32)
-        meta[:, :num_rows] = rows, self.cache.lengths(rows), self.cache.next_slots(rows)
-        self._meta.copy_(pin(meta, torch.int32, self.device), non_blocking=True)
+        numbers = rows, self.cache.lengths(rows), self.cache.next_slots(rows)
+        given, found = self._exchange.begin(numbers)
+        while self._watches and self._watches[0].step == self._exchange.step:
+            self._watches[0].done.synchronize()
+            self._read_watch()
         self.cache.table()
         candidates = candidates_RK
         if not on_device:
             candidates = self._upload(candidates_RK, torch.long)
         packed_RK = self._packed[: num_rows * width].view(num_rows, width)
-        self._wait_for_watch()
         kernels.pack_candidates(
             candidates,
-            self._meta[1],
-            self._meta[2],
+            given,
+            self._meta,
             self._tokens[: bucket.num_tokens],
             self._positions,
             self._slots,
             self._first,
             packed_RK,
-            self._defect,
+            found,
             vocab_size=self.vocab_size,
         )
+        self._exchange.was_read()
         step = self._step(bucket)
         step.run()
         self._last = list(request_ids), bucket
         if on_device:
             num_slots = num_rows * width if num_candidates is None else 0
-            self._watch("a candidate is not a token, or is over num_candidates", num_slots)
+            self._watch(kept=False, num_slots=num_slots)
         return step.out[packed_RK]
 
     def keep(self, request_ids: Sequence[str], rows: Sequence[int], token_ids: Tensor) -> None:
@@ -192,7 +241,7 @@ class CudaRunner:
         on_device = token_ids.device.type == self.device.type
         if not on_device:
             token_ids = self._upload(token_ids, torch.long)
-        self._wait_for_watch()
+        exchange = self._exchange
         kernels.keep_candidates(
             self._stash,
             self.cache.data,
@@ -201,23 +250,30 @@ class CudaRunner:
             slots_R,
             self._tokens,
             self._first,
-            self._defect,
+            exchange.found[exchange.step],
             max_candidates=bucket.width,
         )
         if on_device:
-            self._watch("the committed token is not among its peeked candidates")
+            self._watch(kept=True)
 
     def find_defect(self) -> str | None:
-        while self._watches and self._watches[0].done.query():
-            watch = self._watches.popleft()
-            total, *rows = watch.found.tolist()
-            self._spare.append((watch.done, watch.found))
-            if watch.num_slots:
-                self.hint.note(total / watch.num_slots)
-            row = min(rows)
-            if row < len(watch.request_ids):
-                return f"request {watch.request_ids[row]!r}: {watch.what}"
-        return None
+        while not self._defect and self._watches and self._watches[0].done.query():
+            self._read_watch()
+        defect, self._defect = self._defect, None
+        return defect
+
+    def _read_watch(self) -> None:
+        """Of the oldest watch, which has arrived."""
+        watch = self._watches.popleft()
+        total, peeked, kept = watch.found.tolist()
+        if watch.num_slots:
+            self.hint.note(total / watch.num_slots)
+        row = kept if watch.kept else peeked
+        if row < len(watch.request_ids) and not self._defect:
+            what = "a candidate is not a token, or is over num_candidates"
+            if watch.kept:
+                what = "the committed token is not among its peeked candidates"
+            self._defect = f"request {watch.request_ids[row]!r}: {what}"
 
     # -- buckets and graphs -----------------------------------------------------------------------
 
@@ -335,24 +391,11 @@ class CudaRunner:
         numbers: Tensor = upload(values, dtype, self.device)
         return numbers
 
-    def _watch(self, what: str, num_slots: int = 0) -> None:
+    def _watch(self, kept: bool, num_slots: int = 0) -> None:
         assert self._last is not None
-        if self._side is None:
-            return
-        if not self._spare:
-            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._spare.append((event, torch.empty(3, dtype=torch.int32, pin_memory=True)))
-        done, found = self._spare.pop()
-        self._side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._side):
-            found.copy_(self._found, non_blocking=True)
-            done.record()
-        self._watches.append(_Watch(done, found, self._last[0], what, num_slots))
-
-    def _wait_for_watch(self) -> None:
-        """Before a kernel that writes what the last one found."""
-        if self._watches:
-            torch.cuda.current_stream(self.device).wait_event(self._watches[-1].done)
+        if sent := self._exchange.send(kept):
+            step, request_ids = self._exchange.step, self._last[0]
+            self._watches.append(_Watch(step, kept, *sent, request_ids, num_slots))
 
 
 def round_up(n: int) -> int:

@@ -41,6 +41,7 @@ def next_power_of_2(n: int) -> int:
         "vocab_size",
         "capacity",
         "row_capacity",
+        "given_stride",
     ]
 )
 def _pack_kernel(
@@ -49,14 +50,15 @@ def _pack_kernel(
     stride_column,
     num_rows,
     width,
-    lengths_ptr,
-    next_slots_ptr,
+    given_ptr,
+    meta_ptr,
+    given_stride,
     tokens_ptr,
     positions_ptr,
     slots_ptr,
     first_ptr,
     packed_ptr,
-    defect_ptr,
+    found_ptr,
     vocab_size,
     capacity,
     row_capacity,
@@ -66,6 +68,11 @@ def _pack_kernel(
     r_offs = tl.arange(0, BLOCK_R)
     k_offs = tl.arange(0, BLOCK_K)
     inside = (r_offs < num_rows)[:, None] & (k_offs < width)[None, :]
+    # from the host's memory: these first, for they take longest
+    r_mask = r_offs < row_capacity
+    rows = tl.load(given_ptr + r_offs, mask=r_mask, other=0)
+    lengths = tl.load(given_ptr + given_stride + r_offs, mask=r_mask, other=0)
+    next_slots = tl.load(given_ptr + 2 * given_stride + r_offs, mask=r_mask, other=0)
     offs = r_offs[:, None] * stride_row + k_offs[None, :] * stride_column
     ids = tl.load(ids_ptr + offs, mask=inside, other=-1)
     wrong = (ids < -1) | (ids >= vocab_size)
@@ -75,8 +82,9 @@ def _pack_kernel(
     at = (ends - counts)[:, None] + tl.cumsum(good, 1) - good
     fits = (good > 0) & (at < capacity)
     lost = (good > 0) & (at >= capacity)
-    lengths = tl.load(lengths_ptr + r_offs, mask=r_offs < num_rows, other=0)
-    next_slots = tl.load(next_slots_ptr + r_offs, mask=r_offs < num_rows, other=0)
+    tl.store(meta_ptr + r_offs, rows, mask=r_mask)
+    tl.store(meta_ptr + given_stride + r_offs, lengths, mask=r_mask)
+    tl.store(meta_ptr + 2 * given_stride + r_offs, next_slots, mask=r_mask)
     zeros = tl.zeros([BLOCK_R, BLOCK_K], tl.int32)
     tl.store(tokens_ptr + at, ids, mask=fits)
     tl.store(positions_ptr + at, (lengths[:, None] + zeros).to(tl.int64), mask=fits)
@@ -86,7 +94,7 @@ def _pack_kernel(
         tl.where(fits, at, capacity).to(tl.int64),
         mask=inside,
     )
-    tl.store(first_ptr + 1 + r_offs, tl.minimum(ends, capacity), mask=r_offs < row_capacity)
+    tl.store(first_ptr + 1 + r_offs, tl.minimum(ends, capacity), mask=r_mask)
     tl.store(first_ptr, 0)
     total = tl.minimum(tl.sum(counts, 0), capacity)
     n_offs = tl.arange(0, 1024)
@@ -97,28 +105,31 @@ def _pack_kernel(
         tl.store(positions_ptr + base + n_offs, none, mask=rest)
         tl.store(slots_ptr + base + n_offs, none, mask=rest)
     bad = tl.max((wrong | lost).to(tl.int32), 1) > 0
-    tl.store(defect_ptr, tl.min(tl.where(bad, r_offs, 2147483647), 0))
-    tl.store(defect_ptr + 1, 2147483647)
+    tl.store(found_ptr, total)
+    tl.store(found_ptr + 1, tl.min(tl.where(bad, r_offs, 2147483647), 0))
+    tl.store(found_ptr + 2, 2147483647)
 
 
 def pack_candidates(
     ids_RK: Tensor,
-    lengths: Tensor,
-    next_slots: Tensor,
+    given: Tensor,
+    meta: Tensor,
     tokens: Tensor,
     positions: Tensor,
     slots: Tensor,
     first: Tensor,
     packed_RK: Tensor,
-    defect: Tensor,
+    found: Tensor,
     *,
     vocab_size: int,
 ) -> None:
     """Drop the padding of ids_RK (-1), on the device.
 
-    Writes `tokens`, `positions`, `slots` [N] of the packed candidates, `first` [row capacity + 1]
-    (where each row's begin), `packed_RK` (index of each candidate among the packed, N for padding)
-    and `defect` [2]: the first row with an id that is no token or had no room, and no row yet for
+    given [3, row capacity] int32: table row, length and next slot of each row, in pinned memory of
+    the host or the device's own; copied to `meta`, which is like it. Writes `tokens`, `positions`,
+    `slots` [N] of the packed candidates, `first` [row capacity + 1] (where each row's begin),
+    `packed_RK` (index of each candidate among the packed, N for padding) and `found` [3]: how many
+    were packed, the first row with an id that is no token or had no room, and no row yet for
     `keep_candidates` (NO_ROW is none). Beyond the packed candidates tokens, positions and slots
     are 0.
     """
@@ -130,14 +141,15 @@ def pack_candidates(
         ids_RK.stride(1),
         num_rows,
         width,
-        lengths,
-        next_slots,
+        given,
+        meta,
+        given.stride(0),
         tokens,
         positions,
         slots,
         first,
         packed_RK,
-        defect,
+        found,
         vocab_size,
         tokens.shape[0],
         row_capacity,
@@ -156,7 +168,7 @@ def _keep_kernel(
     slots_ptr,
     tokens_ptr,
     first_ptr,
-    defect_ptr,
+    found_ptr,
     stash_stride,
     data_stride,
     E: tl.constexpr,
@@ -178,7 +190,7 @@ def _keep_kernel(
         kept = tl.load(stash_ptr + plane * stash_stride + at.to(tl.int64) * E + e_offs, e_offs < E)
         tl.store(data_ptr + plane * data_stride + slot * E + e_offs, kept, e_offs < E)
     else:
-        tl.atomic_min(defect_ptr + 1, row)
+        tl.atomic_min(found_ptr + 2, row)
 
 
 def keep_candidates(
@@ -189,14 +201,14 @@ def keep_candidates(
     slots: Tensor,
     tokens: Tensor,
     first: Tensor,
-    defect: Tensor,
+    found: Tensor,
     *,
     max_candidates: int,
 ) -> None:
     """Copy key and value of the candidate `chosen[i]` of row `rows[i]` to `slots[i]`, all layers.
 
     stash [L, 2, N, Hkv, D]; data [L, 2, P, S, Hkv, D]; tokens, first as `pack_candidates` left
-    them. `defect` [2]: the second falls to the least row whose token is not among its candidates.
+    them. `found` [3]: the third falls to the least row whose token is not among its candidates.
     """
     num_layers = stash.shape[0]
     size = stash.shape[3] * stash.shape[4]
@@ -208,7 +220,7 @@ def keep_candidates(
         slots,
         tokens,
         first,
-        defect,
+        found,
         stash.stride(1),
         data.stride(1),
         E=size,
