@@ -313,16 +313,19 @@ def measure_point(
     point: dict[str, Any] = {"model": name, "batch": batch, "candidates": mean, "prefix": prefix}
     point |= {"device": arguments.card, "commit": arguments.commit, "ceilings": ceilings}
     width = round(mean / (arguments.real_share or 1))
-    steady = Steady(scorer, batch, prefix, mean, width)
+    repeats, rounds = (20, 5) if device == "cuda" else (3, 3)
+    # each step makes the prefix longer by one: it is `prefix` amid those that are timed
+    begin = max(1, prefix - repeats * rounds // 2)
+    steady = Steady(scorer, batch, begin, mean, width)
     try:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        repeats = 20 if device == "cuda" else 3
-        point["step_ms"] = time_ms(steady.step, device, repeats, 5 if device == "cuda" else 3)
+        point["step_ms"] = time_ms(steady.step, device, repeats, rounds)
+        if device == "cuda":
+            point["graph_ms"] = time_graph(scorer)
         point["step_with_sync_ms"] = time_ms(steady.step_and_read, device, repeats, 3)
         point["host_syncs_per_step"] = count_syncs(steady, device)
         if device == "cuda":
-            point["graph_ms"] = time_graph(scorer)
             point["peak_bytes"] = torch.cuda.max_memory_allocated()
             weights = sum(p.numel() * p.element_size() for p in model.parameters())
             point["formula_bytes"] = weights + scorer.decoder.num_kv_bytes
