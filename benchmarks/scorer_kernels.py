@@ -533,12 +533,14 @@ def forget_graphs(runner: Any) -> None:
 
 
 def peek(steady: Any, counted: bool = True) -> torch.Tensor:
-    """Outputs of the first candidates of a steady state, which stays where it is."""
-    candidates = steady.candidates[0]
-    count = sum(steady.counts) if counted else None
-    out = steady.decoder.peek(steady.ids, candidates, num_candidates=count)
+    """Outputs of all candidates that a steady state has, which stays where it is: of one request
+    with two candidates, one step would tell little about errors."""
+    count, outs = sum(steady.counts) if counted else None, []
+    for candidates in steady.candidates:
+        out = steady.decoder.peek(steady.ids, candidates, num_candidates=count)
+        outs.append(out[candidates >= 0])
     torch.cuda.synchronize()
-    return out[candidates >= 0]
+    return torch.cat(outs)
 
 
 def keep_record(record: dict[str, Any], path: Path = kernel_choices.PATH) -> None:

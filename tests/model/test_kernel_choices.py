@@ -47,9 +47,10 @@ def measured(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("num_tokens", "expected"),
-    [(7, PLAIN), (8, FEW), (32, FEW), (33, PLAIN), (128, MANY), (512, MANY), (513, PLAIN)],
+    [(1, FEW), (7, FEW), (32, FEW), (33, PLAIN), (128, MANY), (512, MANY), (513, PLAIN)],
 )
 def test_the_nearest_measurement_within_twice_counts(measured, num_tokens, expected):
+    """Of fewer tokens than a tile has rows, that of the fewest."""
     assert choose(CPU, SHAPE, num_tokens) == expected
 
 

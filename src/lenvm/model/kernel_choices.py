@@ -21,6 +21,8 @@ MAX_SPLITS = 32
 """Most parts that one request's prefix is read in."""
 MAX_CLUSTER = 8
 """The same where the parts' blocks are a cluster: what every GPU that has them allows."""
+SMALLEST_TILE = 16
+"""Rows that tiles of the fused products have at least."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,12 @@ def choose(
     device: torch.device, shape: LayerShape, num_tokens: int, trims: bool = False
 ) -> Choices:
     """What was fastest for a bucket of that many packed tokens, trimmed or not; up to twice as many
-    or half as many count as measured too. `PLAIN` where nothing was."""
+    or half as many count as measured too, and fewer than SMALLEST_TILE as so many as were measured:
+    a tile of rows is no smaller. `PLAIN` where nothing was."""
     records = _records().get((device_kind(device), shape, trims), {})
+    least = min(records, default=0)
+    if least <= SMALLEST_TILE:
+        num_tokens = max(num_tokens, least)
     near = [n for n in records if n <= 2 * num_tokens and num_tokens <= 2 * n]
     if not near:
         return PLAIN
