@@ -185,7 +185,7 @@ def compile_source(
     definitions: Sequence[tuple[str, int]],
     products: Sequence[tuple[str, Product]],
 ) -> bytes:
-    """Its machine code for sm_90a: half a second, the attention's two."""
+    """Its machine code for sm_90a, in half a second to one."""
     from cuda.bindings import nvrtc
 
     source = build_source(file, definitions, products)
