@@ -72,9 +72,9 @@ class _Exchange:
         self._is_cuda = device.type == "cuda"
         if not self._is_cuda:
             return
-        events: Any = iter(torch.cuda.Event, None)
-        self._read = [next(events) for _ in range(self.STEPS)]
-        self._done = [(next(events), next(events)) for _ in range(self.STEPS)]
+        event: Any = torch.cuda.Event
+        self._read = [event() for _ in range(self.STEPS)]
+        self._done = [(event(), event()) for _ in range(self.STEPS)]
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         """Copies what was found to the host, so that the next kernels need not wait for it."""
         self._copies = pin(np.zeros((self.STEPS, 2, 3), np.int32), torch.int32, device)

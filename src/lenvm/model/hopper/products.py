@@ -114,7 +114,7 @@ def _launch(
         definitions(kind, tile, num_inputs, num_outputs, num_parts) | own_definitions,
         [("multiply", product(kind, tile))],
         shared_bytes=_shared_bytes(kind, tile),
-        num_threads=384 if tile.BM == 128 else 160,
+        num_threads=384 if tile.BM == 128 else 160,  # THREADS there
         cluster=(1, 1, splits),
     )
     grid = -(-num_tokens // tile.BM), -(-num_outputs // tile.BN), splits
