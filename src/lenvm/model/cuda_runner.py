@@ -10,25 +10,24 @@ end where the packed candidates do (`TrimHint`).
 Shape legend: R requests of a call, K candidates each, N packed tokens, H hidden size, E outputs.
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lenvm.model import kernels
 from lenvm.model.attention_kernels import CAUSAL_BLOCK, count_size
 from lenvm.model.backbone import run_backbone
+from lenvm.model.candidate_kernels import keep_candidates, pack_candidates
 from lenvm.model.cuda_plans import CudaCandidates, CudaExtend
-from lenvm.model.device import pin, upload
+from lenvm.model.device import upload
+from lenvm.model.exchange import Exchange
 from lenvm.model.fused_layers import FusedLayers, fuse_layers
 from lenvm.model.head_kernels import FusedHead
 from lenvm.model.hopper.attention import can_attend, plan_units
 from lenvm.model.kernel_choices import PLAIN, Choices, TrimHint
-from lenvm.model.kernels import NO_ROW
 from lenvm.model.kv_pages import KVPages
 from lenvm.model.products import Rows
 from lenvm.model.torch_runner import Head
@@ -52,73 +51,6 @@ class _Step:
     out: Tensor
     """[N + 1, E]; the last row is 0 and stands for padding."""
     run: Callable[[], None]
-
-
-class _Exchange:
-    """What a step reads from the host and what it finds, so that neither waits for the other: each
-    of the last STEPS steps has places of its own."""
-
-    STEPS = 8
-
-    def __init__(self, max_requests: int, device: torch.device) -> None:
-        shape = self.STEPS, 3, max_requests
-        self.given = pin(np.zeros(shape, np.int32), torch.int32, device)
-        """Table rows, lengths and next slots of a step's requests: kernels read them here."""
-        self.found = torch.full((self.STEPS, 3), NO_ROW, dtype=torch.int32, device=device)
-        """Packed candidates, and the first row that `pack_candidates` and `keep_candidates` found
-        something wrong with."""
-        self.step = 0
-        self._host = self.given.numpy()
-        self._is_cuda = device.type == "cuda"
-        if not self._is_cuda:
-            return
-        event: Any = torch.cuda.Event
-        self._read = [event() for _ in range(self.STEPS)]
-        self._done = [(event(), event()) for _ in range(self.STEPS)]
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        """Copies what was found to the host, so that the next kernels need not wait for it."""
-        self._copies = pin(np.zeros((self.STEPS, 2, 3), np.int32), torch.int32, device)
-
-    def begin(self, numbers: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """The next step's places, `given` and `found`, with these rows, lengths and next slots."""
-        self.step = (self.step + 1) % self.STEPS
-        if self._is_cuda:  # the step that had them is STEPS ago
-            self._read[self.step].synchronize()
-        self._host[self.step] = 0
-        self._host[self.step, :, : len(numbers[0])] = numbers
-        return self.given[self.step], self.found[self.step]
-
-    def was_read(self) -> None:
-        """The kernel that reads `given` has been launched."""
-        if self._is_cuda:
-            self._read[self.step].record()
-
-    def send(self, kept: bool) -> tuple[Any, Tensor] | None:
-        """Copy what the step has found so far to the host: an event, for when it is there, and [3]
-        numbers. kept: after `keep_candidates`, or else before."""
-        if not self._is_cuda:
-            return None
-        done, copy = self._done[self.step][kept], self._copies[self.step, int(kept)]
-        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
-        with torch.cuda.stream(self._side):
-            copy.copy_(self.found[self.step], non_blocking=True)
-            done.record()
-        return done, copy
-
-
-@dataclass
-class _Watch:
-    """What a step found, on its way to the host."""
-
-    step: int
-    kept: bool
-    done: Any
-    """An event, for when it has arrived."""
-    found: Tensor
-    """[3] int32, as in `_Exchange`."""
-    request_ids: list[str]
-    num_slots: int
-    """Slots of a peek whose candidates nobody had counted; else 0."""
 
 
 class CudaRunner:
@@ -151,7 +83,9 @@ class CudaRunner:
         )
         self._order = torch.arange(cache.max_requests, dtype=torch.int32, device=self.device)
         self._first = self._meta.new_zeros(cache.max_requests + 1)
-        self._exchange = _Exchange(cache.max_requests, self.device)
+        self._exchange = Exchange(
+            cache.max_requests, self.device, lambda share: self.hint.note(share)
+        )
         shape = (num_layers, 2, most if max_candidates > 1 else 1, num_kv, head_size)
         self._stash = torch.zeros(shape, dtype=cache.data.dtype, device=self.device)
         most_queries = kernels.next_power_of_2(max_candidates) * self._group
@@ -160,8 +94,6 @@ class CudaRunner:
         self._steps: dict[Bucket, _Step] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if self.graphs else None
         self._last: tuple[list[str], Bucket] | None = None
-        self._watches: deque[_Watch] = deque()
-        self._defect: str | None = None
         self._num_units = _count_units(self.device)
 
     # -- the runner's calls -----------------------------------------------------------------------
@@ -199,16 +131,13 @@ class CudaRunner:
         bucket = self._bucket(num_rows, min(count, num_rows * width), width, trims)
         rows = self.cache.rows(request_ids)
         numbers = rows, self.cache.lengths(rows), self.cache.next_slots(rows)
-        given, found = self._exchange.begin(numbers)
-        while self._watches and self._watches[0].step == self._exchange.step:
-            self._watches[0].done.synchronize()
-            self._read_watch()
+        given = self._exchange.begin(numbers)
         self.cache.table()
         candidates = candidates_RK
         if not on_device:
             candidates = self._upload(candidates_RK, torch.long)
         packed_RK = self._packed[: num_rows * width].view(num_rows, width)
-        kernels.pack_candidates(
+        pack_candidates(
             candidates,
             given,
             self._meta,
@@ -217,7 +146,7 @@ class CudaRunner:
             self._slots,
             self._first,
             packed_RK,
-            found,
+            self._exchange.found,
             vocab_size=self.vocab_size,
         )
         self._exchange.was_read()
@@ -226,7 +155,7 @@ class CudaRunner:
         self._last = list(request_ids), bucket
         if on_device:
             num_slots = num_rows * width if num_candidates is None else 0
-            self._watch(kept=False, num_slots=num_slots)
+            self._exchange.watch(request_ids, kept=False, num_slots=num_slots)
         return step.out[packed_RK]
 
     def keep(self, request_ids: Sequence[str], rows: Sequence[int], token_ids: Tensor) -> None:
@@ -241,8 +170,7 @@ class CudaRunner:
         on_device = token_ids.device.type == self.device.type
         if not on_device:
             token_ids = self._upload(token_ids, torch.long)
-        exchange = self._exchange
-        kernels.keep_candidates(
+        keep_candidates(
             self._stash,
             self.cache.data,
             token_ids.contiguous(),
@@ -250,30 +178,14 @@ class CudaRunner:
             slots_R,
             self._tokens,
             self._first,
-            exchange.found[exchange.step],
+            self._exchange.found,
             max_candidates=bucket.width,
         )
         if on_device:
-            self._watch(kept=True)
+            self._exchange.watch(self._last[0], kept=True)
 
     def find_defect(self) -> str | None:
-        while not self._defect and self._watches and self._watches[0].done.query():
-            self._read_watch()
-        defect, self._defect = self._defect, None
-        return defect
-
-    def _read_watch(self) -> None:
-        """Of the oldest watch, which has arrived."""
-        watch = self._watches.popleft()
-        total, peeked, kept = watch.found.tolist()
-        if watch.num_slots:
-            self.hint.note(total / watch.num_slots)
-        row = kept if watch.kept else peeked
-        if row < len(watch.request_ids) and not self._defect:
-            what = "a candidate is not a token, or is over num_candidates"
-            if watch.kept:
-                what = "the committed token is not among its peeked candidates"
-            self._defect = f"request {watch.request_ids[row]!r}: {what}"
+        return self._exchange.find_defect()
 
     # -- buckets and graphs -----------------------------------------------------------------------
 
@@ -390,12 +302,6 @@ class CudaRunner:
     def _upload(self, values: Any, dtype: torch.dtype) -> Tensor:
         numbers: Tensor = upload(values, dtype, self.device)
         return numbers
-
-    def _watch(self, kept: bool, num_slots: int = 0) -> None:
-        assert self._last is not None
-        if sent := self._exchange.send(kept):
-            step, request_ids = self._exchange.step, self._last[0]
-            self._watches.append(_Watch(step, kept, *sent, request_ids, num_slots))
 
 
 def round_up(n: int) -> int:

@@ -2,8 +2,9 @@
 
 `head.py` holds the same arithmetic in plain torch, which says what each must give. A product with
 `fc` in TF32, whose epilogue is the bias, SiLU and, for heads of one output, its tile's share of the
-product with `summary`; then a kernel that adds up the shares in a fixed order. Every row is
-computed alike, whatever and however many the others are: results repeat bit for bit.
+product with `summary`; then a kernel that adds up the shares in a fixed order. With one output
+every row is computed alike, whatever and however many the others are; of many outputs, the product
+with `summary` is cuBLAS's.
 
 Shape legend: N packed tokens, H hidden size, E outputs, T column tiles of `fc`.
 """
