@@ -766,8 +766,12 @@ def merge_earlier(result: dict[str, Any], path: Path) -> None:
     """Take over the rows of the file at `path`; what this run measures replaces them."""
     if not path.exists():
         return
-    earlier = json.loads(path.read_text())
-    said = {k: earlier[k] for k in ("device", "commit", "ceilings")}
+    try:
+        earlier = json.loads(path.read_text())
+        said = {k: earlier[k] for k in ("device", "commit", "ceilings")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"--merge: {path} is no result of this script ({error!r})") from error
+    earlier.pop("stopped_early", None)  # of that run
     if "check" in earlier:  # the name of an earlier format
         earlier["family_checks"] = earlier.pop("check")
     for name in ("points", "model_checks", "family_checks"):

@@ -43,6 +43,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
+from lenvm.files import write_text  # noqa: E402
 from lenvm.model import kernel_choices, kernels, products  # noqa: E402
 from lenvm.model.attention_kernels import candidate_attention, count_size  # noqa: E402
 from lenvm.model.hopper import attention as hopper_attention  # noqa: E402
@@ -543,6 +544,16 @@ def peek(steady: Any, counted: bool = True) -> torch.Tensor:
     return torch.cat(outs)
 
 
+def is_record(record: Any) -> bool:
+    """Whether it is of the form that `kernel_choices.json` holds."""
+    try:
+        Choices.from_json(record["choices"])
+        kernel_choices.LayerShape(**record["shape"])
+        return record["num_tokens"] > 0 and isinstance(record["device_kind"], str)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
 def keep_record(record: dict[str, Any], path: Path = kernel_choices.PATH) -> None:
     """Replace what the file says of that device, shape and number of tokens."""
     told = json.loads(path.read_text())
@@ -551,7 +562,7 @@ def keep_record(record: dict[str, Any], path: Path = kernel_choices.PATH) -> Non
     told[part] = [r for r in told[part] if any(r[k] != record[k] for k in key)] + [
         {k: v for k, v in record.items() if k not in ("places_us", "steps_us")}
     ]
-    path.write_text(json.dumps(told, indent=1) + "\n")
+    write_text(path, json.dumps(told, indent=1) + "\n")
     kernel_choices._records.cache_clear()
 
 
@@ -574,9 +585,15 @@ def main() -> None:
             records = json.loads(arguments.keep.read_text())
         except (OSError, ValueError) as error:
             parser.error(f"--keep {arguments.keep}: {error}; it takes an --out of this script")
+        if not isinstance(records, list) or not all(is_record(r) for r in records):
+            parser.error(f"--keep {arguments.keep}: no records; it takes an --out of this script")
         for record in records:
             keep_record(record)
         return
+    if arguments.prefix < 1 or arguments.budget_s <= 0:
+        parser.error(
+            f"--prefix {arguments.prefix}, --budget-s {arguments.budget_s}: both must be above 0"
+        )
     points = []
     for point in arguments.points:
         batch, _, mean = point.partition("x")
@@ -601,7 +618,7 @@ def main() -> None:
         keep_record(record)
         records.append(record)
         if arguments.out is not None:
-            arguments.out.write_text(json.dumps(records, indent=1) + "\n")
+            write_text(arguments.out, json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from lenvm.model.device import upload
 from lenvm.model.exchange import Exchange
 from lenvm.model.fused_layers import FusedLayers, fuse_layers
 from lenvm.model.head_kernels import FusedHead
-from lenvm.model.hopper.attention import can_attend, plan_units
+from lenvm.model.hopper.attention import can_attend, num_multiprocessors, plan_units
 from lenvm.model.kernel_choices import PLAIN, Choices, TrimHint
 from lenvm.model.kv_pages import KVPages
 from lenvm.model.products import Rows
@@ -312,6 +312,4 @@ def round_up(n: int) -> int:
 
 def _count_units(device: torch.device) -> int:
     """Multiprocessors of the GPU."""
-    if device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return num_multiprocessors(device) if device.type == "cuda" else 4

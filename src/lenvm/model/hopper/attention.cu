@@ -138,8 +138,7 @@ struct Group {
         for (int b = 0; b < BOXES; b++)
 #pragma unroll
             for (int j = 0; j < N / 2; j++) acc[b][j] = 0;
-#pragma unroll
-        for (int b = 0; b < BOXES; b++) settle(acc[b]);  // not while something is multiplied
+        settle(acc);  // not while something is multiplied
 #pragma unroll
         for (int j = 0; j < N / 4; j++) total[j] = 0;
         const bool brings = warp == 0 && number == 0;
@@ -212,8 +211,7 @@ struct Group {
             if (is_partial) hide(from);
             const bool over = weigh();
             wgmma_wait<0>();
-#pragma unroll
-            for (int b = 0; b < BOXES; b++) settle(acc[b]);
+            settle(acc);
             if (i > 0 && lane == 0) barrier_arrive(is_free);
             store_weights(i);
             barrier_wait(barriers + stage * 24 + 8, parity);
@@ -289,8 +287,7 @@ struct Group {
             settle(scores);
         }
         wgmma_wait<0>();
-#pragma unroll
-        for (int b = 0; b < BOXES; b++) settle(acc[b]);
+        settle(acc);
 
         int offset = 0;
         reduce_totals<N / 4, 16>(total, offset);
@@ -326,8 +323,7 @@ struct Group {
         for (int b = 0; b < BOXES; b++)
 #pragma unroll
             for (int j = 0; j < 32; j++) acc[b][j] = 0;
-#pragma unroll
-        for (int b = 0; b < BOXES; b++) settle(acc[b]);  // not while something is multiplied
+        settle(acc);  // not while something is multiplied
         const bool brings = warp == 0 && number == 0;
         const u32 described_queries = describe(queries);
         const u32 described_keys = describe(stages);
@@ -397,8 +393,7 @@ struct Group {
             }
             total[0] = sum[0], total[1] = sum[1];
             wgmma_wait<0>();
-#pragma unroll
-            for (int b = 0; b < BOXES; b++) settle(acc[b]);
+            settle(acc);
             if (i > 0 && lane == 0) barrier_arrive(is_free);
             if (over) {
 #pragma unroll
@@ -436,8 +431,7 @@ struct Group {
             settle(scores);
         }
         wgmma_wait<0>();
-#pragma unroll
-        for (int b = 0; b < BOXES; b++) settle(acc[b]);
+        settle(acc);
         meet(pair_id, HALF);  // every page was read: its place is free
 #pragma unroll
         for (int h = 0; h < 2; h++) {

@@ -207,6 +207,11 @@ DEVICE void settle(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
+template <int M, int N>
+DEVICE void settle(float (&d)[M][N]) {
+#pragma unroll
+    for (int i = 0; i < M; i++) settle(d[i]);
+}
 
 // Loads from another block's shared memory.
 DEVICE float load1_at(u32 address) {
