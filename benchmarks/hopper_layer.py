@@ -166,15 +166,22 @@ MARKS = {
             "    wait_for_previous();\n    {\n        uint4",
             "    wait_for_previous();\n{}    {{\n        uint4",
         ),
-        "queries": ("    const int total_chunks = num", "{}    const int total_chunks = num"),
-        "first scores": ("        u32 is_free = 0;", "{}        u32 is_free = 0;"),
-        "second page": (
-            "            is_free = barriers",
-            "            if (i == 1) {{ {} }}\n            is_free = barriers",
+        "queries": (
+            "    {\n        const int row = step",
+            "{}    {{\n        const int row = step",
         ),
-        "sixth page": (
-            "            bring_further(pages",
-            "            if (i == 5) {{ {} }}\n            bring_further(pages",
+        "first scores": (
+            "#pragma unroll 1\n        for (; i < count",
+            "{}#pragma unroll 1\n        for (; i < count",
+        ),
+        "second page": (
+            "            before = stage;",
+            "            if (i / STEP == 1) {{ {} }}\n            before = stage;",
+        ),
+        "fourth page": (
+            "            wgmma_wait<1>();\n            settle(scores);",
+            "            if (i / STEP == 3) {{ {} }}\n            wgmma_wait<1>();\n"
+            "            settle(scores);",
         ),
         "pages seen": ("        meet(pair_id, HALF);", "{}        meet(pair_id, HALF);"),
         "met": ("    // 8 columns of a row at a time", "{}    // 8 columns of a row at a time"),

@@ -101,9 +101,7 @@ ATTENTION = [
     ]
     for merges in ((False, True) if waves > 1 else (False,))
 ]  # fmt: skip
-HOPPER_ATTENTION = [
-    AttentionChoice(128, waves, stages, hopper=True) for waves in (1, 2, 4) for stages in (4, 3)
-]
+HOPPER_ATTENTION = [AttentionChoice(128, waves, hopper=True) for waves in (1, 2, 4)]
 
 
 class Places:
@@ -250,7 +248,6 @@ class Places:
             self.table, self.row_ids, self.lengths, self.first, num_tokens=self.tokens,
             num_heads=self.q.shape[1], num_kv=self.num_kv, head_size=self.size,
             max_candidates=self.width, num_splits=self._count_splits(choice),
-            num_stages=choice.stages,
         )  # fmt: skip
 
         def attend(i: int) -> None:
@@ -489,7 +486,7 @@ def tune_trimmed(name: str, batch: int, mean: int, prefix: int, deadline: float)
     own = {p: hopper_tiles_of(p, shape.head_size) for p in PLACES[1:]}
     changes: list[dict[str, Any]] = [
         {p: tiles[0] for p, tiles in own.items()}
-        | {"attention": AttentionChoice(128, 1, 4, hopper=True), "pdl": True}
+        | {"attention": AttentionChoice(128, 1, hopper=True), "pdl": True}
     ]
     for place, tiles in own.items():
         changes += [{place: tile} for tile in tiles[1:]]

@@ -59,7 +59,7 @@ HOPPER = Choices(
     out=Tile(64, 64, splits=2, hopper=True),
     gate_up=Tile(128, 160, hopper=True),
     down=Tile(128, 64, splits=2, hopper=True),
-    attention=AttentionChoice(waves=2, stages=4, hopper=True),
+    attention=AttentionChoice(waves=2, hopper=True),
     pdl=True,
 )
 HOPPER_SHAPE = {

@@ -55,7 +55,7 @@ class Case:
             flat = self.pages.flatten(1, 2)
             flat[:, self.index] = self.own[:, : self.num_tokens]
 
-    def run(self, num_splits, num_stages=4, window=None, only=None):
+    def run(self, num_splits, window=None, only=None):
         """[N, Hq, D]; of one request alone where `only` names it."""
         rows, lengths, first, q, own, index = (
             self.rows, self.lengths, self.first, self.q, self.own, self.index,
@@ -80,7 +80,6 @@ class Case:
             head_size=size,
             max_candidates=max(1, *self.counts),
             num_splits=num_splits,
-            num_stages=num_stages,
         )
         attention.candidate_attention(
             q,
@@ -150,23 +149,14 @@ def test_windows(group, head_size, window, num_splits):
 
 
 @mark
-@pytest.mark.parametrize(("head_size", "num_stages"), [(64, 3), (128, 3)])
-@pytest.mark.parametrize("num_splits", [1, 4])
-def test_numbers_of_stages(head_size, num_stages, num_splits):
-    case = Case(LENGTHS, COUNTS, 7, 2, head_size, seed=2)
-    compare(case.run(num_splits, num_stages), case.expect())
-
-
-@mark
-@pytest.mark.parametrize("num_stages", [3, 4])
 @pytest.mark.parametrize("num_splits", attention.SPLITS)
 @pytest.mark.parametrize(("group", "head_size"), [(6, 128), (7, 64)])
-def test_parts_of_a_prefix_that_ends_amid_a_page(group, head_size, num_stages, num_splits):
+def test_parts_of_a_prefix_that_ends_amid_a_page(group, head_size, num_splits):
     """As the scorers of 1.5B and 0.5B have it, from 1 to 18 candidates."""
     case = Case([1000] * 64, [r % 18 + 1 for r in range(64)], group, 2, head_size, seed=5)
-    out = case.run(num_splits, num_stages)
+    out = case.run(num_splits)
     compare(out, case.expect())
-    assert torch.equal(out, case.run(num_splits, num_stages))
+    assert torch.equal(out, case.run(num_splits))
 
 
 @mark
@@ -230,8 +220,7 @@ def test_nobody_has_a_candidate():
 
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_shared_memory_of_a_block(head_size):
-    for num_stages in (3, 4):
-        assert attention.shared_bytes(head_size, num_stages) <= SHARED_BYTES
+    assert attention.shared_bytes(head_size) <= SHARED_BYTES
 
 
 @pytest.mark.parametrize(
@@ -241,7 +230,7 @@ def test_shared_memory_of_a_block(head_size):
 @pytest.mark.parametrize("has_window", [False, True])
 def test_it_compiles_without_spills(group, head_size, num_splits, has_window):
     definitions = attention.definitions(
-        head_size, group, 2, num_splits=num_splits, num_stages=4, has_window=has_window
+        head_size, group, 2, num_splits=num_splits, has_window=has_window
     )
     check_compiles("attention.cu", definitions, attention.PRODUCTS)
 

@@ -279,7 +279,6 @@ class CudaRunner:
                 head_size=head_size,
                 max_candidates=bucket.width,
                 num_splits=num_splits,
-                num_stages=choices.attention.stages,
             )
         return CudaCandidates(
             data=cache.data,

@@ -49,7 +49,8 @@ class AttentionChoice:
     waves: int = 1
     """Prefixes are split so that the programs fill the GPU about so many times."""
     stages: int = 5
-    """Pages on their way at once; at most 3 where no copy engine brings them."""
+    """Pages on their way at once; at most 3 where no copy engine brings them. `hopper/` has its own
+    number."""
     merges: bool = False
     """The split that ends last merges them, in place of a second kernel."""
     hopper: bool = False

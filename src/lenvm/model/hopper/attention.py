@@ -19,6 +19,8 @@ TILE_ROWS = 128
 """Query rows (candidates x G) of one unit."""
 HALF = 256
 """Threads that take pages in turn with others."""
+STAGES = 6
+"""Pages of a half on their way."""
 MAX_RANKED, MAX_TILES = 256, 64
 """Most requests, and tiles of one, that are ranked by their number of candidates."""
 SPLITS = (1, 2, 4, MAX_CLUSTER)
@@ -43,7 +45,6 @@ class Units:
     plan: Tensor
     num_columns: int
     num_splits: int
-    num_stages: int
 
 
 def plan_units(
@@ -58,19 +59,16 @@ def plan_units(
     head_size: int,
     max_candidates: int,
     num_splits: int,
-    num_stages: int,
 ) -> Units:
     """Requests shared out to blocks, on the device.
 
     int32: table [*, C], of which `rows` [R] names each row's; lengths [R]; first [R + 1]: row r
     owns packed tokens first[r] .. first[r + 1] - 1, at most `max_candidates`, of `num_tokens`.
-    num_splits: blocks that share a prefix, one of SPLITS; num_stages: pages on their way to each, 3
-    or 4 (heads of 64: to each half of a block).
+    num_splits: blocks that share a prefix, one of SPLITS.
     """
     group = num_heads // num_kv
     assert num_splits in SPLITS
-    assert num_stages >= 3
-    assert shared_bytes(head_size, num_stages) <= SHARED_BYTES
+    assert shared_bytes(head_size) <= SHARED_BYTES
     assert all(x.dtype == torch.int32 for x in (table, rows, lengths, first))
     assert table.is_contiguous()
     num_rows, num_tiles = rows.shape[0], -(-max_candidates * group // TILE_ROWS)
@@ -85,7 +83,7 @@ def plan_units(
     numbers = num_columns, num_rows, num_tiles, slots
     grid = (plan.shape[0], 1, 1)
     kernel.launch(grid, table, rows, lengths, first, plan, *numbers, pdl=False)
-    return Units(plan, num_columns, num_splits, num_stages)
+    return Units(plan, num_columns, num_splits)
 
 
 def candidate_attention(
@@ -112,7 +110,7 @@ def candidate_attention(
     """
     num_heads, head_size = q.shape[1:]
     num_kv = k_pages.shape[2]
-    num_splits, num_stages = units.num_splits, units.num_stages
+    num_splits = units.num_splits
     assert q.dtype == k_pages.dtype
     assert can_attend(num_heads, k_pages)
     assert own_is_token or own_index.dtype == torch.int64
@@ -124,12 +122,11 @@ def candidate_attention(
             num_heads // num_kv,
             num_kv,
             num_splits=num_splits,
-            num_stages=num_stages,
             has_window=window is not None,
             own_is_token=own_is_token,
         ),
         PRODUCTS,
-        shared_bytes=shared_bytes(head_size, num_stages),
+        shared_bytes=shared_bytes(head_size),
         num_threads=HALF * num_halves(head_size),
         cluster=(num_splits, 1, 1),
     )
@@ -161,7 +158,6 @@ def definitions(
     num_kv: int,
     *,
     num_splits: int,
-    num_stages: int,
     has_window: bool = False,
     own_is_token: bool = True,
 ) -> dict[str, int]:
@@ -170,7 +166,7 @@ def definitions(
         "D": head_size,
         "G": group,
         "HKV": num_kv,
-        "STAGES": num_stages,
+        "STAGES": STAGES,
         "SPLITS": num_splits,
         "HALVES": num_halves(head_size),
         "ROWS": TILE_ROWS,
@@ -185,16 +181,10 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 PRODUCTS = (
-    *(
-        (name, Product(columns, a_transposed=name == "multiply_values"))
-        for name in ("multiply_keys", "multiply_values")
-        for columns in (8, 16, 24, 32)
-    ),
     ("multiply_keys", Product(64)),
-    ("multiply_weights", Product(64, a_in_registers=True)),
+    ("multiply_weights", Product(64, a_in_registers=True, b_transposed=True)),
 )
-"""Keys of a page by queries, and its values by their weights, of up to 32 queries; of more, queries
-by keys, and weights by values."""
+"""Queries by the keys of a page, and their weights by its values."""
 
 
 def count_slots(num_multiprocessors: int, num_splits: int) -> int:
@@ -210,10 +200,8 @@ def num_halves(head_size: int) -> int:
     return 2 if head_size == 64 else 1
 
 
-def shared_bytes(head_size: int, num_stages: int) -> int:
-    """Shared memory of a block: of each half pages, weights of two pages, barriers and references;
-    queries and the scores of their own keys."""
-    weights = 2 * TILE_ROWS * PAGE_SIZE * 2
-    half = num_stages * 4 * PAGE_SIZE * head_size + weights
-    half += -(-num_stages * 24 // 16) * 16 + TILE_ROWS * 4
-    return num_halves(head_size) * half + TILE_ROWS * head_size * 2 + TILE_ROWS * 4
+def shared_bytes(head_size: int) -> int:
+    """Shared memory of a block: of each half pages, barriers, references and totals; queries, the
+    scores of their own keys, and the unit."""
+    half = STAGES * 4 * PAGE_SIZE * head_size + STAGES * 24 + TILE_ROWS * 8
+    return num_halves(head_size) * half + TILE_ROWS * head_size * 2 + TILE_ROWS * 4 + 32

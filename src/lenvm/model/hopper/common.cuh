@@ -214,9 +214,12 @@ DEVICE void settle(float (&d)[M][N]) {
 }
 
 // Loads from another block's shared memory.
-DEVICE float load1_at(u32 address) {
-    float x;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+DEVICE float2 load2_at(u32 address) {
+    float2 x;
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(x.x), "=f"(x.y)
+                 : "r"(address)
+                 : "memory");
     return x;
 }
 DEVICE float4 load4_at(u32 address) {
@@ -251,29 +254,26 @@ DEVICE void store4(u32 address, uint4 x) {
                  "r"(x.z), "r"(x.w)
                  : "memory");
 }
-// Four 8 x 8 matrices of bf16 as wgmma leaves them, each transposed: lane l names the place of
-// column l % 8 of matrix l / 8; or two, by the first 16 lanes.
-DEVICE void store_transposed4(u32 address, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     address),
-                 "r"(a), "r"(b), "r"(c), "r"(d)
+// Four 8 x 8 matrices of bf16, or two, as mma takes them: lane l names row l % 8 of matrix l / 8.
+DEVICE void load_matrices(u32 address, u32 (&to)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
                  : "memory");
 }
-DEVICE void store_transposed2(u32 address, u32 a, u32 b) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
-                 "r"(a), "r"(b)
+DEVICE void load_matrices(u32 address, u32 (&to)[2]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "r"(address)
                  : "memory");
 }
-// Threads that meet at `id`; whether `told` is true for any of them.
-DEVICE bool meet_any(int id, int count, bool told) {
-    int any;
+// d [16, 8] += a [16, 16] @ b [16, 8], by one warp; rows and columns of d as wgmma has them.
+DEVICE void multiply_small(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     asm volatile(
-        "{\n.reg .pred mine, all;\nsetp.ne.b32 mine, %3, 0;\n"
-        "bar.red.or.pred all, %1, %2, mine;\nselp.b32 %0, 1, 0, all;\n}"
-        : "=r"(any)
-        : "r"(id), "r"(count), "r"((int)told)
-        : "memory");
-    return any;
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 DEVICE void store16_global(void* to, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c),

@@ -41,10 +41,10 @@ class Product:
     """A wgmma: d [64, columns] (+)= A [64, 16] @ B [16, columns], fp32 sums of bf16."""
 
     columns: int
-    a_transposed: bool = False
-    """A lies as rows of its second index: values, whose rows are keys."""
     a_in_registers: bool = False
-    """A is four registers a thread, and B lies as rows of its first index."""
+    """A is four registers a thread."""
+    b_transposed: bool = False
+    """B lies as rows of its first index: values, whose rows are keys."""
 
 
 @dataclass(frozen=True)
@@ -208,10 +208,10 @@ def _write_product(name: str, product: Product) -> str:
     outs = ", ".join(f"%{i}" for i in range(count))
     sums = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     if product.a_in_registers:
-        names, flags = ["a0", "a1", "a2", "a3"], "1, 1, 1"
+        names, flags = ["a0", "a1", "a2", "a3"], f"1, 1, {int(product.b_transposed)}"
         a = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
     else:
-        names, flags = ["a"], f"1, 1, {int(product.a_transposed)}, 0"
+        names, flags = ["a"], f"1, 1, 0, {int(product.b_transposed)}"
         a = f"%{count}"
     kind, constraint = ("u32", "r") if product.a_in_registers else ("u64", "l")
     parameters = ", ".join(f"{kind} {x}" for x in names)
