@@ -91,7 +91,12 @@ def hopper_tiles_of(place: str, head_size: int) -> list[Tile]:
         "gate_up": [(128, 160, 1, 4), (128, 128, 1, 4), (64, 64, 1, 8), (64, 96, 1, 6)],
         "down": [(128, 64, 2, 8), (128, 128, 4, 5), (64, 64, 4, 8), (128, 128, 2, 5)],
     }[place]
-    return [Tile(bm, bn, splits=n, stages=stages, hopper=True) for bm, bn, n, stages in cuts]
+    shared = {"gate_up": [(128, 160, 1, 4)], "down": [(128, 64, 2, 8), (128, 128, 4, 5)]}
+    every = [(*cut, 1) for cut in cuts] + [(*cut, 2) for cut in shared.get(place, [])]
+    return [
+        Tile(bm, bn, splits=n, stages=stages, hopper=True, shares=shares)
+        for bm, bn, n, stages, shares in every
+    ]
 
 
 ATTENTION = [

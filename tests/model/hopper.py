@@ -1,11 +1,14 @@
 """What the tests of Hopper's kernels share: where they run, and what the compiler says of them."""
 
 import re
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from lenvm.model.hopper.runtime import build_source, is_supported
+from lenvm.model.hopper.runtime import build_source, compile_source, is_supported
 
 on_hopper = [
     pytest.mark.gpu,
@@ -31,3 +34,16 @@ def check_compiles(file, definitions, products):
     assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS, told
     assert set(re.findall(r"(\d+) bytes spill", told)) == {"0"}, told
     assert "serializ" not in told
+
+
+def disassemble(file, definitions, products):
+    """Its machine code as text, by the tool that comes with Triton."""
+    backends = pytest.importorskip("triton.backends")
+    tool = Path(backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("no cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as image:
+        image.write(compile_source(file, sorted(definitions.items()), products))
+        image.flush()
+        command = [tool, "--dump-sass", image.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -8,7 +8,7 @@ from lenvm.model.hopper import products
 from lenvm.model.hopper.products import GATE_UP, OUT, QKV
 from lenvm.model.kernel_choices import Tile
 from lenvm.model.products import Rows
-from model.hopper import check_compiles, on_hopper
+from model.hopper import check_compiles, disassemble, on_hopper
 
 EPS = 1e-6
 COUNTS = [1, 7, 64, 130, 512]
@@ -38,10 +38,13 @@ def is_near(got, expected, limit=5e-3):
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize(("head_size", "num_heads", "num_kv"), [(64, 14, 2), (128, 3, 1)])
 @pytest.mark.parametrize("num_parts", [0, 7])
+@pytest.mark.parametrize("shares", [1, 2])
 class TestQkv:
     pytestmark = on_hopper
 
-    def test_it_equals_fp32(self, num_tokens, block, head_size, num_heads, num_kv, num_parts):
+    def test_it_equals_fp32(
+        self, num_tokens, block, head_size, num_heads, num_kv, num_parts, shares
+    ):
         size, outputs = 320, (num_heads + 2 * num_kv) * head_size
         rows, x = draw_rows(num_tokens, size, num_parts)
         weight = draw(outputs, size, scale=size**-0.5)
@@ -50,7 +53,7 @@ class TestQkv:
         q = torch.full((num_tokens, num_heads, head_size), torch.nan).bfloat16().cuda()
         k, v = torch.full((2, num_tokens + 5, num_kv, head_size), torch.nan).bfloat16().cuda()
         index = torch.randperm(num_tokens + 5, device="cuda")[:num_tokens]
-        tile = Tile(block, head_size, stages=5, hopper=True)
+        tile = Tile(block, head_size, stages=5, hopper=True, shares=shares)
         assert products.can_multiply("qkv", tile, size, outputs)
         products.project_qkv(rows, weight, bias, cos, sin, EPS, q, k, v, index, tile=tile)
         out = F.linear(x, weight.float(), None if bias is None else bias.float())
@@ -82,6 +85,9 @@ class TestOut:
             Tile(128, 32, splits=8, stages=3, hopper=True),
             Tile(128, 128, splits=4, stages=5, hopper=True),
             Tile(64, 128, splits=1, stages=8, hopper=True),
+            Tile(64, 64, splits=1, stages=4, hopper=True, shares=2),
+            Tile(128, 64, splits=2, stages=7, hopper=True, shares=2),
+            Tile(128, 128, splits=4, stages=5, hopper=True, shares=2),
         ],
     )
     def test_it_equals_fp32_again_and_again(self, num_tokens, tile):
@@ -112,9 +118,10 @@ class TestGateAndUp:
     @pytest.mark.parametrize("block", [64, 128])
     @pytest.mark.parametrize("columns", [64, 160])
     @pytest.mark.parametrize("num_parts", [0, 14])
-    def test_it_equals_fp32(self, num_tokens, block, columns, num_parts):
+    @pytest.mark.parametrize("shares", [1, 2])
+    def test_it_equals_fp32(self, num_tokens, block, columns, num_parts, shares):
         size, inner = 256, 352  # tiles of 160: the last is a fifth full
-        tile = Tile(block, columns, stages=4, hopper=True)
+        tile = Tile(block, columns, stages=4, hopper=True, shares=shares)
         assert products.can_multiply("gate_up", tile, size, inner)
         rows, x = draw_rows(num_tokens, size, num_parts)
         weight = draw(2 * inner, size, scale=3 * size**-0.5)  # far beyond what exp needs
@@ -124,14 +131,15 @@ class TestGateAndUp:
         is_near(out, F.silu(gate) * up)
 
     @pytest.mark.parametrize("total", [1, 128, 129, 300])
-    def test_tiles_of_padding_end_at_once(self, total):
-        tile = Tile(128, 64, stages=4, hopper=True)
+    @pytest.mark.parametrize("shares", [1, 2])
+    def test_tiles_of_padding_end_at_once(self, total, shares):
+        tile = Tile(128, 64, stages=4, hopper=True, shares=shares)
         x, weight = draw(300, 128), draw(256, 128)
         out = torch.full((300, 128), torch.nan).bfloat16().cuda()
         count = torch.tensor([total], dtype=torch.int32, device="cuda")
         products.gate_and_up(Rows(x), weight, EPS, out, tile=tile, total=count)
         gate, up = F.linear(x.float(), weight.float()).chunk(2, 1)
-        end = -(-total // 128) * 128
+        end = min(-(-total // (128 * shares)) * 128 * shares, 300)
         is_near(out[:end], (F.silu(gate) * up)[:end])
         assert out[end:].isnan().all()
 
@@ -157,11 +165,23 @@ class TestGateAndUp:
         (OUT, Tile(64, 64, stages=8), 896, 896, 0, {}),
         (GATE_UP, Tile(128, 160, stages=4), 896, 4864, 14, {}),
         (GATE_UP, Tile(128, 128, stages=4), 1536, 8960, 12, {}),
+        (
+            QKV,
+            Tile(128, 64, stages=8, shares=2),
+            896,
+            1152,
+            14,
+            {"HQ": 14, "HKV": 2, "HAS_BIAS": 1},
+        ),
+        (OUT, Tile(128, 128, splits=4, stages=5, shares=2), 4864, 896, 0, {}),
+        (GATE_UP, Tile(128, 160, stages=4, shares=2), 896, 4864, 14, {}),
     ],
 )
 def test_they_compile_without_spills(kind, tile, inputs, outputs, num_parts, heads):
     definitions = products.definitions(kind, tile, inputs, outputs, num_parts) | heads
-    check_compiles("products.cu", definitions, [("multiply", products.product(kind, tile))])
+    multiply = [("multiply", products.product(kind, tile))]
+    check_compiles("products.cu", definitions, multiply)
+    assert "MEMBAR.ALL.GPU" not in disassemble("products.cu", definitions, multiply)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +194,9 @@ def test_they_compile_without_spills(kind, tile, inputs, outputs, num_parts, hea
         ("down", Tile(128, 64, splits=3), 4864, 896, False),
         ("down", Tile(128, 160, splits=2), 4864, 896, False),  # 896 is no multiple
         ("down", Tile(64, 64, splits=8), 4864, 896, False),  # half a warp's rows
+        ("down", Tile(128, 128, splits=4, shares=2), 4864, 896, True),
+        ("down", Tile(128, 64, splits=8, shares=2), 4864, 896, False),  # 16 blocks of a cluster
+        ("gate_up", Tile(128, 160, stages=4, shares=4), 896, 4864, False),
         ("out", Tile(128, 64, splits=2), 900, 896, False),
         ("out", Tile(128, 64, splits=4), 128, 896, False),  # less than one block each
     ],

@@ -38,6 +38,8 @@ class Tile:
     stages: int = 4
     hopper: bool = False
     """A kernel of `hopper/`, where BK is 64 and warps follow from BM."""
+    shares: int = 1
+    """Neighbouring row tiles whose weights are fetched once for all of them; `hopper/` only."""
 
 
 @dataclass(frozen=True)

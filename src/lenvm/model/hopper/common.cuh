@@ -81,6 +81,16 @@ DEVICE void load_box_once(u32 to, const TensorMap* map, u32 barrier, int c, int 
         : "memory");
 }
 
+// The same for the blocks of the cluster that `mask` names, to the same place of each; a barrier of
+// each at the same place counts.
+DEVICE void load_box_for_all(u32 to, const TensorMap* map, u32 barrier, int c, int r, int mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(c), "r"(r), "h"((u16)mask), "l"(0x12F0000000000000ull)
+        : "memory");
+}
+
 // What ordinary stores wrote to shared memory becomes visible to wgmma and the copy engine.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -126,6 +136,10 @@ DEVICE u32 address_at(u32 address, u32 block) {
     u32 there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
     return there;
+}
+// Without a scope: .release.cluster waits for all memory of the GPU (MEMBAR.ALL.GPU).
+DEVICE void barrier_arrive_at(u32 barrier_there) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier_there) : "memory");
 }
 // 16 bytes there, which a barrier there counts.
 DEVICE void send(u32 there, u32 barrier_there, float a, float b, float c, float d) {

@@ -6,6 +6,8 @@
 // num_real: tokens from there on are padding, whose tiles end at once; null: there is none.
 // PARTS > 0: X is such an `out`; its rows' squares come in PARTS parts.
 // SPLITS blocks of a cluster (EPILOGUE 1) share the sum over K and each ends a share of the rows.
+// SHARES blocks of it have the same columns of neighbouring row tiles: each fetches a part of the
+// weights for all of them.
 // EARLY tiles of weights are asked for before the kernel before has ended: where all blocks read
 // several MB of memory at once, the first tiles come sooner if the others wait.
 // One thread fetches; each of BM / 64 warpgroups multiplies 64 rows (`multiply`). BLOCKS fit a
@@ -16,6 +18,7 @@ constexpr int CONSUMERS = BM / 64;
 constexpr int THREADS = 128 * CONSUMERS + (CONSUMERS == 2 ? 128 : 32);
 constexpr int BK = 64;  // 128 bytes: a row of a swizzled tile
 constexpr int W_ROWS = EPILOGUE == 2 ? 2 * BN : BN;
+constexpr int CLUSTER = SPLITS * SHARES;
 constexpr int COLUMNS = W_ROWS <= 256 ? W_ROWS : BN;  // of a wgmma
 constexpr int X_BYTES = BM * BK * 2, W_BYTES = W_ROWS * BK * 2;
 constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
@@ -25,6 +28,7 @@ constexpr int ROWS = BM / SPLITS, SLICE_BYTES = ROWS * BN * 4;
 // a warp ends 16 rows x 32 columns at a time
 constexpr int QUADS = BN / 32, ITEMS = ROWS / 16 * QUADS, WARPS = 4 * CONSUMERS;
 constexpr int STEPS = (ITEMS + WARPS - 1) / WARPS;
+static_assert(BN / SHARES % 8 == 0, "swizzled in groups of 8 rows");
 static_assert(K % BK == 0 && BN % 32 == 0 && BLOCKS_OF_K >= SPLITS, "tile");
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -46,16 +50,18 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
     [[maybe_unused]] const u32 exchange = tiles + STAGES * STAGE_BYTES;
     const int group = threadIdx.x / 128;  // the last fetches
     const int row_tile = blockIdx.x, column_tile = blockIdx.y, split = blockIdx.z;
+    [[maybe_unused]] const int share = row_tile % SHARES;  // of the cluster: SHARES * split + share
     const int begin = split * BLOCKS_OF_K / SPLITS;
     const int count = (split + 1) * BLOCKS_OF_K / SPLITS - begin;
 
-    if (num_real && row_tile * BM >= *num_real) return;  // padding: so is all of the cluster
+    // padding: so is all of the cluster
+    if (num_real && row_tile / SHARES * SHARES * BM >= *num_real) return;
     if (threadIdx.x == 0) {
         prefetch_map(&x_map);
         prefetch_map(&w_map);
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full + 8 * s, 1);
-            barrier_init(empty + 8 * s, CONSUMERS);
+            barrier_init(empty + 8 * s, CONSUMERS * SHARES);
         }
         if (SPLITS > 1) {
             barrier_init(exchanged, 1);
@@ -64,19 +70,27 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
         barrier_init_fence();
     }
     __syncthreads();
-    if (SPLITS > 1) cluster_arrive_relaxed();
+    if (CLUSTER > 1) cluster_arrive_relaxed();
 
     if (group == CONSUMERS) {
         if (THREADS == 384) fewer_registers<56>();
+        if (SHARES > 1) cluster_wait();  // all have made their barriers
         if (threadIdx.x % 128 == 0) {
             auto load_w = [&](int block) {
                 const u32 stage = tiles + block % STAGES * STAGE_BYTES + X_BYTES;
                 const u32 barrier = full + 8 * (block % STAGES);
                 const int column = (begin + block) * BK;
                 barrier_expect(barrier, STAGE_BYTES);
-                load_box_once(stage, &w_map, barrier, column, column_tile * BN);
-                if (EPILOGUE == 2)
-                    load_box_once(stage + BN * 128, &w_map, barrier, column, OUTPUTS + column_tile * BN);
+                const auto load = [&](u32 to, int row) {
+                    if (SHARES == 1)
+                        load_box_once(to, &w_map, barrier, column, row);
+                    else
+                        load_box_for_all(to + share * (BN / SHARES) * 128, &w_map, barrier, column,
+                                         row + share * (BN / SHARES),
+                                         ((1 << SHARES) - 1) << SHARES * split);
+                };
+                load(stage, column_tile * BN);
+                if (EPILOGUE == 2) load(stage + BN * 128, OUTPUTS + column_tile * BN);
             };
             auto load_x = [&](int block) {
                 load_box(tiles + block % STAGES * STAGE_BYTES, &x_map, full + 8 * (block % STAGES),
@@ -93,7 +107,7 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
                 load_x(block);
             }
         }
-        if (SPLITS > 1) {
+        if (CLUSTER > 1 && SHARES == 1) {
             __syncwarp();
             cluster_wait();
         }
@@ -102,6 +116,7 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
         const int thread = threadIdx.x % 128, lane = thread % 32, t = lane & 3;
         const int tile_row = group * 64 + thread / 32 * 16 + lane / 4;
         [[maybe_unused]] const int row = row_tile * BM + tile_row;
+        if (SHARES > 1) cluster_wait();
         wait_for_previous();
         if (threadIdx.x == 0) launch_next();
         // what the epilogue needs is read before the products, so that nobody waits for it
@@ -186,7 +201,13 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
             wgmma_commit();
             if (block > 0) {
                 wgmma_wait<1>();
-                if (thread == 0) barrier_arrive(empty + 8 * (stage ? stage - 1 : STAGES - 1));
+                const u32 emptied = empty + 8 * (stage ? stage - 1 : STAGES - 1);
+                if (SHARES == 1) {
+                    if (thread == 0) barrier_arrive(emptied);
+                } else if (thread < SHARES && block - 1 + STAGES < count) {  // else nobody waits,
+                    // and a block may be over
+                    barrier_arrive_at(address_at(emptied, SHARES * split + thread));
+                }
             }
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
@@ -208,7 +229,7 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
         // each block of the cluster ends ROWS rows, whose sums all send there: [source][16 rows]
         // [8 columns][lane], as wgmma leaves them
         __shared__ float row_squares[QUADS][ROWS];
-        if (SPLITS > 1) cluster_wait();  // all have begun
+        if (SPLITS > 1 && SHARES == 1) cluster_wait();  // all have begun
         const u32 to = tile_row / ROWS;
         const u32 place =
             exchange + split * SLICE_BYTES + tile_row % ROWS / 16 * (BN / 8 * 512) + lane * 16;
@@ -219,7 +240,8 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
                        make_uint4(__float_as_uint(acc[4 * j]), __float_as_uint(acc[4 * j + 1]),
                                   __float_as_uint(acc[4 * j + 2]), __float_as_uint(acc[4 * j + 3])));
         } else {
-            const u32 there = address_at(place, to), barrier = address_at(exchanged, to);
+            const u32 other = SHARES * to + share;
+            const u32 there = address_at(place, other), barrier = address_at(exchanged, other);
 #pragma unroll
             for (int j = 0; j < BN / 8; j++)
                 send(there + j * 512, barrier, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2],

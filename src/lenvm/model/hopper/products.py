@@ -12,7 +12,7 @@ size, T column tiles of a `project_out`.
 from torch import Tensor
 
 from lenvm.model.hopper.runtime import SHARED_BYTES, Product, build_map, get_kernel
-from lenvm.model.kernel_choices import Tile
+from lenvm.model.kernel_choices import MAX_CLUSTER, Tile
 from lenvm.model.products import Rows
 
 QKV, OUT, GATE_UP = range(3)
@@ -84,6 +84,8 @@ def can_multiply(name: str, tile: Tile, num_inputs: int, num_outputs: int) -> bo
     return (
         tile.BM in (64, 128)
         and tile.splits in (1, 2, 4, 8)
+        and tile.shares in (1, 2)
+        and tile.splits * tile.shares <= MAX_CLUSTER
         and tile.BN % 32 == 0
         and tile.BN <= 256
         and num_inputs % 64 == 0
@@ -115,13 +117,14 @@ def _launch(
         [("multiply", product(kind, tile))],
         shared_bytes=_shared_bytes(kind, tile),
         num_threads=384 if tile.BM == 128 else 160,  # THREADS there
-        cluster=(1, 1, splits),
+        cluster=(tile.shares, 1, splits),
     )
-    grid = -(-num_tokens // tile.BM), -(-num_outputs // tile.BN), splits
+    row_tiles = -(-num_tokens // (tile.BM * tile.shares)) * tile.shares
+    grid = row_tiles, -(-num_outputs // tile.BN), splits
     kernel.launch(
         grid,
         build_map(rows.x, tile.BM),
-        build_map(weight, tile.BN),
+        build_map(weight, tile.BN // tile.shares),
         num_tokens,
         total,
         rows.squares,
@@ -149,6 +152,7 @@ def definitions(
         "BN": tile.BN,
         "STAGES": tile.stages,
         "SPLITS": tile.splits if kind == OUT else 1,
+        "SHARES": tile.shares,
         "EARLY": 1 if kind == GATE_UP else tile.stages,
         "BLOCKS": 2 if tile.BM == 64 and tile.BN <= 64 and kind != GATE_UP else 1,
         "PARTS": num_parts,
