@@ -38,7 +38,7 @@ def is_near(got, expected, limit=5e-3):
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize(("head_size", "num_heads", "num_kv"), [(64, 14, 2), (128, 3, 1)])
 @pytest.mark.parametrize("num_parts", [0, 7])
-@pytest.mark.parametrize("shares", [1, 2])
+@pytest.mark.parametrize("shares", [1, 2, 4])
 class TestQkv:
     pytestmark = on_hopper
 
@@ -87,6 +87,7 @@ class TestOut:
             Tile(64, 128, splits=1, stages=8, hopper=True),
             Tile(64, 64, splits=1, stages=4, hopper=True, shares=2),
             Tile(128, 64, splits=2, stages=7, hopper=True, shares=2),
+            Tile(128, 64, splits=2, stages=7, hopper=True, shares=4),
             Tile(128, 128, splits=4, stages=5, hopper=True, shares=2),
         ],
     )
@@ -196,7 +197,8 @@ def test_they_compile_without_spills(kind, tile, inputs, outputs, num_parts, hea
         ("down", Tile(64, 64, splits=8), 4864, 896, False),  # half a warp's rows
         ("down", Tile(128, 128, splits=4, shares=2), 4864, 896, True),
         ("down", Tile(128, 64, splits=8, shares=2), 4864, 896, False),  # 16 blocks of a cluster
-        ("gate_up", Tile(128, 160, stages=4, shares=4), 896, 4864, False),
+        ("gate_up", Tile(128, 160, stages=4, shares=4), 896, 4864, True),
+        ("gate_up", Tile(128, 160, stages=4, shares=8), 896, 4864, False),
         ("out", Tile(128, 64, splits=2), 900, 896, False),
         ("out", Tile(128, 64, splits=4), 128, 896, False),  # less than one block each
     ],

@@ -84,7 +84,8 @@ def can_multiply(name: str, tile: Tile, num_inputs: int, num_outputs: int) -> bo
     return (
         tile.BM in (64, 128)
         and tile.splits in (1, 2, 4, 8)
-        and tile.shares in (1, 2)
+        and tile.shares in (1, 2, 4)
+        and tile.BN % (8 * tile.shares) == 0
         and tile.splits * tile.shares <= MAX_CLUSTER
         and tile.BN % 32 == 0
         and tile.BN <= 256
