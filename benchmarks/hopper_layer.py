@@ -10,8 +10,8 @@ requests of 8 candidates and 1,024 tokens; programmatic dependent launch as in a
 3. The last layer's timeline: marks that are written into the sources note the time (and the
    cycles since the mark before) in one thread of each block: least, median, most.
 
-It gave `experiments.hopper_queries_as_columns` and `hopper_many_queries_as_rows` in
-results/scorer_h200.json.
+It gave `experiments.hopper_queries_as_columns`, `hopper_many_queries_as_rows` and
+`hopper_one_attention` in results/scorer_h200.json, with changes to the sources that are not kept.
 """
 
 import sys

@@ -85,21 +85,24 @@ def tiles_of(place: str, num_tokens: int, head_size: int) -> list[Tile]:
 
 def hopper_tiles_of(place: str, head_size: int) -> list[Tile]:
     """Those of `hopper/` that were of use in some step, and those that share weights."""
-    cuts = {  # rows, columns, parts, stages
-        "qkv": [(64, head_size, 1, 6), (128, head_size, 1, 576 // head_size)],
-        "out": [(64, 64, 1, 8), (128, 64, 2, 7), (128, 128, 2, 5), (64, 64, 2, 8)],
-        "gate_up": [(128, 160, 1, 4), (128, 128, 1, 4), (64, 64, 1, 8), (64, 96, 1, 6)],
-        "down": [(128, 64, 2, 8), (128, 128, 4, 5), (64, 64, 4, 8), (128, 128, 2, 5)],
-    }[place]
-    shared = {  # and row tiles that share weights
-        "qkv": [(128, head_size, 1, 576 // head_size, 2)],
-        "gate_up": [(128, 160, 1, 4, 2)],
-        "down": [(128, 64, 2, 8, 2), (128, 64, 2, 8, 4), (128, 128, 4, 5, 2)],
-    }
-    every = [*((*cut, 1) for cut in cuts), *shared.get(place, [])]
+    long = 576 // head_size  # stages
+    cuts = {  # rows, columns, parts, stages, row tiles that share weights
+        "qkv": [
+            (64, head_size, 1, 6, 1), (128, head_size, 1, long, 1), (128, head_size, 1, long, 2),
+        ],
+        "out": [(64, 64, 1, 8, 1), (128, 64, 2, 7, 1), (128, 128, 2, 5, 1), (64, 64, 2, 8, 1)],
+        "gate_up": [
+            (128, 160, 1, 4, 1), (128, 128, 1, 4, 1), (64, 64, 1, 8, 1), (64, 96, 1, 6, 1),
+            (128, 160, 1, 4, 2),
+        ],
+        "down": [
+            (128, 64, 2, 8, 1), (128, 128, 4, 5, 1), (64, 64, 4, 8, 1), (128, 128, 2, 5, 1),
+            (128, 64, 2, 8, 2), (128, 64, 2, 8, 4), (128, 128, 4, 5, 2),
+        ],
+    }[place]  # fmt: skip
     return [
-        Tile(bm, bn, splits=n, stages=stages, hopper=True, shares=shares)
-        for bm, bn, n, stages, shares in every
+        Tile(bm, bn, splits=splits, stages=stages, hopper=True, shares=shares)
+        for bm, bn, splits, stages, shares in cuts
     ]
 
 

@@ -155,34 +155,45 @@ class TestGateAndUp:
         assert (out[1].abs() < 1e-3).all()
 
 
-@pytest.mark.parametrize(
-    ("kind", "tile", "inputs", "outputs", "num_parts", "heads"),
-    [
-        (QKV, Tile(64, 64, stages=6), 896, 1152, 14, {"HQ": 14, "HKV": 2, "HAS_BIAS": 1}),
-        (QKV, Tile(128, 64, stages=8), 896, 1152, 0, {"HQ": 14, "HKV": 2, "HAS_BIAS": 1}),
-        (QKV, Tile(64, 128, stages=8), 1536, 2048, 12, {"HQ": 12, "HKV": 2, "HAS_BIAS": 0}),
-        (OUT, Tile(128, 64, splits=2, stages=8), 4864, 896, 0, {}),
-        (OUT, Tile(128, 128, splits=4, stages=5), 4864, 896, 0, {}),
-        (OUT, Tile(64, 64, stages=8), 896, 896, 0, {}),
-        (GATE_UP, Tile(128, 160, stages=4), 896, 4864, 14, {}),
-        (GATE_UP, Tile(128, 128, stages=4), 1536, 8960, 12, {}),
-        (
-            QKV,
-            Tile(128, 64, stages=8, shares=2),
-            896,
-            1152,
-            14,
-            {"HQ": 14, "HKV": 2, "HAS_BIAS": 1},
-        ),
-        (OUT, Tile(128, 128, splits=4, stages=5, shares=2), 4864, 896, 0, {}),
-        (GATE_UP, Tile(128, 160, stages=4, shares=2), 896, 4864, 14, {}),
-    ],
-)
-def test_they_compile_without_spills(kind, tile, inputs, outputs, num_parts, heads):
+KINDS = [
+    (QKV, Tile(64, 64, stages=6), 896, 1152, 14, {"HQ": 14, "HKV": 2, "HAS_BIAS": 1}),
+    (QKV, Tile(128, 64, stages=8), 896, 1152, 0, {"HQ": 14, "HKV": 2, "HAS_BIAS": 1}),
+    (QKV, Tile(64, 128, stages=8), 1536, 2048, 12, {"HQ": 12, "HKV": 2, "HAS_BIAS": 0}),
+    (OUT, Tile(128, 64, splits=2, stages=8), 4864, 896, 0, {}),
+    (OUT, Tile(128, 128, splits=4, stages=5), 4864, 896, 0, {}),
+    (OUT, Tile(64, 64, stages=8), 896, 896, 0, {}),
+    (GATE_UP, Tile(128, 160, stages=4), 896, 4864, 14, {}),
+    (GATE_UP, Tile(128, 128, stages=4), 1536, 8960, 12, {}),
+    (
+        QKV,
+        Tile(128, 64, stages=8, shares=2),
+        896,
+        1152,
+        14,
+        {"HQ": 14, "HKV": 2, "HAS_BIAS": 1},
+    ),
+    (OUT, Tile(128, 128, splits=4, stages=5, shares=2), 4864, 896, 0, {}),
+    (GATE_UP, Tile(128, 160, stages=4, shares=2), 896, 4864, 14, {}),
+]
+about = pytest.mark.parametrize(("kind", "tile", "inputs", "outputs", "num_parts", "heads"), KINDS)
+
+
+def define(kind, tile, inputs, outputs, num_parts, heads):
     definitions = products.definitions(kind, tile, inputs, outputs, num_parts) | heads
-    multiply = [("multiply", products.product(kind, tile))]
-    check_compiles("products.cu", definitions, multiply)
-    assert "MEMBAR.ALL.GPU" not in disassemble("products.cu", definitions, multiply)
+    return "products.cu", definitions, [("multiply", products.product(kind, tile))]
+
+
+@about
+def test_they_compile_without_spills(kind, tile, inputs, outputs, num_parts, heads):
+    check_compiles(*define(kind, tile, inputs, outputs, num_parts, heads))
+
+
+@about
+def test_none_waits_for_all_memory_of_the_gpu(kind, tile, inputs, outputs, num_parts, heads):
+    """As mbarrier.arrive.release.cluster would, once for each tile along the inputs."""
+    code = disassemble(*define(kind, tile, inputs, outputs, num_parts, heads))
+    assert "HGMMA" in code
+    assert "MEMBAR.ALL.GPU" not in code
 
 
 @pytest.mark.parametrize(

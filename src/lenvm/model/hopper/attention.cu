@@ -43,18 +43,36 @@ constexpr float LIMIT = 18446744073709551616.0f;  // 2^64
 
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
 
+// A unit in shared memory, 32 bytes.
+DEVICE void store_unit(u32 to, const Unit& unit) {
+    store4(to, make_uint4(unit.first, unit.end, unit.length, unit.tile));
+    store1(to + 16, __int_as_float(unit.kv_head));
+}
+DEVICE Unit load_unit(u32 from) {
+    const float4 x = load_shared(from);
+    return {__float_as_int(x.x), __float_as_int(x.y), __float_as_int(x.z), __float_as_int(x.w),
+            __float_as_int(load1(from + 16))};
+}
+
 DEVICE float dot2(u32 a, u32 b) { return low_bf16(a) * low_bf16(b) + high_bf16(a) * high_bf16(b); }
 DEVICE float dot8(uint4 a, uint4 b) {
     return dot2(a.x, b.x) + dot2(a.y, b.y) + (dot2(a.z, b.z) + dot2(a.w, b.w));
 }
+
+// Query rows of a unit.
+DEVICE int count_queries(const Unit& unit) {
+    return min((unit.end - unit.first) * G - unit.tile * ROWS, ROWS);
+}
+// 2: a half's groups take its pages in turn, each for all rows. 1: each takes its own rows over all.
+DEVICE int step_of(int num_queries) { return num_queries > GROUP_ROWS ? 1 : 2; }
 
 // Where the query begins in q and out; `query` counts candidates x G of the request.
 DEVICE long long place_of(int first, int kv_head, int query) {
     return ((long long)(first + query / G) * (HKV * G) + kv_head * G + query % G) * D;
 }
 
-// The pages of a half, of which a warp brings every `step`-th from `begin` on. It knows the numbers of
-// 32 of them at a time.
+// The pages of a half, of which a warp brings every `step`-th. It knows the numbers of 32 of them at a
+// time.
 struct Pages {
     const TensorMap *k_map, *v_map;
     const int* numbers;  // the half's first page; the others follow TURNS apart
@@ -75,11 +93,11 @@ struct Pages {
             if (lane == 0) {
                 barrier_expect(full, PART_BYTES);
 #pragma unroll
-                for (int box = 0; box < D / 64; box++)
+                for (int box = 0; box < BOXES; box++)
                     load_box_once(to + box * BOX_BYTES, k_map, full, kv_head * D + box * 64, place);
                 barrier_expect(full + 8, PART_BYTES);
 #pragma unroll
-                for (int box = 0; box < D / 64; box++)
+                for (int box = 0; box < BOXES; box++)
                     load_box_once(to + PART_BYTES + box * BOX_BYTES, v_map, full + 8,
                                   kv_head * D + box * 64, place);
             }
@@ -97,10 +115,9 @@ struct Group {
     int first_page, count, length, begin, kv_head;
     float scale;
 
-    // STEP: pages of the half that its groups take in turn.
     // Of `width` queries, which are the rows of its products; keys of a page are the columns. Weights
     // stay in registers, and warps wait for nobody. Thread t holds queries t / 4 % 8 + 16 (its warp)
-    // and 8 further; of 8 keys each, keys 2 (t % 4) and the next.
+    // and 8 further; of 8 keys each, keys 2 (t % 4) and the next. STEP: see `step_of`.
     template <int STEP>
     DEVICE void attend(Pages& pages, int width) const {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
@@ -294,17 +311,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         known = plan[8 + turn + lane * TURNS];
     const Unit unit = *(const Unit*)plan;
     const u32 kept = own_scores + ROWS * 4;  // the unit, for the end: not in registers
-    if (thread == 0) {
-        store4(kept, make_uint4(unit.first, unit.end, unit.length, unit.tile));
-        store1(kept + 16, __int_as_float(unit.kv_head));
-    }
+    if (thread == 0) store_unit(kept, unit);
     if (thread % HALF == 0) {
         prefetch_map(&k_map);
         prefetch_map(&v_map);
         for (int i = 0; i < STAGES; i++) {
             barrier_init(barriers + i * 24, 1);
             barrier_init(barriers + i * 24 + 8, 1);
-            barrier_init(barriers + i * 24 + 16, 8);  // warps
+            barrier_init(barriers + i * 24 + 16, 8);  // each warp: once, or twice in one group
         }
         barrier_init_fence();
     }
@@ -313,16 +327,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const long long own = OWN_IS_TOKEN ? token : own_index[token];
         return (own * HKV + kv_head) * D;
     };
-    const int first = unit.first, end = unit.end, length = unit.length;
+    const int first = unit.first, length = unit.length;
     const int tile = unit.tile, kv_head = unit.kv_head;
-    const int num_queries = min((end - first) * G - tile * ROWS, ROWS);
+    const int num_queries = count_queries(unit);
     if (num_queries <= 0) return;  // so it is in the whole cluster: nothing is read or written
     int begin = 0;
     if (HAS_WINDOW) begin = max(length - window + 1, 0);
     const int first_page = begin / PAGE + turn;
     const int last_page = begin < length ? (length + PAGE - 1) / PAGE : 0;
     const int count = first_page < last_page ? (last_page - first_page - 1) / TURNS + 1 : 0;
-    const int step = num_queries > GROUP_ROWS ? 1 : 2;  // see `Group`
+    const int step = step_of(num_queries);
 
     Pages pages;
     if (warp % 4 == 0 && number < step) {
@@ -360,7 +374,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (int h = 0; h < HALVES; h++)
                     for (int g = 0; g < step; g++)  // row: of both groups, or of one
-                        store1(all_behind + h * BEHIND_BYTES + TOTALS + (g * GROUP_ROWS + row) * 8, score);
+                        store1(all_behind + h * BEHIND_BYTES + TOTALS + (g * GROUP_ROWS + row) * 8,
+                               score);
             }
         }
     }
@@ -378,11 +393,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             group.attend<2>(pages, num_queries);
     }
     // What the merge needs; and the candidates' own values.
-    const float4 about = load_shared(kept);
-    const int ended_first = __float_as_int(about.x), ended_tile = __float_as_int(about.w);
-    const int ended_head = __float_as_int(load1(kept + 16));
-    const int total_chunks = min((__float_as_int(about.y) - ended_first) * G - ended_tile * ROWS, ROWS) * LANES;
-    const int shares = total_chunks > GROUP_ROWS * LANES ? 1 : 2;  // of a half that had the row
+    const Unit same = load_unit(kept);
+    const int total_rows = count_queries(same), groups_of_a_row = step_of(total_rows);
+    const int total_chunks = total_rows * LANES;
     uint4 own_value[OWN_STEPS];
 #pragma unroll
     for (int j = 0; j < OWN_STEPS; j++) {
@@ -390,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         own_value[j] = make_uint4(0, 0, 0, 0);
         if (i < total_chunks)
             own_value[j] = *(const uint4*)(
-                own_v + find_own(ended_first, ended_head, ended_tile * ROWS + i / LANES) +
+                own_v + find_own(same.first, same.kv_head, same.tile * ROWS + i / LANES) +
                 i % LANES * 8);
     }
     __syncwarp();
@@ -422,7 +435,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll AT_ONCE
         for (int s = 0; s < TURNS; s++) {
             most = fmaxf(most, found(s, 0).x);
-            if (shares == 2) most = fmaxf(most, found(s, 1).x);
+            if (groups_of_a_row == 2) most = fmaxf(most, found(s, 1).x);
         }
         float total = exp2_fast(own_score - most);
         const uint4 own = own_value[j];
@@ -434,7 +447,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int s = 0; s < TURNS; s++)
 #pragma unroll
             for (int g = 0; g < 2; g++) {
-                if (g == shares) continue;
+                if (g == groups_of_a_row) continue;
                 const float2 mine = found(s, g);
                 const u32 there = address_of(
                     memory + g * GROUP_BYTES + row * SUM_BYTES + i % LANES * 32, s, HALF_BYTES);
@@ -447,7 +460,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 sums[6] += b.z * weight, sums[7] += b.w * weight;
             }
         const float norm = 1 / total;
-        store16_global(out + place_of(ended_first, ended_head, ended_tile * ROWS + row) + i % LANES * 8,
+        const long long place = place_of(same.first, same.kv_head, same.tile * ROWS + row);
+        store16_global(out + place + i % LANES * 8,
                        pack_bf16(sums[0] * norm, sums[1] * norm),
                        pack_bf16(sums[2] * norm, sums[3] * norm),
                        pack_bf16(sums[4] * norm, sums[5] * norm),
