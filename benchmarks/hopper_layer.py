@@ -142,8 +142,8 @@ MARKS = {
     "products.cu": {
         "start": ("    const u32 tiles = (shared", "{}    const u32 tiles = (shared"),
         "waited": (
-            "wait_for_previous();\n        if (threadIdx.x == 0)",
-            "wait_for_previous();\n{}        if (threadIdx.x == 0)",
+            "        // what the epilogue needs is read before",
+            "{}        // what the epilogue needs is read before",
         ),
         "first tile": (
             "            const u32 x = described_x",
@@ -163,28 +163,29 @@ MARKS = {
         ),
         "planned": ("    const auto find_own", "{}    const auto find_own"),
         "waited": (
-            "    wait_for_previous();\n    {\n        uint4",
-            "    wait_for_previous();\n{}    {{\n        uint4",
+            "    {\n        uint4 query[QUERY_STEPS]",
+            "{}    {{\n        uint4 query[QUERY_STEPS]",
         ),
         "queries": (
             "    {\n        const int row = step",
             "{}    {{\n        const int row = step",
         ),
         "first scores": (
-            "#pragma unroll 1\n        for (; i < count",
-            "{}#pragma unroll 1\n        for (; i < count",
+            "        bool is_first = true;",
+            "{}        bool is_first = true;",
         ),
         "second page": (
-            "            before = stage;",
-            "            if (i / STEP == 1) {{ {} }}\n            before = stage;",
+            "            is_first = false;",
+            "            if (left - begin * TURNS * PAGE - seen == STRIDE) {{ {} }}\n"
+            "            is_first = false;",
         ),
         "fourth page": (
-            "            wgmma_wait<1>();\n            settle(scores);",
-            "            if (i / STEP == 3) {{ {} }}\n            wgmma_wait<1>();\n"
-            "            settle(scores);",
+            "            u32 packed[16];",
+            "            if (left - begin * TURNS * PAGE - seen == 3 * STRIDE) {{ {} }}\n"
+            "            u32 packed[16];",
         ),
         "pages seen": ("        meet(pair_id, HALF);", "{}        meet(pair_id, HALF);"),
-        "met": ("    // 8 columns of a row at a time", "{}    // 8 columns of a row at a time"),
+        "met": ("    // 4 columns of either half", "{}    // 4 columns of either half"),
         "end": (
             "    if (SPLITS > 1) {  // the others may",
             "{}    if (SPLITS > 1) {{  // the others may",

@@ -22,6 +22,8 @@ class CudaPlan(Protocol):
     """Kernels of the layers around the attention."""
     total: Tensor | None
     """[1] int32: packed tokens from there on are padding. None: compute all."""
+    is_fresh: bool
+    """The last kernel was its own, made for this forward alone; it launches the next one early."""
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Where the keys and values of the packed tokens go: k, v [*, Hkv, D], index [N] int64."""
@@ -61,6 +63,7 @@ class CudaExtend(_StoreFirst):
     """[B, 4] int32, as `attention_kernels.causal_attention` reads them."""
     choices: Choices = PLAIN
     total: Tensor | None = None
+    is_fresh: bool = False
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         k, v = self.data[layer].flatten(1, 2)
@@ -98,6 +101,7 @@ class CudaCandidates(_StoreFirst):
     """For the kernel of `hopper/`; None: Triton's."""
     choices: Choices = PLAIN
     total: Tensor | None = None
+    is_fresh: bool = False
     _scratch: tuple[Tensor, Tensor, Tensor] | None = None
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,11 +1,11 @@
 """CudaRunner: the forwards of a RaggedDecoder on the GPU, from CUDA graphs and without host syncs.
 
 A step is: one kernel that reads rows, lengths and slots from the host's memory and packs the
-candidates, one graph, one gather. Whatever changes between steps is read from device memory, so a
-graph serves every batch of its bucket (rows, packed candidates, candidates a row); graphs are
-captured when a bucket is first met, or by `warm_up`. Where nobody counted the candidates, a bucket
-has room for all slots; once steps gone by say that few of them are real, kernels are chosen that
-end where the packed candidates do (`TrimHint`).
+candidates, one graph, one kernel that gathers. Whatever changes between steps is read from device
+memory, so a graph serves every batch of its bucket (rows, packed candidates, candidates a row);
+graphs are captured when a bucket is first met, or by `warm_up`. Where nobody counted the
+candidates, a bucket has room for all slots; once steps gone by say that few of them are real,
+kernels are chosen that end where the packed candidates do (`TrimHint`).
 
 Shape legend: R requests of a call, K candidates each, N packed tokens, H hidden size, E outputs.
 """
@@ -49,7 +49,7 @@ class Bucket:
 @dataclass(eq=False)
 class _Step:
     out: Tensor
-    """[N + 1, E]; the last row is 0 and stands for padding."""
+    """As a `FusedHead` builds it, else [N + 1, E], whose last row is 0 and stands for padding."""
     run: Callable[[], None]
 
 
@@ -60,6 +60,10 @@ class CudaRunner:
         self, backbone: Any, head: Head | None, cache: KVPages, *, max_candidates: int, graphs: bool
     ) -> None:
         self.head, self.cache = head, cache
+        fused_head = head if isinstance(head, FusedHead) else None
+        self._read: Callable[[Tensor, Tensor], Tensor] = (
+            fused_head.read if fused_head else lambda out, at: out[at]
+        )
         self.device = cache.data.device
         self.graphs = graphs and self.device.type == "cuda"
         config = backbone.config.get_text_config()
@@ -156,7 +160,7 @@ class CudaRunner:
         if on_device:
             num_slots = num_rows * width if num_candidates is None else 0
             self._exchange.watch(request_ids, kept=False, num_slots=num_slots)
-        return step.out[packed_RK]
+        return self._read(step.out, packed_RK)
 
     def keep(self, request_ids: Sequence[str], rows: Sequence[int], token_ids: Tensor) -> None:
         assert self._last is not None
@@ -233,8 +237,8 @@ class CudaRunner:
         return _Step(outs[0], run)
 
     def _run_packed(self, bucket: Bucket, choices: Choices, out: Tensor | None = None) -> Tensor:
-        """Outputs of the packed candidates in the static buffers, [N + 1, E], the last row 0: in
-        `out`, or in a tensor of its own."""
+        """Outputs of the packed candidates in the static buffers, as `_read` takes them: in `out`,
+        or in a tensor of its own."""
         plan, head, forward = self._build_plan(bucket, choices), self.head, self._forward
         given = self._tokens[: bucket.num_tokens], self._positions[: bucket.num_tokens], plan
         if isinstance(head, FusedHead):
@@ -243,19 +247,15 @@ class CudaRunner:
             else:
                 rows, eps = Rows(forward(*given)), 0.0
             if out is None:
-                out = self._build_out(bucket, head.num_outputs, torch.float32)
-            head.write(rows, eps, out[:-1], pdl=choices.pdl, total=plan.total)
+                out = head.build(bucket.num_tokens)
+            head.write(rows, eps, out, pdl=choices.pdl, total=plan.total)
             return out
         hidden = forward(*given)
         packed = hidden if head is None else head(hidden)
         if out is None:
-            out = self._build_out(bucket, packed.shape[1], packed.dtype)
+            out = packed.new_zeros(bucket.num_tokens + 1, packed.shape[1])
         out[:-1].copy_(packed)
         return out
-
-    def _build_out(self, bucket: Bucket, num_outputs: int, dtype: torch.dtype) -> Tensor:
-        shape = bucket.num_tokens + 1, num_outputs
-        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def _build_plan(self, bucket: Bucket, choices: Choices) -> CudaCandidates:
         count, cache = bucket.num_tokens, self.cache
@@ -294,6 +294,7 @@ class CudaRunner:
             units=units,
             choices=choices,
             total=self._first[-1:] if choices.trims else None,
+            is_fresh=units is not None and choices.pdl,
         )
 
     # -- host and device --------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class FusedLayers:
         """Final hidden states, whose norm may still be to do, and the residual stream [N, H]."""
         choices, eps, total = plan.choices, self.eps, plan.total
         pdl = choices.pdl
-        residual, rows, cos, sin = self._begin(tokens_N, positions_N, total)
+        residual, rows, cos, sin = self._begin(tokens_N, positions_N, total, plan.is_fresh)
         q = rows.x.new_empty(residual.shape[0], self.num_heads, self.head_size)
         final: Tensor = self.backbone.norm.weight
         norms = [*(layer.input_norm for layer in self.layers[1:]), final]
@@ -169,11 +169,11 @@ class FusedLayers:
         return rows, residual
 
     def _begin(
-        self, tokens_N: Tensor, positions_N: Tensor, total: Tensor | None
+        self, tokens_N: Tensor, positions_N: Tensor, total: Tensor | None, beside: bool
     ) -> tuple[Tensor, Rows, Tensor, Tensor]:
         """The residual stream [N, H], the first layer's normalised input, and rotary positions:
         cos, sin [N, D]. The stream is fp32: rounded at each of 50 additions, it was most of what a
-        forward in bf16 loses."""
+        forward in bf16 loses. beside: as in `kernels.begin`."""
         embedding, norm, eps = self.backbone.embed_tokens, self.layers[0].input_norm, self.eps
         if self._frequencies is None:
             embedded = embedding(tokens_N)
@@ -188,7 +188,7 @@ class FusedLayers:
         residual = torch.empty_like(x, dtype=torch.float32)
         cos, sin = weight.new_empty(2, tokens_N.shape[0], self.head_size)
         about = tokens_N, positions_N, weight, frequencies, factor, norm, eps
-        kernels.begin(*about, residual, x, cos, sin, total)
+        kernels.begin(*about, residual, x, cos, sin, total, beside)
         return residual, Rows(x), cos, sin
 
     def _add(

@@ -2,9 +2,9 @@
 
 `head.py` holds the same arithmetic in plain torch, which says what each must give. A product with
 `fc` in TF32, whose epilogue is the bias, SiLU and, for heads of one output, its tile's share of the
-product with `summary`; then a kernel that adds up the shares in a fixed order. With one output
-every row is computed alike, whatever and however many the others are; of many outputs, the product
-with `summary` is cuBLAS's.
+product with `summary`; then a kernel that adds up the shares in a fixed order, where they are asked
+for. With one output every row is computed alike, whatever and however many the others are; of many
+outputs, the product with `summary` is cuBLAS's.
 
 Shape legend: N packed tokens, H hidden size, E outputs, T column tiles of `fc`.
 """
@@ -21,7 +21,6 @@ from lenvm.model.head import ValueHead
 from lenvm.model.kernel_choices import Tile
 from lenvm.model.kernels import (
     TensorDescriptor,
-    gdc_launch_dependents,
     gdc_wait,
     inverse_rms,
     launch_options,
@@ -32,14 +31,27 @@ from lenvm.model.products import Rows
 
 TILE = Tile(BM=64, BN=64, BK=64, warps=4, stages=4)
 """One for all numbers of tokens, so that a row's result does not depend on the bucket."""
-SUM_ROWS = 32
-"""Rows of a program that adds up shares."""
+SUM_SLOTS = 32
+"""Outputs of a program that adds up shares."""
+
+
+@triton.jit
+def _prefetch(pointers):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _head_kernel(
     x_desc,
     w_desc,
+    w_ptr,
     bias_ptr,
     summary_ptr,
     squares_ptr,
@@ -64,8 +76,15 @@ def _head_kernel(
     if SUMS:
         summary = tl.load(summary_ptr + n_offs, mask=n_mask, other=0.0)
     if PDL:
+        # this column's weights come to the L2 cache meanwhile, each row tile's share of them
+        lines = tl.cdiv(BN * H, 32)  # of 128 bytes
+        share = tl.cdiv(lines, tl.num_programs(0))
+        first = column.to(tl.int64) * BN * H
+        for base in range(0, share, 128):
+            line = tile * share + base + tl.arange(0, 128)
+            at = first + tl.where(line < lines, line, 0) * 32
+            _prefetch(w_ptr + tl.where(at < H * H, at, 0))
         gdc_wait()
-        gdc_launch_dependents()
     if total_ptr is not None:
         end = tl.load(total_ptr)
         if tile * BM >= end:
@@ -91,25 +110,27 @@ def _head_kernel(
         tl.store(out_ptr + at, acc, mask=m_mask[:, None] & n_mask[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
 def _sum_kernel(
     shares_ptr,
     bias_ptr,
+    at_ptr,
     out_ptr,
     num_tokens,
+    num_slots,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    m_offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_mask = m_offs < num_tokens
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < num_slots
+    at = offs
+    if at_ptr is not None:
+        at = tl.load(at_ptr + offs, mask=mask, other=0).to(tl.int32)
+    real = mask & (at < num_tokens)
     total = tl.load(bias_ptr) + tl.zeros([BLOCK], tl.float32)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     for part in tl.static_range(0, T):
-        total += tl.load(shares_ptr + part * num_tokens + m_offs, mask=m_mask, other=0.0)
-    tl.store(out_ptr + m_offs, total, mask=m_mask)
+        total += tl.load(shares_ptr + part * num_tokens + at, mask=real, other=0.0)
+    tl.store(out_ptr + offs, tl.where(real, total, 0.0), mask=mask)
 
 
 class FusedHead:
@@ -122,10 +143,18 @@ class FusedHead:
         self._summary = head.summary.weight.detach(), head.summary.bias.detach()
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        out = self._fc[0].new_empty(hidden.shape[0], self.num_outputs)
+        out = self.build(len(hidden))
         if len(hidden):
             self.write(Rows(hidden), 0.0, out)
-        return out
+        return self.read(out)
+
+    def build(self, num_tokens: int) -> Tensor:
+        """What `write` fills and `read` reads: of one output [T, N], each tile's share; of many
+        [N + 1, E], the last row 0."""
+        weight = self._fc[0]
+        if self.num_outputs == 1:
+            return weight.new_empty(triton.cdiv(weight.shape[0], TILE.BN), num_tokens)
+        return weight.new_zeros(num_tokens + 1, self.num_outputs)
 
     def write(
         self,
@@ -135,19 +164,18 @@ class FusedHead:
         *,
         pdl: bool = False,
         total: Tensor | None = None,
-        tile: Tile = TILE,
     ) -> None:
-        """out [N, E] fp32, contiguous, of rows [N, H] whose norm has that eps, where it is still to
-        be done. total [1] int32: what is left in rows from there on means nothing."""
+        """`out` (of `build`) of rows [N, H] whose norm has that eps, where it is still to be done.
+        total [1] int32: what is left in rows from there on means nothing."""
         weight, bias = self._fc
         num_tokens, size = rows.x.shape
-        num_columns = triton.cdiv(size, tile.BN)
+        num_columns = triton.cdiv(size, TILE.BN)
         sums = self.num_outputs == 1
-        shape = (num_columns, num_tokens) if sums else (num_tokens, size)
-        found = torch.empty(shape, dtype=torch.float32, device=out.device)
-        _head_kernel[(triton.cdiv(num_tokens, tile.BM), num_columns)](
-            TensorDescriptor.from_tensor(rows.x.contiguous(), [tile.BM, tile.BK]),
-            TensorDescriptor.from_tensor(weight, [tile.BN, tile.BK]),
+        found = out if sums else weight.new_empty(num_tokens, size)
+        _head_kernel[(triton.cdiv(num_tokens, TILE.BM), num_columns)](
+            TensorDescriptor.from_tensor(rows.x.contiguous(), [TILE.BM, TILE.BK]),
+            TensorDescriptor.from_tensor(weight, [TILE.BN, TILE.BK]),
+            weight,
             bias,
             self._summary[0],
             rows.x if rows.squares is None else rows.squares,
@@ -156,31 +184,40 @@ class FusedHead:
             total,
             eps,
             H=size,
-            BM=tile.BM,
-            BN=tile.BN,
-            BK=tile.BK,
+            BM=TILE.BM,
+            BN=TILE.BN,
+            BK=TILE.BK,
             T=0 if rows.squares is None else rows.squares.shape[0],
             SUMS=sums,
             PDL=pdl,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
+            STAGES=TILE.stages,
+            num_warps=TILE.warps,
             **launch_options(pdl),
         )
         if not sums:
             with tf32_products():
-                torch.addmm(self._summary[1], found, self._summary[0].T, out=out)
-            return
-        _sum_kernel[(triton.cdiv(num_tokens, SUM_ROWS),)](
-            found,
-            self._summary[1],
-            out,
-            num_tokens,
-            T=num_columns,
-            BLOCK=SUM_ROWS,
-            PDL=pdl,
-            num_warps=1,
-            **launch_options(pdl),
-        )
+                torch.addmm(self._summary[1], found, self._summary[0].T, out=out[:-1])
+
+    def read(self, out: Tensor, at: Tensor | None = None) -> Tensor:
+        """Outputs [*, E] fp32 of the packed tokens `at` [*] int64, where N is nobody and has 0; or
+        of all, [N, E]."""
+        if self.num_outputs > 1:
+            return out[:-1] if at is None else out[at]
+        num_columns, num_tokens = out.shape
+        found = out.new_empty(*((num_tokens,) if at is None else at.shape), 1)
+        if found.numel():
+            _sum_kernel[(triton.cdiv(found.numel(), SUM_SLOTS),)](
+                out,
+                self._summary[1],
+                None if at is None else at.contiguous(),
+                found,
+                num_tokens,
+                found.numel(),
+                T=num_columns,
+                BLOCK=SUM_SLOTS,
+                num_warps=1,
+            )
+        return found
 
 
 def fuse_head(head: Callable[[Tensor], Tensor] | None, dtype: torch.dtype) -> FusedHead | None:

@@ -115,11 +115,16 @@ def _begin_kernel(
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64)
+    if BESIDE:
+        gdc_launch_dependents()
     if total_ptr is not None:
         end = tl.load(total_ptr)
         if tl.program_id(0) >= end:
+            if BESIDE:
+                gdc_wait()
             return
     kind = out_ptr.dtype.element_ty
     offs = tl.arange(0, BLOCK)
@@ -140,6 +145,8 @@ def _begin_kernel(
     tl.store(cos_ptr + to + HALF, cos, mask=d_mask)
     tl.store(sin_ptr + to, sin, mask=d_mask)
     tl.store(sin_ptr + to + HALF, sin, mask=d_mask)
+    if BESIDE:  # who waits for this kernel has waited for that too
+        gdc_wait()
 
 
 def begin(
@@ -155,10 +162,12 @@ def begin(
     cos: Tensor,
     sin: Tensor,
     total: Tensor | None = None,
+    beside: bool = False,
 ) -> None:
     """What comes before the first layer: residual [N, H] fp32 = embedding [V, H] of tokens [N], out
     [N, H] = its RMSNorm * weight, and cos, sin [N, D] of positions [N] x frequencies [D / 2], times
-    `factor`. total as in `add_norm`."""
+    `factor`. total as in `add_norm`. beside: runs beside the kernel before, of which it reads
+    nothing and which launches it early."""
     num_tokens, size = residual.shape
     half = frequencies.shape[0]
     _begin_kernel[(num_tokens,)](
@@ -178,7 +187,9 @@ def begin(
         BLOCK=next_power_of_2(size),
         HALF=half,
         BLOCK_HALF=next_power_of_2(half),
+        BESIDE=beside,
         num_warps=4 if size <= 2048 else 8,
+        **launch_options(beside),
     )
 
 

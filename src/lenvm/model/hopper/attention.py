@@ -127,7 +127,7 @@ def candidate_attention(
         ),
         PRODUCTS,
         shared_bytes=shared_bytes(head_size),
-        num_threads=HALF * num_halves(head_size),
+        num_threads=HALF * num_halves(head_size) + 128,
         cluster=(num_splits, 1, 1),
     )
     kernel.launch(
@@ -203,5 +203,5 @@ def num_halves(head_size: int) -> int:
 def shared_bytes(head_size: int) -> int:
     """Shared memory of a block: of each half pages, barriers, references and totals; queries, the
     scores of their own keys, and the unit."""
-    half = STAGES * 4 * PAGE_SIZE * head_size + STAGES * 24 + TILE_ROWS * 8
+    half = STAGES * 4 * PAGE_SIZE * head_size + STAGES * 16 + TILE_ROWS * 8
     return num_halves(head_size) * half + TILE_ROWS * head_size * 2 + TILE_ROWS * 4 + 32

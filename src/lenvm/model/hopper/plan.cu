@@ -17,6 +17,7 @@ DEVICE int choose(int num_units, int slots, int cluster) {
 extern "C" __global__ void __launch_bounds__(MAX_RANKED)
     run(const int* table, const int* rows, const int* lengths, const int* firsts, int* units,
         int num_columns, int num_rows, int num_tiles, int slots) {
+    launch_next();  // what comes before the first layer reads nothing of it
     __shared__ uint4 shared[(MAX_RANKED + MAX_TILES * 8) / 4];
     __shared__ int chosen;
     u32* const keys = (u32*)shared;
