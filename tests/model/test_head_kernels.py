@@ -3,6 +3,7 @@ interpreter."""
 
 import dataclasses
 import importlib.util
+import weakref
 from typing import Any
 
 import pytest
@@ -135,6 +136,9 @@ def compare_decoders(family: str, device: str, dtype: torch.dtype, choices: Choi
             assert torch.equal(*peeked)
             outs.append((first, peeked[0][candidates >= 0]))
             assert not peeked[0][candidates < 0].any()
+            pages = weakref.ref(decoder._cache)
+            del decoder, runner
+            assert pages() is None, "its memory waits for the garbage collector"
         with torch.inference_mode():
             for found, hidden in zip(*outs, strict=True):
                 assert error(found, head(hidden)) <= 4e-2

@@ -10,6 +10,7 @@ kernels are chosen that end where the packed candidates do (`TrimHint`).
 Shape legend: R requests of a call, K candidates each, N packed tokens, H hidden size, E outputs.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,8 +88,9 @@ class CudaRunner:
         )
         self._order = torch.arange(cache.max_requests, dtype=torch.int32, device=self.device)
         self._first = self._meta.new_zeros(cache.max_requests + 1)
+        me = weakref.ref(self)  # a runner that is dropped frees its memory at once
         self._exchange = Exchange(
-            cache.max_requests, self.device, lambda share: self.hint.note(share)
+            cache.max_requests, self.device, lambda share: _alive(me).hint.note(share)
         )
         shape = (num_layers, 2, most if max_candidates > 1 else 1, num_kv, head_size)
         self._stash = torch.zeros(shape, dtype=cache.data.dtype, device=self.device)
@@ -224,9 +226,10 @@ class CudaRunner:
         if bucket.trims and not choices.trims:
             return self._step(replace(bucket, trims=False))
         outs: list[Tensor] = []
+        me = weakref.ref(self)
 
         def run() -> None:
-            outs[:] = [self._run_packed(bucket, choices, *outs)]
+            outs[:] = [_alive(me)._run_packed(bucket, choices, *outs)]
 
         run()  # compiles the kernels; what it keeps is what the step would keep
         if self.graphs:
@@ -302,6 +305,12 @@ class CudaRunner:
     def _upload(self, values: Any, dtype: torch.dtype) -> Tensor:
         numbers: Tensor = upload(values, dtype, self.device)
         return numbers
+
+
+def _alive(runner: "weakref.ref[CudaRunner]") -> CudaRunner:
+    found = runner()
+    assert found is not None
+    return found
 
 
 def round_up(n: int) -> int:

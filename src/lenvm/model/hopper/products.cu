@@ -10,14 +10,12 @@
 // weights for all of them.
 // EARLY tiles of weights are asked for before the kernel before has ended: where all blocks read
 // several MB of memory at once, the first tiles come sooner if the others wait.
-// One thread fetches; each of BM / 64 warpgroups multiplies 64 rows (`multiply`). Where there is one,
-// EPILOGUE 1 has another that ends half of the sums: four warps alone would mostly wait for their own
-// instructions. BLOCKS fit a multiprocessor.
+// One thread fetches; each of BM / 64 warpgroups multiplies 64 rows (`multiply`). BLOCKS fit a
+// multiprocessor.
 
 constexpr int CONSUMERS = BM / 64;
-constexpr int ENDERS = EPILOGUE == 1 ? 2 : CONSUMERS;  // warpgroups with work behind the products
 // Four warps fetch where they can give registers away, else one.
-constexpr int THREADS = 128 * ENDERS + (CONSUMERS == 2 ? 128 : 32);
+constexpr int THREADS = 128 * CONSUMERS + (CONSUMERS == 2 ? 128 : 32);
 constexpr int BK = 64;  // 128 bytes: a row of a swizzled tile
 constexpr int W_ROWS = EPILOGUE == 2 ? 2 * BN : BN;
 constexpr int CLUSTER = SPLITS * SHARES;
@@ -28,7 +26,7 @@ constexpr int BLOCKS_OF_K = K / BK;
 // rows of a tile that a block ends, and their sums as another block of the cluster sends them
 constexpr int ROWS = BM / SPLITS, SLICE_BYTES = ROWS * BN * 4;
 // a warp ends 16 rows x 32 columns at a time
-constexpr int QUADS = BN / 32, ITEMS = ROWS / 16 * QUADS, WARPS = 4 * ENDERS;
+constexpr int QUADS = BN / 32, ITEMS = ROWS / 16 * QUADS, WARPS = 4 * CONSUMERS;
 constexpr int STEPS = (ITEMS + WARPS - 1) / WARPS;
 static_assert(BN / SHARES % 8 == 0, "swizzled in groups of 8 rows");
 static_assert(K % BK == 0 && BN % 32 == 0 && BLOCKS_OF_K >= SPLITS, "tile");
@@ -74,8 +72,8 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
     __syncthreads();
     if (CLUSTER > 1) cluster_arrive_relaxed();
 
-    if (group == ENDERS) {
-        if (CONSUMERS == 2) fewer_registers<56>();
+    if (group == CONSUMERS) {
+        if (THREADS == 384) fewer_registers<56>();
         if (SHARES > 1) cluster_wait();  // all have made their barriers
         if (threadIdx.x % 128 == 0) {
             auto load_w = [&](int block) {
@@ -114,8 +112,7 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
             cluster_wait();
         }
     } else {
-        if (CONSUMERS == 2) more_registers<224>();
-        const bool multiplies = CONSUMERS == ENDERS || group < CONSUMERS;
+        if (THREADS == 384) more_registers<224>();
         const int thread = threadIdx.x % 128, lane = thread % 32, t = lane & 3;
         const int tile_row = group * 64 + thread / 32 * 16 + lane / 4;
         [[maybe_unused]] const int row = row_tile * BM + tile_row;
@@ -187,37 +184,35 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
             }
 #endif
         float acc[W_ROWS / 2];  // gate's, then up's
-        if (multiplies) {
-            const u32 described_x = describe(tiles + group * 64 * 128);
-            const u32 described_w = describe(tiles + X_BYTES);
-            int stage = 0, parity = 0;
-            for (int block = 0; block < count; block++) {
-                barrier_wait(full + 8 * stage, parity);
-                const u32 x = described_x + stage * (STAGE_BYTES / 16);
-                const u32 w = described_w + stage * (STAGE_BYTES / 16);
-                wgmma_fence();
+        const u32 described_x = describe(tiles + group * 64 * 128);
+        const u32 described_w = describe(tiles + X_BYTES);
+        int stage = 0, parity = 0;
+        for (int block = 0; block < count; block++) {
+            barrier_wait(full + 8 * stage, parity);
+            const u32 x = described_x + stage * (STAGE_BYTES / 16);
+            const u32 w = described_w + stage * (STAGE_BYTES / 16);
+            wgmma_fence();
 #pragma unroll
-                for (int i = 0; i < 4; i++)
+            for (int i = 0; i < 4; i++)
 #pragma unroll
-                    for (int n = 0; n < W_ROWS; n += COLUMNS)
-                        multiply(*(float(*)[COLUMNS / 2])(acc + n / 2), with_upper(x + 2 * i),
-                                 with_upper(w + n * 8 + 2 * i), block | i);
-                wgmma_commit();
-                if (block > 0) {
-                    wgmma_wait<1>();
-                    const u32 emptied = empty + 8 * (stage ? stage - 1 : STAGES - 1);
-                    if (SHARES == 1) {
-                        if (thread == 0) barrier_arrive(emptied);
-                    } else if (thread < SHARES && block - 1 + STAGES < count) {  // else nobody waits,
-                        // and a block may be over
-                        barrier_arrive_at(address_at(emptied, SHARES * split + thread));
-                    }
+                for (int n = 0; n < W_ROWS; n += COLUMNS)
+                    multiply(*(float(*)[COLUMNS / 2])(acc + n / 2), with_upper(x + 2 * i),
+                             with_upper(w + n * 8 + 2 * i), block | i);
+            wgmma_commit();
+            if (block > 0) {
+                wgmma_wait<1>();
+                const u32 emptied = empty + 8 * (stage ? stage - 1 : STAGES - 1);
+                if (SHARES == 1) {
+                    if (thread == 0) barrier_arrive(emptied);
+                } else if (thread < SHARES && block - 1 + STAGES < count) {  // else nobody waits,
+                    // and a block may be over
+                    barrier_arrive_at(address_at(emptied, SHARES * split + thread));
                 }
-                if (++stage == STAGES) stage = 0, parity ^= 1;
             }
-            wgmma_wait<0>();
-            settle(acc);
+            if (++stage == STAGES) stage = 0, parity ^= 1;
         }
+        wgmma_wait<0>();
+        settle(acc);
         [[maybe_unused]] float scale[2] = {1.0f, 1.0f};
 #if PARTS > 0
 #pragma unroll
@@ -238,13 +233,13 @@ run(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w
         const u32 to = tile_row / ROWS;
         const u32 place =
             exchange + split * SLICE_BYTES + tile_row % ROWS / 16 * (BN / 8 * 512) + lane * 16;
-        if (multiplies && (SPLITS == 1 || to == split)) {
+        if (SPLITS == 1 || to == split) {
 #pragma unroll
             for (int j = 0; j < BN / 8; j++)
                 store4(place + j * 512,
                        make_uint4(__float_as_uint(acc[4 * j]), __float_as_uint(acc[4 * j + 1]),
                                   __float_as_uint(acc[4 * j + 2]), __float_as_uint(acc[4 * j + 3])));
-        } else if (multiplies) {
+        } else {
             const u32 other = SHARES * to + share;
             const u32 there = address_at(place, other), barrier = address_at(exchanged, other);
 #pragma unroll

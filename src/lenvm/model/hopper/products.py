@@ -117,7 +117,7 @@ def _launch(
         definitions(kind, tile, num_inputs, num_outputs, num_parts) | own_definitions,
         [("multiply", product(kind, tile))],
         shared_bytes=_shared_bytes(kind, tile),
-        num_threads=_num_threads(kind, tile),
+        num_threads=384 if tile.BM == 128 else 160,  # THREADS there
         cluster=(tile.shares, 1, splits),
     )
     row_tiles = -(-num_tokens // (tile.BM * tile.shares)) * tile.shares
@@ -158,13 +158,6 @@ def definitions(
         "BLOCKS": 2 if tile.BM == 64 and tile.BN <= 64 and kind != GATE_UP else 1,
         "PARTS": num_parts,
     }
-
-
-def _num_threads(kind: int, tile: Tile) -> int:
-    """THREADS there."""
-    if tile.BM == 128:
-        return 384
-    return 288 if kind == OUT else 160
 
 
 def _shared_bytes(kind: int, tile: Tile) -> int:
