@@ -7,8 +7,8 @@
 // A cluster serves a unit of `plan.cu`: up to ROWS query rows of one request and key head. Its
 // blocks' halves of 256 threads take pages in turn. A half is two groups of 128 threads, each of which
 // computes 64 rows: of up to 64 each group takes every other page of its half, of more each takes its
-// rows over all of them. One further warp brings the pages: to ask for one takes 500 cycles, which a
-// group would wait for. What all found is merged in shared memory across the cluster, always in the
+// rows over all of them. One further warp brings the pages: to ask for one takes 500 cycles, for
+// which a group would wait. The other three beside it give registers away alone. What all found is merged in shared memory across the cluster, always in the
 // same order; there the candidate's own value joins. A block has a multiprocessor to itself.
 //
 // Weights are 2^(score - reference), where a query's reference is the score of its own key: no maximum
@@ -28,8 +28,9 @@ static_assert(STAGES >= 6 && STAGES % 2 == 0, "a group alone has three of its ha
 static_assert(2 * GROUP_BYTES <= STAGES * STAGE_BYTES, "merged where the pages were");
 constexpr int QUERY_BOX = ROWS * 128;  // queries: boxes of 64 columns
 constexpr int HALF_BYTES = STAGES * STAGE_BYTES;
-constexpr int EARLY = 2;  // pages of a half that are asked for at first
-constexpr int SECOND = 3;  // before the queries have come
+// Pages of a half that are asked for at first, and before the queries have come: more of them would
+// delay the kernel before, and the queries.
+constexpr int EARLY = 2, SECOND = 3;
 // Behind all halves and the queries: of each half barriers, and of its groups' rows the reference and
 // the total of weights; scores of the own keys.
 constexpr int TOTALS = STAGES * 16;
@@ -337,7 +338,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     launch_next();
     const int* const plan = units + (long long)(blockIdx.x / SPLITS) * plan_stride(num_columns);
     Fetcher fetcher = {&k_map, &v_map, plan + 8, split * HALVES, num_columns, memory, all_behind};
-    // of the warps behind the halves' the first; the others give registers away alone
+    // of the warps behind the halves' the first: barriers are made once
     const bool fetches = warp == HALVES * 8;
     if (fetches) {
         if (!HAS_WINDOW) fetcher.known = fetcher.look_up(0);  // with the unit, not after it

@@ -289,8 +289,3 @@ DEVICE void multiply_small(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) 
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-DEVICE void store16_global(void* to, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c),
-                 "r"(d)
-                 : "memory");
-}
