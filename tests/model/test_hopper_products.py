@@ -89,6 +89,8 @@ class TestOut:
             Tile(128, 64, splits=2, stages=7, hopper=True, shares=2),
             Tile(128, 64, splits=2, stages=7, hopper=True, shares=4),
             Tile(128, 128, splits=4, stages=5, hopper=True, shares=2),
+            Tile(64, 128, splits=2, stages=8, hopper=True, shares=4),
+            Tile(64, 128, splits=1, stages=8, hopper=True, shares=4),
         ],
     )
     def test_it_equals_fp32_again_and_again(self, num_tokens, tile):
@@ -173,6 +175,7 @@ KINDS = [
         {"HQ": 14, "HKV": 2, "HAS_BIAS": 1},
     ),
     (OUT, Tile(128, 128, splits=4, stages=5, shares=2), 4864, 896, 0, {}),
+    (OUT, Tile(64, 128, splits=2, stages=8, shares=4), 4864, 896, 0, {}),
     (GATE_UP, Tile(128, 160, stages=4, shares=2), 896, 4864, 14, {}),
 ]
 about = pytest.mark.parametrize(("kind", "tile", "inputs", "outputs", "num_parts", "heads"), KINDS)
@@ -206,6 +209,9 @@ def test_none_waits_for_all_memory_of_the_gpu(kind, tile, inputs, outputs, num_p
         ("down", Tile(128, 64, splits=3), 4864, 896, False),
         ("down", Tile(128, 160, splits=2), 4864, 896, False),  # 896 is no multiple
         ("down", Tile(64, 64, splits=8), 4864, 896, False),  # half a warp's rows
+        ("down", Tile(64, 128, splits=2, stages=8, shares=4), 4864, 896, True),
+        ("down", Tile(128, 128, splits=2, stages=5), 4864, 896, True),
+        ("down", Tile(128, 128, stages=5), 4864, 896, False),  # squares of all 128 rows
         ("down", Tile(128, 128, splits=4, shares=2), 4864, 896, True),
         ("down", Tile(128, 64, splits=8, shares=2), 4864, 896, False),  # 16 blocks of a cluster
         ("gate_up", Tile(128, 160, stages=4, shares=4), 896, 4864, True),

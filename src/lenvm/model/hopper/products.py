@@ -93,7 +93,7 @@ def can_multiply(name: str, tile: Tile, num_inputs: int, num_outputs: int) -> bo
         and num_inputs // 64 >= tile.splits
         and num_outputs % (8 if kind == GATE_UP else tile.BN) == 0
         and tile.BM // tile.splits >= 16
-        and _shared_bytes(kind, tile) + 1536 <= SHARED_BYTES
+        and _shared_bytes(kind, tile) + _static_bytes(kind, tile) <= SHARED_BYTES
     )
 
 
@@ -158,6 +158,12 @@ def definitions(
         "BLOCKS": 2 if tile.BM == 64 and tile.BN <= 64 and kind != GATE_UP else 1,
         "PARTS": num_parts,
     }
+
+
+def _static_bytes(kind: int, tile: Tile) -> int:
+    """Of a block besides: barriers, and the rows' sums of squares by each 32 columns."""
+    squares = tile.BM // tile.splits * (tile.BN // 32) * 4 if kind == OUT else 0
+    return (2 * tile.stages + 1) * 8 + squares + 128
 
 
 def _shared_bytes(kind: int, tile: Tile) -> int:
