@@ -84,20 +84,20 @@ def tiles_of(place: str, num_tokens: int, head_size: int) -> list[Tile]:
 
 
 def hopper_tiles_of(place: str, head_size: int) -> list[Tile]:
-    """Those of `hopper/` that were of use in some step, and those that share weights."""
-    long = 576 // head_size  # stages
+    """Those of `hopper/` that were of use in some step."""
     cuts = {  # rows, columns, parts, stages, row tiles that share weights
-        "qkv": [
-            (64, head_size, 1, 6, 1), (128, head_size, 1, long, 1), (128, head_size, 1, long, 2),
+        "qkv": [(64, head_size, 1, 6, 1), (128, head_size, 1, 576 // head_size, 1)],
+        "out": [
+            (64, 64, 1, 8, 1), (128, 64, 2, 7, 1), (128, 128, 2, 5, 1), (64, 64, 2, 8, 1),
+            (128, 64, 1, 8, 1), (64, 128, 1, 8, 4),
         ],
-        "out": [(64, 64, 1, 8, 1), (128, 64, 2, 7, 1), (128, 128, 2, 5, 1), (64, 64, 2, 8, 1)],
         "gate_up": [
             (128, 160, 1, 4, 1), (128, 128, 1, 4, 1), (64, 64, 1, 8, 1), (64, 96, 1, 6, 1),
             (128, 160, 1, 4, 2),
         ],
         "down": [
             (128, 64, 2, 8, 1), (128, 128, 4, 5, 1), (64, 64, 4, 8, 1), (128, 128, 2, 5, 1),
-            (128, 64, 2, 8, 2), (64, 128, 2, 8, 4), (128, 128, 4, 5, 2),
+            (64, 128, 2, 8, 4), (64, 128, 4, 8, 2), (128, 128, 2, 5, 2), (128, 128, 2, 5, 4),
         ],
     }[place]  # fmt: skip
     return [

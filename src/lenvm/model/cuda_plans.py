@@ -22,8 +22,10 @@ class CudaPlan(Protocol):
     """Kernels of the layers around the attention."""
     total: Tensor | None
     """[1] int32: packed tokens from there on are padding. None: compute all."""
-    is_fresh: bool
-    """The last kernel was its own, made for this forward alone; it launches the next one early."""
+
+    @property
+    def starts_beside(self) -> bool:
+        """Whether the next kernel may run beside the last one, which is the plan's own."""
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Where the keys and values of the packed tokens go: k, v [*, Hkv, D], index [N] int64."""
@@ -63,7 +65,7 @@ class CudaExtend(_StoreFirst):
     """[B, 4] int32, as `attention_kernels.causal_attention` reads them."""
     choices: Choices = PLAIN
     total: Tensor | None = None
-    is_fresh: bool = False
+    starts_beside = False
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         k, v = self.data[layer].flatten(1, 2)
@@ -101,8 +103,11 @@ class CudaCandidates(_StoreFirst):
     """For the kernel of `hopper/`; None: Triton's."""
     choices: Choices = PLAIN
     total: Tensor | None = None
-    is_fresh: bool = False
     _scratch: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def starts_beside(self) -> bool:
+        return self.units is not None and self.choices.pdl
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         k, v = self.data[layer].flatten(1, 2) if self.stash is None else self.stash[layer]

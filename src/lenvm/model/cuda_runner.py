@@ -61,9 +61,8 @@ class CudaRunner:
         self, backbone: Any, head: Head | None, cache: KVPages, *, max_candidates: int, graphs: bool
     ) -> None:
         self.head, self.cache = head, cache
-        fused_head = head if isinstance(head, FusedHead) else None
         self._read: Callable[[Tensor, Tensor], Tensor] = (
-            fused_head.read if fused_head else lambda out, at: out[at]
+            head.read if isinstance(head, FusedHead) else lambda out, at: out[at]
         )
         self.device = cache.data.device
         self.graphs = graphs and self.device.type == "cuda"
@@ -297,7 +296,6 @@ class CudaRunner:
             units=units,
             choices=choices,
             total=self._first[-1:] if choices.trims else None,
-            is_fresh=units is not None and choices.pdl,
         )
 
     # -- host and device --------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class FusedLayers:
         """Final hidden states, whose norm may still be to do, and the residual stream [N, H]."""
         choices, eps, total = plan.choices, self.eps, plan.total
         pdl = choices.pdl
-        residual, rows, cos, sin = self._begin(tokens_N, positions_N, total, plan.is_fresh)
+        residual, rows, cos, sin = self._begin(tokens_N, positions_N, total, plan.starts_beside)
         q = rows.x.new_empty(residual.shape[0], self.num_heads, self.head_size)
         final: Tensor = self.backbone.norm.weight
         norms = [*(layer.input_norm for layer in self.layers[1:]), final]

@@ -35,23 +35,10 @@ SUM_SLOTS = 32
 """Outputs of a program that adds up shares."""
 
 
-@triton.jit
-def _prefetch(pointers):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @triton.jit(do_not_specialize=["num_tokens"])
 def _head_kernel(
     x_desc,
     w_desc,
-    w_ptr,
     bias_ptr,
     summary_ptr,
     squares_ptr,
@@ -76,14 +63,6 @@ def _head_kernel(
     if SUMS:
         summary = tl.load(summary_ptr + n_offs, mask=n_mask, other=0.0)
     if PDL:
-        # this column's weights come to the L2 cache meanwhile, each row tile's share of them
-        lines = tl.cdiv(BN * H, 32)  # of 128 bytes
-        share = tl.cdiv(lines, tl.num_programs(0))
-        first = column.to(tl.int64) * BN * H
-        for base in range(0, share, 128):
-            line = tile * share + base + tl.arange(0, 128)
-            at = first + tl.where(line < lines, line, 0) * 32
-            _prefetch(w_ptr + tl.where(at < H * H, at, 0))
         gdc_wait()
     if total_ptr is not None:
         end = tl.load(total_ptr)
@@ -175,7 +154,6 @@ class FusedHead:
         _head_kernel[(triton.cdiv(num_tokens, TILE.BM), num_columns)](
             TensorDescriptor.from_tensor(rows.x.contiguous(), [TILE.BM, TILE.BK]),
             TensorDescriptor.from_tensor(weight, [TILE.BN, TILE.BK]),
-            weight,
             bias,
             self._summary[0],
             rows.x if rows.squares is None else rows.squares,

@@ -70,7 +70,7 @@ class _Probe:
     """An attention of its own, one token each: a function of q, k and v that shows any mistake in
     them. Notes the scale and the window that the model's code asks for."""
 
-    choices, total, is_fresh = PLAIN, None, False
+    choices, total, starts_beside = PLAIN, None, False
 
     def __init__(self) -> None:
         self.settings: dict[int, tuple[float, int | None]] = {}

@@ -8,8 +8,8 @@
 // blocks' halves of 256 threads take pages in turn. A half is two groups of 128 threads, each of which
 // computes 64 rows: of up to 64 each group takes every other page of its half, of more each takes its
 // rows over all of them. One further warp brings the pages: to ask for one takes 500 cycles, for
-// which a group would wait. The other three beside it give registers away alone. What all found is merged in shared memory across the cluster, always in the
-// same order; there the candidate's own value joins. A block has a multiprocessor to itself.
+// which a group would wait. What all found is merged in shared memory across the cluster, always in
+// the same order; there the candidate's own value joins. A block has a multiprocessor to itself.
 //
 // Weights are 2^(score - reference), where a query's reference is the score of its own key: no maximum
 // is looked for, unless weights pass LIMIT.
@@ -21,6 +21,9 @@ constexpr int PART_BYTES = BOXES * BOX_BYTES;  // the keys of a page, or its val
 constexpr int STAGE_BYTES = 2 * PART_BYTES;
 constexpr int GROUP_ROWS = 64;
 constexpr int HALF = 256, THREADS = HALVES * HALF;
+// The warp that brings pages is one of four, for a warpgroup can give registers to others: of two
+// halves each of 640 threads has 96, which are too few for those that compute.
+constexpr int ALL_THREADS = THREADS + 128, FETCHER = THREADS / 32;
 constexpr int TURNS = SPLITS * HALVES;  // halves that take pages in turn
 constexpr int SUM_BYTES = (D + 8) * 4;  // a row of a group's sums; 8 further keep the banks apart
 constexpr int GROUP_BYTES = GROUP_ROWS * SUM_BYTES;
@@ -320,7 +323,7 @@ struct Group {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
     run(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
         const u16* q, const u16* own_k, const u16* own_v, const long long* own_index,
         const int* units, u16* out, float scale, int window, int num_columns) {
@@ -338,9 +341,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     launch_next();
     const int* const plan = units + (long long)(blockIdx.x / SPLITS) * plan_stride(num_columns);
     Fetcher fetcher = {&k_map, &v_map, plan + 8, split * HALVES, num_columns, memory, all_behind};
-    // of the warps behind the halves' the first: barriers are made once
-    const bool fetches = warp == HALVES * 8;
-    if (fetches) {
+    if (warp == FETCHER) {
         if (!HAS_WINDOW) fetcher.known = fetcher.look_up(0);  // with the unit, not after it
         if (lane == 0) {
             prefetch_map(&k_map);
@@ -367,9 +368,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     const int keys = begin < length ? length - from : 0;
     const int step = step_of(num_queries);
 
-    if (warp >= HALVES * 8) {
+    if (warp >= FETCHER) {
         if (HALVES == 2) fewer_registers<24>();
-        if (!fetches) return;
+        if (warp > FETCHER) return;
         fetcher.first += first_page;
         fetcher.last = begin < length ? (length + PAGE - 1) / PAGE : 0;
         fetcher.kv_head = kv_head;
@@ -498,12 +499,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
 #pragma unroll
             for (int g = 0; g < 2; g++) {
                 if (g == groups_of_a_row) continue;
-                const float2 mine = found(s, g);
+                const float2 theirs = found(s, g);
                 const u32 there = address_of(
                     memory + g * GROUP_BYTES + row * SUM_BYTES + i % LANES * 16, s, HALF_BYTES);
                 const float4 a = read4(there), b = read4(there + D * 2);
-                const float weight = exp2_fast(mine.x - most);
-                total += mine.y * weight;
+                const float weight = exp2_fast(theirs.x - most);
+                total += theirs.y * weight;
                 sums[0][0] += a.x * weight, sums[0][1] += a.y * weight;
                 sums[0][2] += a.z * weight, sums[0][3] += a.w * weight;
                 sums[1][0] += b.x * weight, sums[1][1] += b.y * weight;

@@ -127,7 +127,7 @@ def candidate_attention(
         ),
         PRODUCTS,
         shared_bytes=shared_bytes(head_size),
-        num_threads=HALF * num_halves(head_size) + 128,
+        num_threads=HALF * num_halves(head_size) + 128,  # ALL_THREADS there
         cluster=(num_splits, 1, 1),
     )
     kernel.launch(
