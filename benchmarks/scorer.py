@@ -1,7 +1,7 @@
 """Figures of the candidate scorer: its step against the floor, the published way, the naive one.
 
-    python benchmarks/scorer.py                                   # GPU, about 5 minutes
-    python benchmarks/scorer.py --headline --tune --truth qwen.gguf --merge    # GPU, 150 s
+    python benchmarks/scorer.py                                   # GPU, about 8 minutes
+    python benchmarks/scorer.py --headline --tune --truth qwen.gguf --merge    # GPU, 160 s
     python benchmarks/scorer.py --device cpu                      # 2 CPU cores, 3 minutes
     python benchmarks/scorer.py --device cpu --generate           # one run more of that part alone
     LENVM_TRY_KERNELS=1 python benchmarks/scorer.py --real-share 0.33 --batches 64 --candidates 5 \
@@ -14,10 +14,14 @@ slots than candidates, and measures beside the counted step the one inside an en
 count: over all slots, and trimmed.
 
 Models are random weights of a shape (`--shapes 0.5b 1.5b`: Qwen2.5's) or real ones. Ceilings (copy
-bandwidth, matrix product) are measured in the same run. The floor of a step is the larger of
-(weights + prefix keys and values + candidates' own) / bandwidth and FLOPs / rate; the serial floor
-takes the larger for each stage (each matrix product, each attention), because a layer's stages wait
-for one another. The JSON is written after each point, so a run that is cut keeps what it has.
+bandwidth, matrix product) are measured in the same run, and in the same state: an H200 that works
+on for a second reaches its power limit, which lowers the clock (a large product falls from 790 to
+670 TFLOP/s, a step of 64 x 8 by 5%). So ceilings and steps are timed after a second of their own
+work, and once more as `burst`, the first 20 calls after 0.3 s of rest. The floor of a step is the
+larger of (weights + prefix keys and values + candidates' own) / bandwidth and FLOPs / rate; the
+serial floor takes the larger for each stage (each matrix product, each attention), because a
+layer's stages wait for one another. The JSON is written after each point, so a run that is cut
+keeps what it has.
 """
 
 import argparse
@@ -143,6 +147,15 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def keep_busy(call: Callable[[], Any], device: str, seconds: float = 1.0) -> None:
+    """A GPU then has the clock that its power limit allows for such work. Nothing on a CPU."""
+    end = time.monotonic() + (seconds if device == "cuda" else 0.0)
+    while time.monotonic() < end:
+        for _ in range(5):
+            call()
+        synchronize(device)
+
+
 def time_ms(call: Callable[[], Any], device: str, repeats: int, rounds: int = 5) -> float:
     """Median over rounds of the time of one call, in runs of `repeats` without a sync between."""
     call()
@@ -157,26 +170,41 @@ def time_ms(call: Callable[[], Any], device: str, repeats: int, rounds: int = 5)
     return statistics.median(times)
 
 
-def measure_ceilings(device: str) -> dict[str, float]:
+def time_burst_ms(call: Callable[[], Any], repeats: int) -> float:
+    """Time of one of the first calls of a GPU that has rested."""
+    call()
+    torch.cuda.synchronize()
+    time.sleep(0.3)
+    return time_ms(call, "cuda", repeats, 1)
+
+
+def measure_ceilings(device: str) -> dict[str, Any]:
     """bytes/s of a copy (read + written), FLOP/s of a matrix product in bf16 and in fp32."""
     size, side = (2**30, 8192) if device == "cuda" else (2**26, 1024)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    copy_ms = time_ms(lambda: target.copy_(source), device, 20)
-    ceilings = {"bytes_per_s": 2 * size / copy_ms * 1e3}
+    works: dict[str, tuple[Callable[[], Any], int, int]] = {
+        "bytes_per_s": (lambda: target.copy_(source), 2 * size, 20)
+    }
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         a = torch.randn(side, side, device=device, dtype=dtype)
-        out = torch.empty_like(a)
-        ms = time_ms(lambda a=a, out=out: torch.mm(a, a, out=out), device, 5, 3)
-        ceilings[f"{name}_flop_per_s"] = 2 * side**3 / ms * 1e3
-    return ceilings
+        product = partial(torch.mm, a, a, out=torch.empty_like(a))
+        works[f"{name}_flop_per_s"] = product, 2 * side**3, 5
+    ceilings: dict[str, Any] = {}
+    burst = {}
+    for name, (call, amount, repeats) in works.items():
+        if device == "cuda":
+            burst[name] = amount / time_burst_ms(call, repeats) * 1e3
+        keep_busy(call, device)
+        ceilings[name] = amount / time_ms(call, device, repeats) * 1e3
+    return ceilings | ({"burst": burst} if burst else {})
 
 
 # -- floor -----------------------------------------------------------------------------------------
 
 
 def compute_floors(
-    model: BenchmarkModel, lengths: list[int], counts: list[int], ceilings: dict[str, float]
+    model: BenchmarkModel, lengths: list[int], counts: list[int], ceilings: dict[str, Any]
 ) -> dict[str, float]:
     """Times below which no schedule (`floor_ms`), and no serial one, runs a step; bytes, FLOPs."""
     config = model.backbone.config
@@ -243,10 +271,14 @@ class Steady:
         self.chosen = [c[:, 0].clone() for c in self.candidates]
         self.num_steps = 0
 
+    def peek(self) -> None:
+        candidates = self.candidates[self.num_steps % len(self.candidates)]
+        self.decoder.peek(self.ids, candidates, num_candidates=self.num_candidates)
+
     def step(self) -> None:
-        i = self.num_steps % len(self.candidates)
-        self.decoder.peek(self.ids, self.candidates[i], num_candidates=self.num_candidates)
-        self.decoder.commit(self.ids, self.chosen[i], peeked=True)
+        self.peek()
+        chosen = self.chosen[self.num_steps % len(self.candidates)]
+        self.decoder.commit(self.ids, chosen, peeked=True)
         self.num_steps += 1
 
     def step_and_read(self) -> None:
@@ -306,7 +338,7 @@ def measure_point(
     batch: int,
     mean: int,
     prefix: int,
-    ceilings: dict[str, float],
+    ceilings: dict[str, Any],
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     device, model = arguments.device, scorer.model
@@ -315,11 +347,18 @@ def measure_point(
     width = round(mean / (arguments.real_share or 1))
     repeats, rounds = (20, 5) if device == "cuda" else (3, 3)
     # each step makes the prefix longer by one: it is `prefix` amid those that are timed
+    if device == "cuda":
+        steady = Steady(scorer, batch, max(1, prefix - repeats // 2), mean, width)
+        try:
+            point["burst_step_ms"] = time_burst_ms(steady.step, repeats)
+        finally:
+            steady.close()
     begin = max(1, prefix - repeats * rounds // 2)
     steady = Steady(scorer, batch, begin, mean, width)
     try:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        keep_busy(steady.peek, device)
         point["step_ms"] = time_ms(steady.step, device, repeats, rounds)
         if device == "cuda":
             point["graph_ms"] = time_graph(scorer)
@@ -330,10 +369,14 @@ def measure_point(
             weights = sum(p.numel() * p.element_size() for p in model.parameters())
             point["formula_bytes"] = weights + scorer.decoder.num_kv_bytes
             point["memory_over_formula"] = point["peak_bytes"] / point["formula_bytes"]
-        point |= compute_floors(model, [prefix] * batch, steady.counts, ceilings)
+        lengths = [prefix] * batch
+        point |= compute_floors(model, lengths, steady.counts, ceilings)
+        if device == "cuda":
+            floors = compute_floors(model, lengths, steady.counts, ceilings["burst"])
+            point["burst_ratio"] = point["burst_step_ms"] / floors["floor_ms"]
         runner: Any = scorer.decoder._runner
         if hasattr(runner, "choose"):
-            choices = runner.choose(runner._last[1].num_tokens, False)
+            choices = runner.choose(runner._last.num_tokens, False)
             point["kernels"] = {"pdl": choices.pdl, "fused": list(choices.tiles)}
         point["ratio"] = point["step_ms"] / point["floor_ms"]
         point["ratio_serial"] = point["step_ms"] / point["floor_serial_ms"]
@@ -380,7 +423,7 @@ def measure_uncounted(scorer: CandidateScorer, steady: Steady) -> dict[str, Any]
         runner.hint = hint
         found[f"{name}_ms"] = time_ms(steady.step, "cuda", 20)
         found[f"{name}_graph_ms"] = time_graph(scorer)
-    choices = runner.choose(runner._last[1].num_tokens, True)
+    choices = runner.choose(runner._last.num_tokens, True)
     found["trimmed_kernels"] = choices.to_json() if choices.trims else None
     return found
 
@@ -388,7 +431,7 @@ def measure_uncounted(scorer: CandidateScorer, steady: Steady) -> dict[str, Any]
 def time_graph(scorer: CandidateScorer) -> float:
     """Time of the last step's graph alone, replayed: no host work, no packing."""
     runner: Any = scorer.decoder._runner
-    step = runner._steps[runner._last[1]]
+    step = runner._steps[runner._last]
     return time_ms(step.run, "cuda", 20, 3)
 
 
@@ -433,6 +476,7 @@ def write(result: dict[str, Any], path: Path) -> None:
         **result.get("headline", {}),
         "ratio_to_floor": at[0].get("ratio") if at else None,
         "ratio_to_serial_floor": at[0].get("ratio_serial") if at else None,
+        "burst_ratio_to_floor": at[0].get("burst_ratio") if at else None,
         "speedup_over_two_forward": at[0].get("speedup_over_two_forward") if at else None,
         "speedup_over_naive": at[0].get("speedup_over_naive") if at else None,
         "host_syncs_per_step": max((p["host_syncs_per_step"] for p in points), default=None),
@@ -465,6 +509,7 @@ def show(result: dict[str, Any]) -> None:
         "floor_ms",
         "ratio",
         "ratio_serial",
+        "burst_ratio",
         "two_forward_ms",
         "naive_ms",
     )

@@ -154,7 +154,8 @@ class Places:
         self.rows = Rows(torch.randn(n, self.hidden, **self.kind))
         self.activated = torch.randn(n, self.inner, **self.kind)
         self.norm = torch.randn(self.hidden, **self.kind)
-        self.cos, self.sin = torch.randn(2, n, size, **self.kind)
+        angles = torch.rand(n, size, device=device) * 2 * torch.pi
+        self.cos, self.sin = angles.cos().to(self.q.dtype), angles.sin().to(self.q.dtype)
         self.count = torch.zeros(4096, **ints)
         self._squares: dict[int, torch.Tensor] = {}
         self.arrived = torch.zeros(
@@ -441,7 +442,7 @@ def tune(
         "device_kind": kernel_choices.device_kind(torch.device("cuda")),
         "device": torch.cuda.get_device_name(),
         "shape": vars(shape),
-        "num_tokens": runner._last[1].num_tokens,
+        "num_tokens": runner._last.num_tokens,
         "choices": choices.to_json(),
         "step_us": round(us, 1),
         "plain_step_us": round(plain_us, 1),
@@ -484,7 +485,7 @@ def tune_trimmed(name: str, batch: int, mean: int, prefix: int, deadline: float)
         return time_graph(scorer) * 1e3, out
 
     plain_us, truth = attempt(kernel_choices.PLAIN)
-    num_tokens = runner._last[1].num_tokens
+    num_tokens = runner._last.num_tokens
     shape = runner._forward.shape
     best = kernel_choices.choose(torch.device("cuda"), shape, num_tokens, True)
     if not best.trims:

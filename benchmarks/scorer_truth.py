@@ -156,7 +156,7 @@ def check_model(
         for row, request_id in enumerate(ids):
             prompts[request_id].append(int(candidates[row, step]))
     runner = decoder._runner
-    fused = runner.choose(runner._last[1].num_tokens, False) if hasattr(runner, "choose") else None
+    fused = runner.choose(runner._last.num_tokens, False) if hasattr(runner, "choose") else None
     decoder.remove(ids)
     ours, plain_z_N, exact_z = torch.tensor(found, dtype=torch.float64).T
     return {

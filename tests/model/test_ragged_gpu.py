@@ -120,7 +120,7 @@ def test_a_trimmed_step_equals_the_plain_one_without_a_host_sync(pdl):
     candidates = torch.randint(VOCAB, (8, 9), device="cuda")
     candidates[:, 3:] = -1  # 24 of 72: the second tile of 64 is padding
     plain = decoder.peek(ids, candidates).float()
-    assert not runner._last[1].trims
+    assert not runner._last.trims
     for _ in range(20):
         decoder.peek(ids, candidates)
         torch.cuda.synchronize()  # the test's own: the hint takes what has come by then
@@ -132,13 +132,13 @@ def test_a_trimmed_step_equals_the_plain_one_without_a_host_sync(pdl):
             outs = [decoder.peek(ids, candidates) for _ in range(6)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert runner._last[1].trims
+    assert runner._last.trims
     assert runner.num_graphs == 2
     for out in outs:
         assert not out[:, 3:].any()
         assert (out.float() - plain).norm() <= 4e-2 * plain.norm()
     decoder.peek(ids, candidates, num_candidates=24)  # who counts needs no trimming
-    assert not runner._last[1].trims
+    assert not runner._last.trims
 
 
 def test_steady_steps_allocate_no_device_memory():
@@ -165,7 +165,7 @@ def test_steady_steps_allocate_no_device_memory():
     for name in ("num_device_alloc", "reserved_bytes.all.current"):
         assert after[name] == before[name], name
     assert after["active_bytes.all.current"] <= before["active_bytes.all.current"] + 2**16
-    replayed = decoder._runner._steps[decoder._runner._last[1]]
+    replayed = decoder._runner._steps[decoder._runner._last]
     for _ in range(50):
         replayed.run()
     torch.cuda.synchronize()

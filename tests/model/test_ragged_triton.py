@@ -12,6 +12,7 @@ from interpreter import interpret
 
 SCRIPT = """
 import sys, torch
+from types import SimpleNamespace
 torch.set_num_threads(1)
 from model.families import VOCAB, build
 from model.ragged_machine import History, run_random_history
@@ -31,11 +32,12 @@ if products != "plain":  # every product fused, splits merged by the last to arr
     assert runner._forward.can_run(choices, 32)
     runner.choose = lambda _, trim: choices if trim == trims else PLAIN
 if trims:  # nobody counts: buckets have room for all slots
-    peek, runner.hint.trims, padding = runner.peek, True, []
+    peek, padding = runner.peek, []
+    runner.hint = SimpleNamespace(trims=True, note=lambda share: None)
 
     def peek_uncounted(ids, candidates, _):
         out = peek(ids, candidates, None)
-        padding.append(runner._last[1].num_tokens - int(runner._first[-1]))
+        padding.append(runner._last.num_tokens - int(runner._first[-1]))
         return out
 
     runner.peek = peek_uncounted

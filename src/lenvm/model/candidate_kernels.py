@@ -1,5 +1,10 @@
 """Triton kernels that pack a step's candidates and keep the chosen ones, on the device.
 
+What they find they tell the host: `told` [3] int64 in its pinned memory, or the device's own, each
+entry number x 2^32 + value, where `number` is the step's. How many candidates were packed; the
+first row with an id that is no token or had no room (NO_ROW: none); and, only where it happens, a
+row whose token to keep was not among its candidates.
+
 Shape legend: R rows (requests), K candidates a row, N packed tokens, L layers, P pages, S tokens of
 a page, Hkv key heads, D head size.
 """
@@ -23,6 +28,7 @@ NO_ROW = 2**31 - 1
         "capacity",
         "row_capacity",
         "given_stride",
+        "number",
     ]
 )
 def _pack_kernel(
@@ -39,7 +45,8 @@ def _pack_kernel(
     slots_ptr,
     first_ptr,
     packed_ptr,
-    found_ptr,
+    told_ptr,
+    number,
     vocab_size,
     capacity,
     row_capacity,
@@ -86,9 +93,10 @@ def _pack_kernel(
         tl.store(positions_ptr + base + n_offs, none, mask=rest)
         tl.store(slots_ptr + base + n_offs, none, mask=rest)
     bad = tl.max((wrong | lost).to(tl.int32), 1) > 0
-    tl.store(found_ptr, total)
-    tl.store(found_ptr + 1, tl.min(tl.where(bad, r_offs, 2147483647), 0))
-    tl.store(found_ptr + 2, 2147483647)
+    mark = number.to(tl.int64) << 32
+    tl.debug_barrier()  # whoever is told that has read what was given
+    tl.store(told_ptr, mark + total)
+    tl.store(told_ptr + 1, mark + tl.min(tl.where(bad, r_offs, 2147483647), 0))
 
 
 def pack_candidates(
@@ -100,7 +108,8 @@ def pack_candidates(
     slots: Tensor,
     first: Tensor,
     packed_RK: Tensor,
-    found: Tensor,
+    told: Tensor,
+    number: int,
     *,
     vocab_size: int,
 ) -> None:
@@ -108,11 +117,9 @@ def pack_candidates(
 
     given [3, row capacity] int32: table row, length and next slot of each row, in pinned memory of
     the host or the device's own; copied to `meta`, which is like it. Writes `tokens`, `positions`,
-    `slots` [N] of the packed candidates, `first` [row capacity + 1] (where each row's begin),
-    `packed_RK` (index of each candidate among the packed, N for padding) and `found` [3]: how many
-    were packed, the first row with an id that is no token or had no room, and no row yet for
-    `keep_candidates` (NO_ROW is none). Beyond the packed candidates tokens, positions and slots
-    are 0.
+    `slots` [N] of the packed candidates, `first` [row capacity + 1] (where each row's begin) and
+    `packed_RK` (index of each candidate among the packed, N for padding). Beyond the packed
+    candidates tokens, positions and slots are 0. Tells how many were packed, and a bad row.
     """
     num_rows, width = ids_RK.shape
     row_capacity = first.shape[0] - 1
@@ -130,7 +137,8 @@ def pack_candidates(
         slots,
         first,
         packed_RK,
-        found,
+        told,
+        number,
         vocab_size,
         tokens.shape[0],
         row_capacity,
@@ -140,7 +148,7 @@ def pack_candidates(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _keep_kernel(
     stash_ptr,
     data_ptr,
@@ -149,7 +157,8 @@ def _keep_kernel(
     slots_ptr,
     tokens_ptr,
     first_ptr,
-    found_ptr,
+    told_ptr,
+    number,
     stash_stride,
     data_stride,
     E: tl.constexpr,
@@ -171,7 +180,7 @@ def _keep_kernel(
         kept = tl.load(stash_ptr + plane * stash_stride + at.to(tl.int64) * E + e_offs, e_offs < E)
         tl.store(data_ptr + plane * data_stride + slot * E + e_offs, kept, e_offs < E)
     else:
-        tl.atomic_min(found_ptr + 2, row)
+        tl.store(told_ptr + 2, (number.to(tl.int64) << 32) + row)
 
 
 def keep_candidates(
@@ -182,14 +191,15 @@ def keep_candidates(
     slots: Tensor,
     tokens: Tensor,
     first: Tensor,
-    found: Tensor,
+    told: Tensor,
+    number: int,
     *,
     max_candidates: int,
 ) -> None:
     """Copy key and value of the candidate `chosen[i]` of row `rows[i]` to `slots[i]`, all layers.
 
     stash [L, 2, N, Hkv, D]; data [L, 2, P, S, Hkv, D]; tokens, first as `pack_candidates` left
-    them. `found` [3]: the third falls to the least row whose token is not among its candidates.
+    them. Tells a row whose token is not among its candidates.
     """
     num_layers = stash.shape[0]
     size = stash.shape[3] * stash.shape[4]
@@ -201,7 +211,8 @@ def keep_candidates(
         slots,
         tokens,
         first,
-        found,
+        told,
+        number,
         stash.stride(1),
         data.stride(1),
         E=size,

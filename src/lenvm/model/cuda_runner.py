@@ -98,7 +98,7 @@ class CudaRunner:
         self._count = self._meta.new_zeros(counters)
         self._steps: dict[Bucket, _Step] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if self.graphs else None
-        self._last: tuple[list[str], Bucket] | None = None
+        self._last: Bucket | None = None
         self._num_units = _count_units(self.device)
 
     # -- the runner's calls -----------------------------------------------------------------------
@@ -131,15 +131,14 @@ class CudaRunner:
     ) -> Tensor:
         num_rows, width = candidates_RK.shape
         count = num_candidates or num_rows * width
-        on_device = candidates_RK.device.type == self.device.type
         trims = num_candidates is None and self.hint.trims
         bucket = self._bucket(num_rows, min(count, num_rows * width), width, trims)
         rows = self.cache.rows(request_ids)
         numbers = rows, self.cache.lengths(rows), self.cache.next_slots(rows)
-        given = self._exchange.begin(numbers)
+        given, told, number = self._exchange.begin(numbers)
         self.cache.table()
         candidates = candidates_RK
-        if not on_device:
+        if candidates_RK.device.type != self.device.type:
             candidates = self._upload(candidates_RK, torch.long)
         packed_RK = self._packed[: num_rows * width].view(num_rows, width)
         pack_candidates(
@@ -151,29 +150,26 @@ class CudaRunner:
             self._slots,
             self._first,
             packed_RK,
-            self._exchange.found,
+            told,
+            number,
             vocab_size=self.vocab_size,
         )
-        self._exchange.was_read()
+        self._exchange.launched(request_ids, num_rows * width if num_candidates is None else 0)
         step = self._step(bucket)
         step.run()
-        self._last = list(request_ids), bucket
-        if on_device:
-            num_slots = num_rows * width if num_candidates is None else 0
-            self._exchange.watch(request_ids, kept=False, num_slots=num_slots)
+        self._last = bucket
         return self._read(step.out, packed_RK)
 
     def keep(self, request_ids: Sequence[str], rows: Sequence[int], token_ids: Tensor) -> None:
-        assert self._last is not None
-        bucket = self._last[1]
+        bucket = self._last
+        assert bucket is not None
         if bucket.single:
             return
         rows_R, slots_R = self._order[: len(rows)], self._meta[2, : len(rows)]
         if list(rows) != list(range(len(rows))):
             rows_R = self._upload(rows, torch.int32)
             slots_R = self._meta[2].index_select(0, rows_R)
-        on_device = token_ids.device.type == self.device.type
-        if not on_device:
+        if token_ids.device.type != self.device.type:
             token_ids = self._upload(token_ids, torch.long)
         keep_candidates(
             self._stash,
@@ -183,11 +179,10 @@ class CudaRunner:
             slots_R,
             self._tokens,
             self._first,
-            self._exchange.found,
+            self._exchange.told,
+            self._exchange.number,
             max_candidates=bucket.width,
         )
-        if on_device:
-            self._exchange.watch(self._last[0], kept=True)
 
     def find_defect(self) -> str | None:
         return self._exchange.find_defect()

@@ -1,8 +1,12 @@
 """What passes between the host and the GPU in the steps of a CudaRunner, so that neither waits for
-the other: the numbers that a step's kernels read, and what they found."""
+the other: the numbers that a step's kernels read, and what they found. Both lie in the host's
+pinned memory, where kernels read and write them: no copy, and no event between two kernels."""
 
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,102 +19,117 @@ from lenvm.model.device import pin
 
 NUM_STEPS = 8
 """Steps that may be under way: each has places of its own."""
+PATIENCE_S = 5.0
+"""Then somebody asks the GPU whether it has failed."""
 
 
 @dataclass
-class _Watch:
-    """What a step found, on its way to the host."""
-
-    step: int
-    kept: bool
-    done: Any
-    """An event, for when it has arrived."""
-    found: Tensor
-    """[3] int32, as in `Exchange`."""
+class _Step:
+    number: int
     request_ids: list[str]
     num_slots: int
     """Slots of a peek whose candidates nobody had counted; else 0."""
 
 
 class Exchange:
-    """One step after the other: `begin`, the kernel that reads, `was_read`, and `watch` after each
-    kernel that finds something. On a CPU (Triton's interpreter) nothing is watched."""
+    """One step after the other: `begin`, `pack_candidates`, `launched`, and `keep_candidates` if
+    somebody keeps. What a kernel tells is a word, step number x 2^32 + value: a word that is not
+    from this step has not arrived."""
 
     def __init__(
         self, max_requests: int, device: torch.device, note_share: Callable[[float], None]
     ) -> None:
         """note_share: told what share of an uncounted step's slots was real."""
-        given = np.zeros((NUM_STEPS, 3, max_requests), np.int32)
-        self._given = pin(given, torch.int32, device)
-        self._host = self._given.numpy()
-        self._found = torch.full((NUM_STEPS, 3), NO_ROW, dtype=torch.int32, device=device)
-        self._step = 0
+        given = pin(np.zeros((NUM_STEPS, 3, max_requests), np.int32), torch.int32, device)
+        told = pin(np.zeros((NUM_STEPS, 3), np.int64), torch.int64, device)
+        self._given: tuple[Tensor, ...] = given.unbind(0)
+        self._told: tuple[Tensor, ...] = told.unbind(0)
+        self._given_here, self._told_here = given.numpy(), told.numpy()
+        self._device = device
+        if device.type == "cuda":  # torch gives this memory to others, whatever is under way
+            weakref.finalize(self, _wait_for_gpu, device).atexit = False
         self._note_share = note_share
-        self._watches: deque[_Watch] = deque()
+        self._steps: deque[_Step] = deque(maxlen=NUM_STEPS)
+        """Those whose places are still theirs; the last `_num_unread` may not have told yet what
+        they packed."""
+        self._num_unread = 0
         self._defect: str | None = None
-        self._is_cuda = device.type == "cuda"
-        if not self._is_cuda:
-            return
-        event: Any = torch.cuda.Event
-        self._read = [event() for _ in range(NUM_STEPS)]
-        self._done = [(event(), event()) for _ in range(NUM_STEPS)]
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        """Copies what was found to the host, so that the next kernels need not wait for it."""
-        self._copies = pin(np.zeros((NUM_STEPS, 2, 3), np.int32), torch.int32, device)
+        self.number = 0
+        """Of the last step that was launched; from 1."""
+
+    def begin(self, numbers: Sequence[Any]) -> tuple[Tensor, Tensor, int]:
+        """The next step's places and number. Its table rows, lengths and next slots, [3,
+        max_requests] int32, where kernels read them; and `told` [3] int64: see
+        `candidate_kernels`."""
+        number = self.number + 1
+        place = number % NUM_STEPS
+        if len(self._steps) == NUM_STEPS:  # whose places these were
+            self._wait_for(self._steps[1])  # it began when the first one's last kernel had ended
+            self._read_packed()
+            self._read_kept(self._steps.popleft())
+            self._num_unread = min(self._num_unread, len(self._steps))
+        self._given_here[place] = 0
+        self._given_here[place, :, : len(numbers[0])] = numbers
+        self._told_here[place] = 0
+        return self._given[place], self._told[place], number
+
+    def launched(self, request_ids: Sequence[str], num_slots: int = 0) -> None:
+        """The kernel that reads what `begin` gave is on its way."""
+        self.number += 1
+        self._steps.append(_Step(self.number, list(request_ids), num_slots))
+        self._num_unread += 1
 
     @property
-    def found(self) -> Tensor:
-        """[3] int32 on the device: candidates that the step packed, and the first row that
-        `pack_candidates` and `keep_candidates` found something wrong with (NO_ROW: none)."""
-        return self._found[self._step]
-
-    def begin(self, numbers: Sequence[Any]) -> Tensor:
-        """The next step: table rows, lengths and next slots of its requests, [3, max_requests]
-        int32, where kernels read them."""
-        self._step = (self._step + 1) % NUM_STEPS
-        while self._watches and self._watches[0].step == self._step:
-            self._watches[0].done.synchronize()
-            self._read_watch()
-        if self._is_cuda:  # the step that had these places is NUM_STEPS ago
-            self._read[self._step].synchronize()
-        self._host[self._step] = 0
-        self._host[self._step, :, : len(numbers[0])] = numbers
-        given: Tensor = self._given[self._step]
-        return given
-
-    def was_read(self) -> None:
-        """The kernel that reads what `begin` gave has been launched."""
-        if self._is_cuda:
-            self._read[self._step].record()
-
-    def watch(self, request_ids: Sequence[str], *, kept: bool, num_slots: int = 0) -> None:
-        """Copy what the step has found so far to the host. kept: after `keep_candidates`, or else
-        before."""
-        if not self._is_cuda:
-            return
-        done, copy = self._done[self._step][kept], self._copies[self._step, int(kept)]
-        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
-        with torch.cuda.stream(self._side):
-            copy.copy_(self.found, non_blocking=True)
-            done.record()
-        self._watches.append(_Watch(self._step, kept, done, copy, list(request_ids), num_slots))
+    def told(self) -> Tensor:
+        """Where kernels of the last step that was launched write."""
+        return self._told[self.number % NUM_STEPS]
 
     def find_defect(self) -> str | None:
-        """What the oldest step not asked about yet did wrong, as far as it has arrived."""
-        while not self._defect and self._watches and self._watches[0].done.query():
-            self._read_watch()
+        """What a step not asked about yet did wrong, as far as it has arrived."""
+        self._read_packed()
+        if not self._defect and self._told_here[:, 2].any():
+            for step in self._steps:
+                self._read_kept(step)
         defect, self._defect = self._defect, None
         return defect
 
-    def _read_watch(self) -> None:
-        """Of the oldest watch, which has arrived."""
-        watch = self._watches.popleft()
-        total, peeked, kept = watch.found.tolist()
-        if watch.num_slots:
-            self._note_share(total / watch.num_slots)
-        row = kept if watch.kept else peeked
-        if row < len(watch.request_ids) and not self._defect:
-            what = "a candidate is not a token, or is over num_candidates"
-            if watch.kept:
-                what = "the committed token is not among its peeked candidates"
-            self._defect = f"request {watch.request_ids[row]!r}: {what}"
+    def _find(self, step: _Step, which: int) -> int | None:
+        """A value that the step has told, if it has arrived."""
+        number, value = divmod(int(self._told_here[step.number % NUM_STEPS, which]), 2**32)
+        return value if number == step.number else None
+
+    def _wait_for(self, step: _Step) -> None:
+        """Until it has told what it packed."""
+        end = time.monotonic() + PATIENCE_S
+        while self._find(step, 1) is None:
+            if time.monotonic() > end:
+                torch.cuda.synchronize(self._device)  # raises if it has failed
+                break
+            time.sleep(20e-6)
+
+    def _read_packed(self) -> None:
+        while self._num_unread:
+            step = self._steps[-self._num_unread]
+            total, row = self._find(step, 0), self._find(step, 1)
+            if total is None or row is None:
+                return
+            self._num_unread -= 1
+            if step.num_slots:
+                self._note_share(total / step.num_slots)
+            if row != NO_ROW:
+                self._note(step, row, "a candidate is not a token, or is over num_candidates")
+
+    def _read_kept(self, step: _Step) -> None:
+        row = self._find(step, 2)
+        if row is not None:
+            self._told_here[step.number % NUM_STEPS, 2] = 0
+            self._note(step, row, "the committed token is not among its peeked candidates")
+
+    def _note(self, step: _Step, row: int, what: str) -> None:
+        if not self._defect:
+            self._defect = f"request {step.request_ids[row]!r}: {what}"
+
+
+def _wait_for_gpu(device: torch.device) -> None:
+    with suppress(RuntimeError):  # one that has failed writes no more
+        torch.cuda.synchronize(device)

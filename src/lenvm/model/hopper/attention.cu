@@ -130,6 +130,24 @@ struct Fetcher {
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
     }
+    // Once all are asked for, by the fetcher's four warps: values behind those that are seen become 0,
+    // for weight 0 of a stale NaN would be NaN. `tail`: keys of the request's last page, 0 if it is
+    // full.
+    DEVICE void clear_unseen(int tail, u32 cleared) const {
+        constexpr int AT_ONCE = 128 / LANES;  // rows
+        const int page = last - 1 - first, h = page % TURNS, round = page / TURNS;
+        if (tail == 0 || page < 0 || h >= HALVES) return;
+        const int thread = threadIdx.x % 128, row = tail + thread / LANES, chunk = thread % LANES;
+        const u32 values = memory + h * HALF_BYTES + round % STAGES * STAGE_BYTES + PART_BYTES +
+                           chunk / 8 * BOX_BYTES + chunk % 8 * 16;
+        barrier_wait(barriers + h * BEHIND_BYTES + round % STAGES * 16, round / STAGES & 1);
+#pragma unroll
+        for (int i = 0; i < PAGE; i += AT_ONCE)
+            if (row + i < PAGE) store4(values + (row + i) * 128, make_uint4(0, 0, 0, 0));
+        fence_async();
+        __syncwarp();
+        if (thread % 32 == 0) barrier_arrive(cleared);
+    }
 };
 
 // A group of 128 threads: what it reads, and where its pages are.
@@ -137,7 +155,8 @@ struct Group {
     u32 stages, barriers, queries;
     u32 totals;  // of its rows: reference and total
     u32 sums;    // of its rows, at the end
-    int number, id, pair_id;  // of the group; of barriers: its own, that of the half
+    u32 cleared;  // barrier: what is not seen of the last page's values is 0
+    int number, pair_id;  // of the group; of its half's barrier
     int left, hidden;  // keys from its half's first page on; of those at first not seen (a window's)
     float scale;
 
@@ -245,11 +264,7 @@ struct Group {
             u32 packed[16];
 #pragma unroll
             for (int j = 0; j < 16; j++) packed[j] = pack_bf16(scores[2 * j], scores[2 * j + 1]);
-            if (seen < PAGE) {
-                clear_unseen(stages + stage * STAGE_BYTES + PART_BYTES, seen);
-                fence_async();
-                meet(id, 128);
-            }
+            if (seen < PAGE) barrier_wait(cleared, 0);  // its values that nobody sees
             const u32 values = described_values + stage * (STAGE_BYTES / 16);
             if ((stage += STEP) >= STAGES) stage -= STAGES, parity ^= 1;
             if (seen > STRIDE) barrier_wait(barriers + stage * 16, parity);
@@ -311,16 +326,6 @@ struct Group {
             }
         }
     }
-
-    // Weight 0 of a stale NaN would be NaN: values behind those that are seen become 0.
-    DEVICE void clear_unseen(u32 values, int seen) const {
-#pragma unroll 1
-        for (int j = threadIdx.x % 128; j < (PAGE - seen) * LANES; j += 128) {
-            const int key = seen + j / LANES;
-            const u32 to = values + j % LANES / 8 * BOX_BYTES + key * 128 + j % 8 * 16;
-            store4(to, make_uint4(0, 0, 0, 0));
-        }
-    }
 };
 
 extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
@@ -337,6 +342,8 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
     // of a stage: its page has come, it is free
     const u32 barriers = all_behind + half * BEHIND_BYTES;
     const u32 own_scores = all_behind + HALVES * BEHIND_BYTES;
+    const u32 kept = own_scores + ROWS * 4;  // the unit, for the end: not in registers
+    const u32 cleared = kept + 32;
     const int split = blockIdx.x % SPLITS, turn = split * HALVES + half;
     launch_next();
     const int* const plan = units + (long long)(blockIdx.x / SPLITS) * plan_stride(num_columns);
@@ -346,6 +353,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
         if (lane == 0) {
             prefetch_map(&k_map);
             prefetch_map(&v_map);
+            barrier_init(cleared, 4);
             fetcher.make_barriers();
         }
         __syncwarp();
@@ -370,19 +378,21 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
 
     if (warp >= FETCHER) {
         if (HALVES == 2) fewer_registers<24>();
-        if (warp > FETCHER) return;
         fetcher.first += first_page;
         fetcher.last = begin < length ? (length + PAGE - 1) / PAGE : 0;
         fetcher.kv_head = kv_head;
-        if (HAS_WINDOW) fetcher.known = fetcher.look_up(0);
-        fetcher.bring_until(EARLY);
-        wait_for_previous();
-        fetcher.bring_until(SECOND);
-        meet(1, THREADS + 32);
-        fetcher.bring_until(1 << 30);
+        if (warp == FETCHER) {
+            if (HAS_WINDOW) fetcher.known = fetcher.look_up(0);
+            fetcher.bring_until(EARLY);
+            wait_for_previous();
+            fetcher.bring_until(SECOND);
+            meet(1, THREADS + 32);
+            fetcher.bring_until(1 << 30);
+        }
+        meet(4, 128);
+        fetcher.clear_unseen(length % PAGE, cleared);
         return;
     }
-    const u32 kept = own_scores + ROWS * 4;  // the unit, for the end: not in registers
     if (HALVES == 2) more_registers<112>();
     if (thread == 0) store_unit(kept, unit);
     wait_for_previous();
@@ -444,7 +454,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
         const int row = step == 1 ? number * GROUP_ROWS : 0;  // the group's first
         const Group group = {stages, barriers, queries + row * 128,
                              barriers + TOTALS + number * GROUP_ROWS * 8,
-                             stages + number * GROUP_BYTES, number, 4 + warp / 4, 2 + half,
+                             stages + number * GROUP_BYTES, cleared, number, 2 + half,
                              keys, hidden, scale};
         if (step == 1)
             group.attend<1>(min(num_queries - row, GROUP_ROWS), load_own);

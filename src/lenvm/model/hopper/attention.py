@@ -202,6 +202,6 @@ def num_halves(head_size: int) -> int:
 
 def shared_bytes(head_size: int) -> int:
     """Shared memory of a block: of each half pages, barriers, references and totals; queries, the
-    scores of their own keys, and the unit."""
+    scores of their own keys, the unit, and a barrier."""
     half = STAGES * 4 * PAGE_SIZE * head_size + STAGES * 16 + TILE_ROWS * 8
-    return num_halves(head_size) * half + TILE_ROWS * head_size * 2 + TILE_ROWS * 4 + 32
+    return num_halves(head_size) * half + TILE_ROWS * head_size * 2 + TILE_ROWS * 4 + 48
