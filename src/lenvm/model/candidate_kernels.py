@@ -1,6 +1,6 @@
 """Triton kernels that pack a step's candidates and keep the chosen ones, on the device.
 
-What they find they tell the host: `told` [3] int64 in its pinned memory, or the device's own, each
+What they find they tell the host: `told` int64 in its pinned memory, or the device's own, each
 entry number x 2^32 + value, where `number` is the step's. How many candidates were packed; the
 first row with an id that is no token or had no room (NO_ROW: none); and, only where it happens, a
 row whose token to keep was not among its candidates.

@@ -41,7 +41,7 @@ class Exchange:
     ) -> None:
         """note_share: told what share of an uncounted step's slots was real."""
         given = pin(np.zeros((NUM_STEPS, 3, max_requests), np.int32), torch.int32, device)
-        told = pin(np.zeros((NUM_STEPS, 3), np.int64), torch.int64, device)
+        told = pin(np.zeros((NUM_STEPS, 4), np.int64), torch.int64, device)  # 16 bytes aligned
         self._given: tuple[Tensor, ...] = given.unbind(0)
         self._told: tuple[Tensor, ...] = told.unbind(0)
         self._given_here, self._told_here = given.numpy(), told.numpy()
@@ -59,7 +59,7 @@ class Exchange:
 
     def begin(self, numbers: Sequence[Any]) -> tuple[Tensor, Tensor, int]:
         """The next step's places and number. Its table rows, lengths and next slots, [3,
-        max_requests] int32, where kernels read them; and `told` [3] int64: see
+        max_requests] int32, where kernels read them; and `told` [4] int64: see
         `candidate_kernels`."""
         number = self.number + 1
         place = number % NUM_STEPS
