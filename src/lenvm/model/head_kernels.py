@@ -29,7 +29,7 @@ from lenvm.model.kernels import (
 )
 from lenvm.model.products import Rows
 
-TILE = Tile(BM=64, BN=64, BK=64, warps=4, stages=4)
+TILE = Tile(BM=64, BN=64, BK=128, warps=4, stages=3)
 """One for all numbers of tokens, so that a row's result does not depend on the bucket."""
 SUM_SLOTS = 32
 """Outputs of a program that adds up shares."""
