@@ -11,8 +11,8 @@ requests of 8 candidates and 1,024 tokens; programmatic dependent launch as in a
    cycles since the mark before) in one thread of each block: least, median, most.
 
 It gave `experiments.hopper_queries_as_columns`, `hopper_many_queries_as_rows`,
-`hopper_one_attention`, `hopper_pages_by_a_warp` and `under_load` in results/scorer_h200.json, with changes to the
-sources that are not kept; the last one's `layer` without any.
+`hopper_one_attention`, `hopper_pages_by_a_warp` and `under_load` in results/scorer_h200.json, with
+changes to the sources that are not kept; `layer` there without any.
 """
 
 import sys
