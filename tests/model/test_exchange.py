@@ -46,8 +46,9 @@ def test_a_defect_is_named_once_when_it_has_arrived():
     k.pack(one, row=1)
     assert k.exchange.find_defect() == f"request '1 second': {NOT_A_TOKEN}"
     assert k.exchange.find_defect() is None
-    k.pack(two)
+    k.pack(two, row=1)
     k.keep(two, 0)
+    assert k.exchange.find_defect() == f"request '2 second': {NOT_A_TOKEN}"
     assert k.exchange.find_defect() == f"request '2 first': {NOT_PEEKED}"
     assert k.exchange.find_defect() is None
 

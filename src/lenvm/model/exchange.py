@@ -87,7 +87,7 @@ class Exchange:
     def find_defect(self) -> str | None:
         """What a step not asked about yet did wrong, as far as it has arrived."""
         self._read_packed()
-        if not self._defect and self._told_here[:, 2].any():
+        if self._told_here[:, 2].any():
             for step in self._steps:
                 self._read_kept(step)
         defect, self._defect = self._defect, None
@@ -108,7 +108,7 @@ class Exchange:
             time.sleep(20e-6)
 
     def _read_packed(self) -> None:
-        while self._num_unread:
+        while self._num_unread and not self._defect:  # another one waits for the next call
             step = self._steps[-self._num_unread]
             total, row = self._find(step, 0), self._find(step, 1)
             if total is None or row is None:
@@ -121,13 +121,12 @@ class Exchange:
 
     def _read_kept(self, step: _Step) -> None:
         row = self._find(step, 2)
-        if row is not None:
+        if row is not None and not self._defect:
             self._told_here[step.number % NUM_STEPS, 2] = 0
             self._note(step, row, "the committed token is not among its peeked candidates")
 
     def _note(self, step: _Step, row: int, what: str) -> None:
-        if not self._defect:
-            self._defect = f"request {step.request_ids[row]!r}: {what}"
+        self._defect = f"request {step.request_ids[row]!r}: {what}"
 
 
 def _wait_for_gpu(device: torch.device) -> None:
