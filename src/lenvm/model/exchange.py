@@ -6,7 +6,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,9 @@ NUM_STEPS = 8
 """Steps that may be under way: each has places of its own."""
 PATIENCE_S = 5.0
 """Then somebody asks the GPU whether it has failed."""
+_PARKED: list[tuple[torch.device, Tensor, Tensor]] = []
+"""Places of exchanges that are gone, which a kernel under way may still write to: torch would give
+the memory to others at once."""
 
 
 @dataclass
@@ -46,8 +48,11 @@ class Exchange:
         self._told: tuple[Tensor, ...] = told.unbind(0)
         self._given_here, self._told_here = given.numpy(), told.numpy()
         self._device = device
-        if device.type == "cuda":  # torch gives this memory to others, whatever is under way
-            weakref.finalize(self, _wait_for_gpu, device).atexit = False
+        if device.type == "cuda":
+            for parked in _PARKED:
+                torch.cuda.synchronize(parked[0])
+            _PARKED.clear()
+            weakref.finalize(self, _PARKED.append, (device, given, told)).atexit = False
         self._note_share = note_share
         self._steps: deque[_Step] = deque(maxlen=NUM_STEPS)
         """Those whose places are still theirs; the last `_num_unread` may not have told yet what
@@ -127,8 +132,3 @@ class Exchange:
 
     def _note(self, step: _Step, row: int, what: str) -> None:
         self._defect = f"request {step.request_ids[row]!r}: {what}"
-
-
-def _wait_for_gpu(device: torch.device) -> None:
-    with suppress(RuntimeError):  # one that has failed writes no more
-        torch.cuda.synchronize(device)
