@@ -1,6 +1,6 @@
 """Figures of the candidate scorer: its step against the floor, the published way, the naive one.
 
-    python benchmarks/scorer.py                                   # GPU, about 8 minutes
+    python benchmarks/scorer.py                                   # GPU, about 6 minutes
     python benchmarks/scorer.py --headline --tune --truth qwen.gguf --merge    # GPU, 160 s
     python benchmarks/scorer.py --device cpu                      # 2 CPU cores, 3 minutes
     python benchmarks/scorer.py --device cpu --generate           # one run more of that part alone
@@ -179,7 +179,8 @@ def time_burst_ms(call: Callable[[], Any], repeats: int) -> float:
 
 
 def measure_ceilings(device: str) -> dict[str, Any]:
-    """bytes/s of a copy (read + written), FLOP/s of a matrix product in bf16 and in fp32."""
+    """bytes/s of a copy (read + written), FLOP/s of a matrix product in bf16 and in fp32; on a GPU
+    under load, and as `burst`."""
     size, side = (2**30, 8192) if device == "cuda" else (2**26, 1024)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
@@ -852,7 +853,7 @@ def main() -> None:
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--kernels", default="auto")
-    parser.add_argument("--budget-s", type=float, default=270.0)
+    parser.add_argument("--budget-s", type=float, default=540.0)
     parser.add_argument("--commit", default=None)
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()

@@ -49,9 +49,9 @@ class Exchange:
         self._given_here, self._told_here = given.numpy(), told.numpy()
         self._device = device
         if device.type == "cuda":
-            for parked in _PARKED:
+            while _PARKED:
+                parked = _PARKED.pop()  # held until its GPU is done
                 torch.cuda.synchronize(parked[0])
-            _PARKED.clear()
             weakref.finalize(self, _PARKED.append, (device, given, told)).atexit = False
         self._note_share = note_share
         self._steps: deque[_Step] = deque(maxlen=NUM_STEPS)

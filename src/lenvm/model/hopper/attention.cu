@@ -8,8 +8,9 @@
 // blocks' halves of 256 threads take pages in turn. A half is two groups of 128 threads, each of which
 // computes 64 rows: of up to 64 each group takes every other page of its half, of more each takes its
 // rows over all of them. One further warp brings the pages: to ask for one takes 500 cycles, for
-// which a group would wait. What all found is merged in shared memory across the cluster, always in
-// the same order; there the candidate's own value joins. A block has a multiprocessor to itself.
+// which a group would wait. It and three beside it clear what lies behind the last key. What all
+// found is merged in shared memory across the cluster, always in the same order; there the
+// candidate's own value joins. A block has a multiprocessor to itself.
 //
 // Weights are 2^(score - reference), where a query's reference is the score of its own key: no maximum
 // is looked for, unless weights pass LIMIT.
@@ -21,7 +22,7 @@ constexpr int PART_BYTES = BOXES * BOX_BYTES;  // the keys of a page, or its val
 constexpr int STAGE_BYTES = 2 * PART_BYTES;
 constexpr int GROUP_ROWS = 64;
 constexpr int HALF = 256, THREADS = HALVES * HALF;
-// The warp that brings pages is one of four, for a warpgroup can give registers to others: of two
+// The warp that brings pages has three beside it, for a warpgroup can give registers to others: of two
 // halves each of 640 threads has 96, which are too few for those that compute.
 constexpr int ALL_THREADS = THREADS + 128, FETCHER = THREADS / 32;
 constexpr int TURNS = SPLITS * HALVES;  // halves that take pages in turn
