@@ -464,6 +464,12 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
     }
     const Unit same = load_unit(kept);
     const int total_rows = count_queries(same), groups_of_a_row = step_of(total_rows);
+    // Of a cluster's halves, and their second groups, only those are read that had a page.
+    int turns = TURNS, second_turns = TURNS;
+    if (SPLITS > 1) {
+        const int pages = same.length > begin ? (same.length + PAGE - 1) / PAGE - begin / PAGE : 0;
+        turns = min(pages, TURNS), second_turns = min(max(pages - TURNS, 0), TURNS);
+    }
     const int mine = find_thread();
     __syncwarp();
     if (SPLITS > 1) {
@@ -493,9 +499,9 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
         };
         float most = own_score;
 #pragma unroll AT_ONCE
-        for (int s = 0; s < TURNS; s++) {
+        for (int s = 0; s < turns; s++) {
             most = fmaxf(most, found(s, 0).x);
-            if (groups_of_a_row == 2) most = fmaxf(most, found(s, 1).x);
+            if (groups_of_a_row == 2 && s < second_turns) most = fmaxf(most, found(s, 1).x);
         }
         float total = exp2_fast(own_score - most);
         float sums[2][4];
@@ -506,10 +512,10 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
             sums[side][2] = low_bf16(own.y) * total, sums[side][3] = high_bf16(own.y) * total;
         }
 #pragma unroll AT_ONCE
-        for (int s = 0; s < TURNS; s++)
+        for (int s = 0; s < turns; s++)
 #pragma unroll
             for (int g = 0; g < 2; g++) {
-                if (g == groups_of_a_row) continue;
+                if (g == groups_of_a_row || (g == 1 && s >= second_turns)) continue;
                 const float2 theirs = found(s, g);
                 const u32 there = address_of(
                     memory + g * GROUP_BYTES + row * SUM_BYTES + i % LANES * 16, s, HALF_BYTES);
