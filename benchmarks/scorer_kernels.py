@@ -113,7 +113,7 @@ ATTENTION = [
     ]
     for merges in ((False, True) if waves > 1 else (False,))
 ]  # fmt: skip
-HOPPER_ATTENTION = [AttentionChoice(128, waves, hopper=True) for waves in (1, 2, 4)]
+HOPPER_ATTENTION = [AttentionChoice(128, hopper=True)]
 
 
 class Places:

@@ -60,9 +60,14 @@ class AttentionChoice:
 
     def count_splits(self, num_programs: int, num_units: int, most: int) -> int:
         """Parts of each prefix, a power of two, so that the programs fill a GPU of `num_units`
-        multiprocessors about `waves` times; at most `most`."""
+        multiprocessors about `waves` times; at most `most`. Clusters of four blocks and more, each
+        of which has a multiprocessor to itself, fill half of them: with more not all begin at
+        once."""
         most = min(most, MAX_CLUSTER if self.hopper else MAX_SPLITS)
-        return 1 << max(1, min(self.waves * num_units // num_programs, most)).bit_length() - 1
+        parts = self.waves * num_units // num_programs
+        if self.hopper and parts >= 4:
+            parts //= 2
+        return 1 << max(1, min(parts, most)).bit_length() - 1
 
 
 @dataclass(frozen=True)
