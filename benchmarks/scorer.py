@@ -1,6 +1,6 @@
 """Figures of the candidate scorer: its step against the floor, the published way, the naive one.
 
-    python benchmarks/scorer.py                                   # GPU, about 6 minutes
+    python benchmarks/scorer.py                                   # GPU, about 7 minutes
     python benchmarks/scorer.py --headline --tune --truth qwen.gguf --merge    # GPU, 160 s
     python benchmarks/scorer.py --device cpu                      # 2 CPU cores, 3 minutes
     python benchmarks/scorer.py --device cpu --generate           # one run more of that part alone
@@ -17,8 +17,8 @@ Models are random weights of a shape (`--shapes 0.5b 1.5b`: Qwen2.5's) or real o
 bandwidth, matrix product) are measured in the same run, and in the same state: an H200 that works
 on for a second reaches its power limit, which lowers the clock (a large product falls from 790 to
 670 TFLOP/s, a step of 64 x 8 by 5%). So ceilings and steps are timed after a second of their own
-work, and once more as `burst`, the first 20 calls after 0.3 s of rest. The floor of a step is the
-larger of (weights + prefix keys and values + candidates' own) / bandwidth and FLOPs / rate; the
+work, and once more as `burst`, 20 of the first calls after 0.3 s of rest. The floor of a step is
+the larger of (weights + prefix keys and values + candidates' own) / bandwidth and FLOPs / rate; the
 serial floor takes the larger for each stage (each matrix product, each attention), because a
 layer's stages wait for one another. The JSON is written after each point, so a run that is cut
 keeps what it has.
@@ -184,7 +184,7 @@ def time_ms(call: Callable[[], Any], device: str, repeats: int, rounds: int = 5)
 
 
 def time_burst_ms(call: Callable[[], Any], repeats: int) -> float:
-    """Time of one of the first calls of a GPU that has rested."""
+    """Time of a call behind the first two of a GPU that has rested."""
     call()
     torch.cuda.synchronize()
     time.sleep(0.3)

@@ -64,16 +64,17 @@ def test_prefixes_are_cut_into_a_power_of_two(hopper):
     for programs, waves, most in itertools.product((1, 2, 7, 128, 999), (1, 2, 4), (1, 3, 5, 100)):
         choice = AttentionChoice(waves=waves, stages=4, hopper=hopper)
         splits = choice.count_splits(programs, 132, most)
-        parts = waves * 132 // programs
-        if hopper and parts >= 4:
-            parts //= 2
-        room = max(1, min(parts, most, 8 if hopper else 32))
+
+        def fits(n, programs=programs, waves=waves, most=most):
+            units = 66 if hopper and n >= 4 else 132
+            return n <= min(most, 8 if hopper else 32) and programs * n <= waves * units
+
         assert splits & splits - 1 == 0
-        assert room / 2 < splits <= room
+        assert splits == 1 or fits(splits)
+        assert not fits(2 * splits)
 
 
 def test_clusters_of_four_and_more_leave_half_of_the_gpu():
-    """Of an H200's 32 clusters of four blocks with a multiprocessor each, not all begin at once."""
     choice = AttentionChoice(128, hopper=True)
     splits = {n: choice.count_splits(2 * n, 132, 16) for n in (1, 4, 8, 16, 32, 64, 128)}
     assert splits == {1: 8, 4: 8, 8: 4, 16: 2, 32: 2, 64: 1, 128: 1}

@@ -188,8 +188,8 @@ PRODUCTS = (
 
 
 def count_slots(num_multiprocessors: int, num_splits: int) -> int:
-    """Clusters at a time, where a block has a multiprocessor to itself. Groups of 16 or 18
-    multiprocessors have whole clusters."""
+    """Most clusters at a time, where a block has a multiprocessor to itself: they lie within groups
+    of 16 or 18 multiprocessors. Of four blocks some fewer begin at once."""
     if num_splits > 2:
         num_multiprocessors -= num_multiprocessors % 16
     return num_multiprocessors // num_splits
