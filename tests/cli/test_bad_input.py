@@ -310,7 +310,16 @@ def test_ctrl_c_promises_nothing_where_nothing_is_kept(base, tmp_path):
 
 
 def test_ctrl_c_ends_the_line_of_an_answer_that_is_being_written(base, monkeypatch, capsys):
-    command = ["generate", "--model", f"{base}/generator", "--max-tokens", "40", "w7"]
+    command = [
+        "generate",
+        "--model",
+        f"{base}/generator",
+        "--max-tokens",
+        "40",
+        "--seed",
+        "0",
+        "w7",
+    ]
     step, left = TransformersEngine.step, [5]
 
     def interrupted(engine: TransformersEngine) -> object:
